@@ -1,0 +1,965 @@
+"""Chat datasets from the CSVs of a covered-call backtest: a Hugging Face Datasets loading script.
+
+A backtest (the teacher) logs every call option it looked at and the one it sold. Two configs render those rows:
+
+- ``per_candidate``: one chat a candidate, answered SELL_CALL or SKIP;
+- ``per_decision_ranking``: one chat a decision, answered 1..N or NO_TRADE.
+
+Load them with ``load_dataset("./covered_call_candidates.py", "per_candidate")`` on datasets 3.6, or on any
+version with ``load_candidates("per_candidate")``. As a command, this file exports JSON lines.
+
+The file is self-contained because ``datasets`` copies it, alone, into its module cache.
+"""
+
+import argparse
+import bisect
+import collections
+import csv
+import datetime
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.utils import tqdm
+
+logger = logging.getLogger("covered_call_candidates")
+
+# Read once, at import: the cache key must name the code that is running, not a later edit of the file.
+with open(__file__, "rb") as _source:
+    CODE_HASH = hashlib.sha256(_source.read()).hexdigest()
+
+COLUMNS = (
+    "decision_time", "underlying", "spot", "instrument", "strike", "dte", "delta", "score", "iv", "ivrv_ratio",
+    "exit_style", "trade_executed", "chosen", "action", "strategy", "reward", "pnl_vs_hodl", "max_drawdown_pct",
+)  # fmt: skip
+CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
+NO_CANDIDATES = "NO_CANDIDATES"
+SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
+MAX_DTE = 36_500  # days; a hundred years keeps the expiry a valid date
+WIDTH = "(row)"  # stands for a column where it is the number of fields that is wrong
+SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
+UTC = datetime.UTC
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a decision is. State and outcome are separate types: a prompt is rendered from the state alone.
+
+
+class Candidate(NamedTuple):
+    """One call option as it stood at decision time: money in USD, dte in days, iv as a fraction a year."""
+
+    instrument: str
+    strike: float
+    dte: float
+    delta: float
+    score: float
+    iv: float | None
+    ivrv_ratio: float | None
+
+
+class Decision(NamedTuple):
+    """All that a policy may know at one decision: the time (UTC), the market, and its candidates."""
+
+    decision_time: datetime.datetime
+    underlying: str
+    exit_style: str
+    spot: float
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def decision_id(self) -> str:
+        return f"{self.underlying}|{self.decision_time.isoformat()}|{self.exit_style}"
+
+    @property
+    def last_expiry(self) -> datetime.datetime:
+        return self.decision_time + datetime.timedelta(days=max((c.dte for c in self.candidates), default=0.0))
+
+
+class Outcome(NamedTuple):
+    """What the file says of a candidate afterwards, in USD and percent; None where it is blank or NaN."""
+
+    reward: float | None
+    pnl_vs_hodl: float | None
+    max_drawdown_pct: float | None
+
+
+class LoggedDecision(NamedTuple):
+    """A decision with what the teacher did: ``chosen`` is an index into the candidates, None for no trade."""
+
+    decision: Decision
+    chosen: int | None
+    outcomes: tuple[Outcome, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts. Training, evaluation and a live policy all render through these functions.
+
+
+def money(value: float | None, unit: str = "") -> str:
+    return "n/a" if value is None else f"{value:.2f}{unit}"
+
+
+def ratio(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+@functools.lru_cache(maxsize=4096)
+def exact(strike: float) -> str:
+    """The shortest decimal that is exactly this strike: 63000, 0.55."""
+    return np.format_float_positional(strike, trim="-")
+
+
+def days(dte: float) -> str:
+    return f"{dte:.0f}" if dte == int(dte) else f"{dte:.2f}"
+
+
+def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str = "") -> list[dict]:
+    """System and user message that ask for SELL_CALL or SKIP on one candidate of a decision."""
+    system = (
+        f"You are an automated {decision.underlying} covered-call policy. For each candidate option, decide whether "
+        "to SELL_CALL or SKIP based on the state. Do not use hindsight PnL to answer; treat it as teacher labels only."
+    )
+    user = (
+        f"Decision time: {decision.decision_time.isoformat()}\n"
+        f"Underlying: {decision.underlying}\n"
+        f"Spot price: {money(decision.spot)}\n"
+        f"Teacher policy (exit_style): {decision.exit_style}\n"
+        f"Candidate option: {candidate.instrument}\n"
+        f"  - Strike: {exact(candidate.strike)}\n"
+        f"  - DTE (days): {days(candidate.dte)}\n"
+        f"  - Delta: {ratio(candidate.delta)}\n"
+        f"  - Score: {ratio(candidate.score)}\n"
+        f"  - IV: {ratio(candidate.iv)}\n"
+        f"  - IV/RV ratio: {ratio(candidate.ivrv_ratio)}\n"
+        f"\n{hindsight}"
+        "Question: Based only on the information available at decision time (ignore the realized outcome), what "
+        "ACTION should the policy take on this candidate? Reply with exactly one token: SELL_CALL or SKIP."
+    )
+    return chat(system, user)
+
+
+def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
+    """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
+    system = (
+        f"You are an automated {decision.underlying} covered-call strategy. At each decision, you see multiple "
+        "candidate options and may either pick exactly one to SELL_CALL or decide NO_TRADE. Choose the single best "
+        "candidate index, imitating the teacher policy."
+    )
+    lines = [
+        f"  [{index}] {c.instrument} — Strike: {exact(c.strike)}, DTE: {days(c.dte)}, Delta: {ratio(c.delta)}, "
+        f"Score: {ratio(c.score)}\n"
+        for index, c in enumerate(decision.candidates, start=1)
+    ]
+    user = (
+        f"Decision time: {decision.decision_time.isoformat()}\n"
+        f"Underlying: {decision.underlying}\n"
+        f"Spot: {money(decision.spot)}\n"
+        f"Teacher policy (exit_style): {decision.exit_style}\n"
+        f"Candidates:\n{''.join(lines) or '  (none)' + chr(10)}"
+        f"\n{hindsight}"
+        "Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply "
+        f"with exactly one token: 1, 2, ..., {len(decision.candidates)}, or NO_TRADE."
+    )
+    return chat(system, user)
+
+
+def candidate_hindsight(outcome: Outcome) -> str:
+    """The outcome of a candidate as text. It names the answer: only for corpora that must match the teacher's."""
+    return (
+        "Risk snapshot (teacher hindsight):\n"
+        f"  - Max drawdown on this chain: {money(outcome.max_drawdown_pct, '%')}\n"
+        "\n"
+        "PnL outcome for this candidate if chosen (teacher hindsight):\n"
+        f"  - Reward (USD): {money(outcome.reward)}\n"
+        f"  - PnL vs HODL (USD): {money(outcome.pnl_vs_hodl)}\n"
+        "\n"
+    )
+
+
+def ranking_hindsight(index: int, outcome: Outcome) -> str:
+    """The chosen index (1-based) and its outcome as text; the same warning holds."""
+    return (
+        "Outcome (teacher hindsight for the chosen candidate only):\n"
+        f"  - Chosen candidate index: {index}\n"
+        f"  - Reward (USD): {money(outcome.reward)}\n"
+        f"  - PnL vs HODL (USD): {money(outcome.pnl_vs_hodl)}\n"
+        "\n"
+    )
+
+
+def chat(system: str, user: str) -> list[dict]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading. Every complaint names file, line, column and value, and says what to do.
+
+
+class CandidatesError(ValueError):
+    """The files or the options cannot be used as they are; the message says why and what to do."""
+
+
+class BadRow(CandidatesError):
+    """A row, or a decision, that on_bad_rows="skip" may drop."""
+
+    def __init__(self, path: str, line: int, column: str, value, reason: str):
+        super().__init__(
+            f"{path}, line {line}, column {column}: {value!r} {reason}. Correct the file, or drop such decisions "
+            'whole with on_bad_rows="skip".'
+        )
+
+
+class Cells(NamedTuple):
+    """One row's text, and where it stands."""
+
+    path: str
+    line: int
+    values: dict[str, str]
+
+    def bad(self, column: str, reason: str) -> BadRow:
+        return BadRow(self.path, self.line, column, self.values[column], reason)
+
+
+class Row(NamedTuple):
+    """One parsed row; ``candidate`` is None for the placeholder of a step without candidates."""
+
+    line: int
+    spot: float
+    candidate: Candidate | None
+    outcome: Outcome
+    trade_executed: bool
+    chosen: bool
+
+
+def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
+    """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
+
+    Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
+    """
+    decisions: dict[tuple, tuple[str, LoggedDecision]] = {}
+    repeated = collections.Counter()
+    present = {"underlying": set(), "exit_style": set()}
+    skipped = 0
+    for path in paths:
+        logged, bad = read_file(path, options, present)
+        skipped += bad
+        for entry in logged:
+            key = entry.decision[:3]
+            if key in decisions:
+                repeated[decisions[key][0], path] += 1
+                if options.duplicates == "latest" and not is_later(path, decisions[key][0]):
+                    continue
+            decisions[key] = (path, entry)
+    check_repeated(repeated, options)
+    if skipped:
+        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", skipped)
+    if not decisions:
+        raise nothing_left(paths, options, present, skipped)
+    return sorted((entry for _, entry in decisions.values()), key=lambda entry: entry.decision.decision_time)
+
+
+def check_repeated(repeated: collections.Counter, options: "CoveredCallCandidatesConfig") -> None:
+    if not repeated:
+        return
+    (first, second), count = repeated.most_common(1)[0]
+    if options.duplicates == "error":
+        raise CandidatesError(
+            f"{first} and {second} both hold the same decisions ({count} of them). Give one of the two, or keep the "
+            'later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
+        )
+    logger.warning("%d decision(s) stood in two files; the later file's were kept.", repeated.total())
+
+
+def is_later(path: str, other: str) -> bool:
+    if stamp(path) == stamp(other):
+        raise CandidatesError(
+            f"{path} and {other} hold the same decision and carry the same stamp, so neither is the later run. Give "
+            "one of the two."
+        )
+    return stamp(path) > stamp(other)
+
+
+def stamp(path: str) -> str:
+    """The YYYYMMDD_HHMMSS that ends a backtest's file name; it sorts by time."""
+    found = re.search(r"_(\d{8}_\d{6})\.csv(\.gz)?$", os.path.basename(path))
+    if not found:
+        raise CandidatesError(
+            f'{path}: duplicates="latest" needs a stamp such as _20251207_225615.csv at the end of the file name. '
+            "Rename the file, or leave it out."
+        )
+    return found.group(1)
+
+
+def nothing_left(paths, options, present, skipped) -> CandidatesError:
+    if skipped:
+        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
+    asked = [f"{name}={getattr(options, name)!r}" for name in present if getattr(options, name)]
+    found = [f"{name} {', '.join(sorted(values))}" for name, values in present.items()]
+    return CandidatesError(
+        f"{', '.join(paths)}: no row is left with {' and '.join(asked)}. The files hold {'; '.join(found)}."
+    )
+
+
+def read_file(path: str, options, present: dict[str, set]) -> tuple[list[LoggedDecision], int]:
+    """The file's good decisions in order of first appearance, and how many bad ones were dropped."""
+    groups: dict[tuple, list[Row]] = {}
+    spoiled = set()
+    key, spoil_next, offsets_checked = None, False, False
+
+    def complain(problem: BadRow) -> None:
+        if options.on_bad_rows == "error":
+            raise problem
+        logger.info("Skipping: %s", problem)
+
+    rows = read_cells(path, options, present)
+    for cells in tqdm(rows, desc=os.path.basename(path), unit=" rows", disable=None, leave=False):
+        try:
+            this = parse_key(cells)
+        except BadRow as problem:
+            # Nobody can tell whose row this was: the decisions on either side may lack a candidate now.
+            complain(problem)
+            spoiled.add(key)
+            spoil_next = True
+            continue
+        if not offsets_checked and iso_time(cells.values["decision_time"]).tzinfo is None:
+            logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
+            offsets_checked = True
+        if spoil_next:
+            spoiled.add(this)
+            spoil_next = False
+        key = this
+        rows_so_far = groups.setdefault(key, [])
+        try:
+            rows_so_far.append(parse_row(cells))
+        except BadRow as problem:
+            complain(problem)
+            spoiled.add(key)
+    spoiled.discard(None)
+
+    logged = []
+    for key, rows in groups.items():
+        if key in spoiled:
+            continue
+        try:
+            logged.append(log_decision(path, key, rows))
+        except BadRow as problem:
+            complain(problem)
+            spoiled.add(key)
+    return logged, len(spoiled)
+
+
+def read_cells(path: str, options, present: dict[str, set]) -> Iterator[Cells]:
+    """The rows of one CSV (plain or gzip, UTF-8 with or without BOM) that pass the filters, as text."""
+    try:
+        with open_csv(path) as file:
+            yield from filter_cells(path, csv.reader(file, strict=True), options, present)
+    except UnicodeDecodeError as error:
+        raise CandidatesError(
+            f"{path}, line {first_undecodable_line(path)}: {error.object[error.start : error.start + 1]!r} is not "
+            "UTF-8. Save the file as CSV UTF-8."
+        ) from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise CandidatesError(f"{path}: the gzip archive is damaged ({error}). Copy or compress it again.") from None
+
+
+def open_csv(path: str):
+    with open(path, "rb") as raw:
+        head = raw.read(4)
+    if head == b"PAR1":
+        raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
+    opener = gzip.open if head.startswith(b"\x1f\x8b") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def first_undecodable_line(path: str) -> int:
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as raw:
+        for number, line in enumerate(raw, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number
+
+
+def filter_cells(path: str, reader, options, present: dict[str, set]) -> Iterator[Cells]:
+    header = check_header(path, next(reader, None))
+    rows = 0
+    try:
+        for values in reader:
+            if not values:  # a blank line holds nothing to lose
+                continue
+            rows += 1
+            cells = Cells(path, reader.line_num, dict(zip(header, map(str.strip, values), strict=False)))
+            if len(values) != len(header):
+                # Which column slid is unknown, so the row may not be filtered away either.
+                yield cells._replace(values={WIDTH: f"{len(values)} fields instead of {len(header)}"})
+                continue
+            for name, seen in present.items():
+                seen.add(cells.values[name])
+            if all(getattr(options, name) in (None, cells.values[name]) for name in present):
+                yield cells
+    except csv.Error as error:
+        raise CandidatesError(
+            f"{path}, line {reader.line_num}: not readable as CSV ({error}). Look for an unclosed quote."
+        ) from None
+    if not rows:
+        raise CandidatesError(f"{path} holds a header and no row. Leave it out, or run the backtest again.")
+
+
+def check_header(path: str, header: list[str] | None) -> list[str]:
+    if not header:
+        raise CandidatesError(f"{path} is empty. Leave it out, or run the backtest again.")
+    header = [name.strip() for name in header]
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise CandidatesError(
+            f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
+            f"A candidate file has the columns {','.join(COLUMNS)}."
+        )
+    twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in COLUMNS]
+    if twice:
+        raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
+    extra = [name for name in header if name not in COLUMNS]
+    if extra:
+        logger.warning("%s: column(s) %s are not known and not used.", path, ", ".join(extra))
+    return header
+
+
+def parse_key(cells: Cells) -> tuple[datetime.datetime, str, str]:
+    if WIDTH in cells.values:
+        raise cells.bad(WIDTH, "in the row do not fit the header")
+    return parse_time(cells), parse_name(cells, "underlying"), parse_name(cells, "exit_style")
+
+
+def parse_row(cells: Cells) -> Row:
+    spot = parse_number(cells, "spot", low=0.0)
+    trade_executed, chosen = parse_flag(cells, "trade_executed"), parse_flag(cells, "chosen")
+    if chosen and not trade_executed:
+        raise cells.bad("chosen", "says sold, but trade_executed is 0")
+    if cells.values["action"] not in (SELL_CALL, SKIP):
+        raise cells.bad("action", f"is neither {SELL_CALL} nor {SKIP}")
+    if chosen != (cells.values["action"] == SELL_CALL):
+        raise cells.bad("action", f"disagrees with chosen={int(chosen)}")
+    outcome = Outcome(*(parse_number(cells, name, blank=True) for name in Outcome._fields))
+    candidate = None
+    if parse_name(cells, "instrument") != NO_CANDIDATES:
+        candidate = parse_candidate(cells)
+        if spot == 0:
+            raise cells.bad("spot", "is zero, and must be above")
+    elif trade_executed:
+        raise cells.bad("trade_executed", f"on a {NO_CANDIDATES} row, where nothing can be sold")
+    return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
+
+
+def parse_candidate(cells: Cells) -> Candidate:
+    strike = parse_number(cells, "strike", low=0.0)
+    if strike == 0:
+        raise cells.bad("strike", "is zero, and must be above")
+    return Candidate(
+        cells.values["instrument"],
+        strike,
+        dte=parse_number(cells, "dte", low=0.0, high=MAX_DTE),
+        delta=parse_number(cells, "delta", low=-1.0, high=1.0),
+        score=parse_number(cells, "score"),
+        iv=parse_number(cells, "iv", blank=True),
+        ivrv_ratio=parse_number(cells, "ivrv_ratio", blank=True),
+    )
+
+
+def parse_time(cells: Cells) -> datetime.datetime:
+    time = iso_time(cells.values["decision_time"])
+    if time is None:
+        raise cells.bad("decision_time", "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00")
+    return utc(time)
+
+
+@functools.lru_cache(maxsize=4096)
+def iso_time(text: str) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def utc(time: datetime.datetime) -> datetime.datetime:
+    """The same time in UTC; one without an offset is taken to be UTC."""
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def parse_name(cells: Cells, column: str) -> str:
+    text = cells.values[column]
+    if not text or not text.isprintable():  # a line break would write its own line into the prompt
+        raise cells.bad(column, "is blank or not printable text")
+    return text
+
+
+def parse_flag(cells: Cells, column: str) -> bool:
+    text = cells.values[column]
+    if text not in ("0", "1", "0.0", "1.0", "False", "True"):
+        raise cells.bad(column, "is neither 0 nor 1")
+    return text in ("1", "1.0", "True")
+
+
+def parse_number(cells: Cells, column: str, low=-math.inf, high=math.inf, blank=False) -> float | None:
+    """A finite number in [low, high]; with ``blank``, None for an empty cell or NaN."""
+    text = cells.values[column]
+    if blank and not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is None or "_" in text:  # float() reads 1_000 as a thousand; a CSV does not mean that
+        raise cells.bad(column, "is not a number")
+    if blank and math.isnan(value):
+        return None
+    if not math.isfinite(value):
+        raise cells.bad(column, "is not finite")
+    if not low <= value <= high:
+        raise cells.bad(column, "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]")
+    return value
+
+
+def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
+    """One decision from its rows; raises BadRow where they contradict each other."""
+    first, chosen, lines = rows[0], None, {}
+    for index, row in enumerate(rows):
+        for name in ("spot", "trade_executed"):
+            value, expected = getattr(row, name), getattr(first, name)
+            if value != expected:
+                reason = f"differs from {expected!r} on line {first.line} of the same decision"
+                raise BadRow(path, row.line, name, value, reason)
+        instrument = row.candidate.instrument if row.candidate else NO_CANDIDATES
+        if instrument in lines:
+            reason = f"also stands on line {lines[instrument]} of the same decision"
+            raise BadRow(path, row.line, "instrument", instrument, reason)
+        if NO_CANDIDATES in lines or (lines and instrument == NO_CANDIDATES):
+            reason = f"and {NO_CANDIDATES} cannot stand in one decision (lines {first.line} and {row.line})"
+            raise BadRow(path, row.line, "instrument", instrument, reason)
+        lines[instrument] = row.line
+        if row.chosen and chosen is not None:
+            raise BadRow(path, row.line, "chosen", 1, f"also on line {rows[chosen].line} of the same decision")
+        chosen = index if row.chosen else chosen
+    if first.trade_executed and chosen is None:
+        raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
+    candidates = tuple(row.candidate for row in rows if row.candidate)
+    outcomes = tuple(row.outcome for row in rows if row.candidate)
+    return LoggedDecision(Decision(*key, first.spot, candidates), chosen, outcomes)
+
+
+def present_in_order(logged: LoggedDecision, options) -> LoggedDecision:
+    """The same decision with its candidates in the order that the prompt shows them."""
+    candidates = logged.decision.candidates
+    order = list(range(len(candidates)))
+    if options.candidate_order != "csv":  # a teacher's file is sorted by score: its order gives the answer away
+        order.sort(key=lambda i: (candidates[i].instrument, candidates[i].strike))
+    if options.candidate_order == "shuffle":
+        random.Random(f"{options.seed}|{logged.decision.decision_id}").shuffle(order)
+    return LoggedDecision(
+        logged.decision._replace(candidates=tuple(candidates[i] for i in order)),
+        None if logged.chosen is None else order.index(logged.chosen),
+        tuple(logged.outcomes[i] for i in order),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits: chronological, a decision time never divided, and purged where options outlive the boundary.
+
+
+def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[LoggedDecision]]:
+    """Decisions by split name. ``logged`` must be sorted by decision time."""
+    if options.splits == "train":
+        return {"train": logged}
+    times = sorted({entry.decision.decision_time for entry in logged})
+    starts = split_starts(times, options)
+    splits = {"train": [], "validation": [], "test": []}
+    names = list(splits)
+    purged = collections.Counter()
+    for entry in logged:
+        place = bisect.bisect_right(starts, entry.decision.decision_time)
+        following = bisect.bisect_left(times, starts[place]) if place < len(starts) else len(times)
+        # An option still alive when the next split begins has its outcome there: keep it out of this one.
+        if options.purge and following < len(times) and entry.decision.last_expiry >= times[following]:
+            purged[names[place]] += 1
+        else:
+            splits[names[place]].append(entry)
+    for name, entries in splits.items():
+        first_last = [entries[i].decision.decision_time.date() for i in (0, -1)] if entries else []
+        logger.info("%s: %d decisions %s", name, len(entries), " to ".join(map(str, first_last)))
+        if not entries:
+            logger.warning("Split %s is empty: %d decision time(s) do not fill it.", name, len(times))
+    if purged:
+        counts = ", ".join(f"{count} from {name}" for name, count in purged.items())
+        logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
+    return splits
+
+
+def split_starts(times: list[datetime.datetime], options) -> list[datetime.datetime]:
+    """The times from which validation and test begin."""
+    if options.validation_from is not None:
+        return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
+    train, validation, _ = options.splits
+    places = [round(len(times) * train), round(len(times) * (train + validation))]
+    never = datetime.datetime.max.replace(tzinfo=UTC)
+    return [times[place] if place < len(times) else never for place in places]
+
+
+def parse_option_time(options, name: str) -> datetime.datetime:
+    value = getattr(options, name)
+    time = value if isinstance(value, datetime.datetime) else iso_time(str(value))
+    if time is None:
+        raise CandidatesError(f"{name}={value!r} is not a date such as 2024-01-01.")
+    return utc(time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: one dataset row each.
+
+
+def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
+    decision, chosen, outcomes = present_in_order(logged, options)
+    for index, (candidate, outcome) in enumerate(zip(decision.candidates, outcomes, strict=True)):
+        label = SELL_CALL if index == chosen else SKIP
+        hindsight = candidate_hindsight(outcome) if options.hindsight else ""
+        yield {
+            **shared_columns(decision, chosen, candidate_messages(decision, candidate, hindsight), label),
+            **candidate_columns(decision, candidate, outcome, index == chosen),
+        }
+
+
+def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
+    decision, chosen, outcomes = present_in_order(logged, options)
+    traded = chosen is not None
+    label = str(chosen + 1) if traded else NO_TRADE
+    hindsight = ranking_hindsight(chosen + 1, outcomes[chosen]) if options.hindsight and traded else ""
+    yield {
+        **shared_columns(decision, chosen, ranking_messages(decision, hindsight), label),
+        "candidates": [
+            candidate_columns(decision, candidate, outcome, index == chosen)
+            for index, (candidate, outcome) in enumerate(zip(decision.candidates, outcomes, strict=True))
+        ],
+        "chosen_index": chosen + 1 if traded else None,
+    }
+
+
+def shared_columns(decision: Decision, chosen: int | None, messages: list[dict], label: str) -> dict:
+    return {
+        "messages": [*messages, {"role": "assistant", "content": label}],
+        "decision_id": decision.decision_id,
+        "decision_time": decision.decision_time,
+        "underlying": decision.underlying,
+        "exit_style": decision.exit_style,
+        "label": label,
+        "trade_executed": chosen is not None,
+    }
+
+
+def candidate_columns(decision: Decision, candidate: Candidate, outcome: Outcome, sold: bool) -> dict:
+    """The candidate's numbers; its outcome is unknown, so null, unless the teacher sold it."""
+    known = outcome if sold else Outcome(None, None, None)
+    return {**candidate._asdict(), "spot": decision.spot, **known._asdict()}
+
+
+RECORDS = {"per_candidate": candidate_records, "per_decision_ranking": ranking_records}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The builder.
+
+CANDIDATE_FEATURES = {
+    "instrument": datasets.Value("string"),
+    **{
+        name: datasets.Value("float64")
+        for name in (
+            "strike", "dte", "delta", "score", "iv", "ivrv_ratio", "spot", "reward", "pnl_vs_hodl", "max_drawdown_pct",
+        )
+    },
+}  # fmt: skip
+SHARED_FEATURES = {
+    "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+    "decision_id": datasets.Value("string"),
+    "decision_time": datasets.Value("timestamp[us, tz=UTC]"),
+    "underlying": datasets.Value("string"),
+    "exit_style": datasets.Value("string"),
+    "label": datasets.Value("string"),
+    "trade_executed": datasets.Value("bool"),
+}
+FEATURES = {
+    "per_candidate": {**SHARED_FEATURES, **CANDIDATE_FEATURES},
+    "per_decision_ranking": {
+        **SHARED_FEATURES,
+        "candidates": [CANDIDATE_FEATURES],
+        "chosen_index": datasets.Value("int32"),
+    },
+}
+
+
+@dataclass
+class CoveredCallCandidatesConfig(datasets.BuilderConfig):
+    """Options of both configs.
+
+    Args:
+        underlying, exit_style: keep only these rows; None keeps all.
+        hindsight: put the teacher's outcomes into the prompt, as its own exporter does. They name the answer.
+        candidate_order: "instrument" (by name, then strike), "csv", or "shuffle" (fixed by ``seed`` and decision).
+        seed: of the shuffle.
+        splits: fractions of the distinct decision times for train, validation and test; "train" for one split.
+        validation_from, test_from: dates (UTC) from which these splits begin, in place of the fractions.
+        purge: leave out decisions whose options outlive their split.
+        duplicates: the same decision in two files is an "error", or the "latest" file's is kept.
+        on_bad_rows: "error", or "skip" the whole decision, counted.
+    """
+
+    underlying: str | None = None
+    exit_style: str | None = None
+    hindsight: bool = False
+    candidate_order: str = "instrument"
+    seed: int = 0
+    splits: tuple[float, float, float] | str = (0.8, 0.1, 0.1)
+    validation_from: str | None = None
+    test_from: str | None = None
+    purge: bool = True
+    duplicates: str = "error"
+    on_bad_rows: str = "error"
+
+    def check(self) -> None:
+        """Raises CandidatesError for a value that no option takes."""
+        for name, allowed in (
+            ("candidate_order", ("instrument", "csv", "shuffle")),
+            ("duplicates", ("error", "latest")),
+            ("on_bad_rows", ("error", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise CandidatesError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        self.check_splits()
+
+    def check_splits(self) -> None:
+        dated = (self.validation_from is not None) + (self.test_from is not None)
+        if dated == 1:
+            raise CandidatesError("validation_from and test_from go together: give both.")
+        if dated and tuple(self.splits) != CoveredCallCandidatesConfig.splits:
+            raise CandidatesError("Give either splits, or validation_from and test_from.")
+        if dated and parse_option_time(self, "validation_from") > parse_option_time(self, "test_from"):
+            raise CandidatesError(f"validation_from={self.validation_from} is after test_from={self.test_from}.")
+        if self.splits == "train":
+            return
+        fractions = self.splits if isinstance(self.splits, (tuple, list)) else ()
+        numbers = [f for f in fractions if isinstance(f, (int, float)) and f >= 0]
+        if len(fractions) != 3 or len(numbers) != 3 or not math.isclose(sum(numbers), 1.0, abs_tol=1e-6):
+            raise CandidatesError(
+                f'splits={self.splits!r}: give three fractions that add up to 1 (train, validation, test), or "train".'
+            )
+
+
+class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
+    """Builds the two chat datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
+
+    BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
+    BUILDER_CONFIGS = [
+        CoveredCallCandidatesConfig(
+            name="per_candidate",
+            version=datasets.Version("1.0.0"),
+            description="One chat a candidate option, answered SELL_CALL or SKIP.",
+        ),
+        CoveredCallCandidatesConfig(
+            name="per_decision_ranking",
+            version=datasets.Version("1.0.0"),
+            description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
+        ),
+    ]
+    DEFAULT_CONFIG_NAME = "per_candidate"
+
+    def __init__(self, *args, data_files=None, data_dir=None, base_path=None, hash=None, **options):
+        base_path = base_path or os.path.dirname(os.path.abspath(__file__))
+        # The library makes its cache key from what it is given here. Resolved files with the hash of their
+        # content, and the hash of this code, are what make an edited CSV or prompt give new rows.
+        super().__init__(
+            *args,
+            data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
+            base_path=base_path,
+            hash=hash or CODE_HASH,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        self.config.check()
+
+    def _info(self):
+        return datasets.DatasetInfo(
+            description=self.config.description, features=datasets.Features(FEATURES[self.config.name])
+        )
+
+    def _split_generators(self, dl_manager):
+        logged = read_candidates(list(self.config.data_files["train"]), self.config)
+        return [
+            datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)})
+            for name, entries in split_decisions(logged, self.config).items()
+        ]
+
+    def _generate_examples(self, shards):
+        for shard in shards:
+            for logged in shard:
+                for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
+                    yield f"{record['decision_id']}|{index}", record
+
+
+def cut(entries: list, parts: int) -> list[tuple]:
+    """At most ``parts`` contiguous pieces of nearly equal length, and at least one."""
+    size = max(1, math.ceil(len(entries) / parts))
+    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)] or [()]
+
+
+def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:
+    """Absolute paths of the CSVs to read: those named, else those in data/, else the simulated sample."""
+    if isinstance(data_files, dict):
+        raise CandidatesError(
+            "data_files takes a path, a glob or a list of them, not a dict: the splits are made by decision time "
+            "(see the options splits, validation_from and test_from)."
+        )
+    if data_files is not None:
+        patterns = [data_files] if isinstance(data_files, (str, os.PathLike)) else data_files
+        return list(dict.fromkeys(path for pattern in patterns for path in match(os.fspath(pattern), data_dir or "")))
+    if data_dir is not None:
+        return match(os.path.join(data_dir, "*.csv"), or_gzipped=True)
+    for folder, what in (("data", "the CSVs"), (os.path.join("data", "sample"), "the simulated sample")):
+        found = [p for pattern in CSV_PATTERNS for p in glob.glob(os.path.join(base_path, folder, pattern))]
+        if found:
+            logger.warning("No data_files given: reading %s in %s.", what, os.path.join(base_path, folder))
+            return sorted(map(os.path.abspath, found))
+    raise CandidatesError(f"No {CSV_PATTERNS[0]} in {os.path.join(base_path, 'data')} and no sample: give data_files.")
+
+
+def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]:
+    """Files that a path or glob names, relative to ``folder`` or the current one, sorted."""
+    pattern = os.path.abspath(os.path.join(folder, os.path.expanduser(pattern)))
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    found += glob.glob(pattern + ".gz") if or_gzipped else []
+    found = sorted(filter(os.path.isfile, found))
+    if not found:
+        raise CandidatesError(f"No file matches {pattern}. Give a path, a glob such as 'runs/*.csv', or a list.")
+    return found
+
+
+def fingerprint(paths: list[str]) -> DataFilesDict:
+    """The files with a hash of their content, where ``datasets`` itself would note the time of change."""
+    hashes = []
+    for path in paths:
+        with open(path, "rb") as file:
+            hashes.append((hashlib.file_digest(file, "sha256").hexdigest(),))
+    return DataFilesDict({"train": DataFilesList(paths, hashes)})
+
+
+def load_candidates(
+    name: str = "per_candidate", *, data_files=None, cache_dir=None, streaming=False, num_proc=None, **options
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Loads a config on any datasets version, with no trust flag.
+
+    Args:
+        name: "per_candidate" or "per_decision_ranking".
+        data_files: a path, a glob or a list of them; default ``data/training_candidates_*.csv`` beside this script,
+            else the simulated sample.
+        cache_dir: where the Arrow files go, default the Hugging Face cache.
+        streaming: render while iterating, without a cache.
+        num_proc: processes that render.
+        options: ``data_dir``, and those of CoveredCallCandidatesConfig.
+
+    Raises:
+        CandidatesError: for files or options that cannot be used.
+    """
+    builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder.as_dataset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export: the same chats as JSON lines, unsplit.
+
+
+def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> collections.Counter:
+    """Writes one ``{"messages": [...]}`` a line under a temporary name, renames it, and returns the label counts."""
+    labels = collections.Counter()
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for entry in tqdm(logged, desc=os.path.basename(path), unit=" decisions", disable=None):
+                for record in RECORDS[config.name](entry, config):
+                    file.write(json.dumps({"messages": record["messages"]}, ensure_ascii=False) + "\n")
+                    labels[record["label"]] += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return labels
+
+
+def export_paths(source: str, output_dir: str | None) -> dict[str, str]:
+    stem = re.sub(r"\.csv(\.gz)?$", "", os.path.basename(source))
+    folder = os.path.abspath(output_dir or os.path.dirname(source))
+    return {name: os.path.join(folder, f"{stem}_{name}.jsonl") for name in RECORDS}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Export candidate CSVs as chat JSON lines: <stem>_per_candidate.jsonl and "
+        "<stem>_per_decision_ranking.jsonl, whole and unsplit. The CSVs are only read.",
+        epilog="example: python covered_call_candidates.py --input data/sample/*_tp_and_roll_simulated.csv "
+        "--output_dir out",
+        allow_abbrev=False,
+    )
+    add, defaults = parser.add_argument, CoveredCallCandidatesConfig
+    add("--input", "--data_files", "--data-files", nargs="+", action="extend", required=True, metavar="FILE",
+        help="a CSV or a glob; may be given more than once")  # fmt: skip
+    add("--output_dir", "--output-dir", metavar="DIR", help="default: beside each input")
+    add("--underlying", help="keep only this one, e.g. BTC")
+    add("--exit_style", "--exit-style", help="keep only this one, e.g. tp_and_roll")
+    add("--hindsight", action="store_true", help="print outcomes in the prompts; they name the answer")
+    add("--candidate_order", "--candidate-order", default=defaults.candidate_order,
+        choices=["instrument", "csv", "shuffle"], help="default: %(default)s")  # fmt: skip
+    add("--seed", type=int, default=defaults.seed, help="of the shuffle, default: %(default)s")
+    add("--on_bad_rows", "--on-bad-rows", default=defaults.on_bad_rows, choices=["error", "skip"],
+        help="default: %(default)s")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    sources = find_csvs(arguments.input, None, os.getcwd())
+    targets = [path for source in sources for path in export_paths(source, arguments.output_dir).values()]
+    if len(set(targets)) < len(targets):
+        raise CandidatesError("Two inputs have the same name, so one export would replace the other. Rename one.")
+    names = ("underlying", "exit_style", "hindsight", "candidate_order", "seed", "on_bad_rows")
+    options = {name: getattr(arguments, name) for name in names}
+    for source in sources:
+        logged = read_candidates([source], CoveredCallCandidatesConfig(**options))
+        for name, path in export_paths(source, arguments.output_dir).items():
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            labels = write_jsonl(path, logged, CoveredCallCandidatesConfig(name=name, **options))
+            balance = ", ".join(f"{label} {count / labels.total():.1%}" for label, count in labels.most_common())
+            print(f"{path}: {labels.total()} records of {len(logged)} decisions ({balance})")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        export(parse_arguments(arguments))
+    except (CandidatesError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
