@@ -177,6 +177,13 @@ def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     return chat(system, user)
 
 
+def admissible_answers(record: dict) -> list[str]:
+    """What may be answered to a record of either config: SELL_CALL and SKIP, or 1..N and NO_TRADE."""
+    if "candidates" in record:
+        return [*map(str, range(1, len(record["candidates"]) + 1)), NO_TRADE]
+    return [SELL_CALL, SKIP]
+
+
 def candidate_hindsight(outcome: Outcome) -> str:
     """The outcome of a candidate as text. It names the answer: only for corpora that must match the teacher's."""
     return (

@@ -1,0 +1,116 @@
+"""A Phi-3 small enough for a laptop's CPU: the real architecture and chat format, a vocabulary learnt from the data.
+
+It stands in for Phi-3-mini where there is no GPU, so that the whole quantised path can be run and tested. It is
+good for nothing but these prompts.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig, SFTTrainer
+
+logger = logging.getLogger("tiny_phi3")
+
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+# As in Phi-3-mini-4k-instruct: a line a role, <|end|> after each message, the end of text after the last.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of these texts that reads numbers digit by digit and breaks no text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|pad|>", *ROLES],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=ROLES,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def random_phi3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Phi3ForCausalLM:
+    """A Phi-3 of two layers with random weights; its linear layers divide into the 64-blocks of 4-bit quantisation."""
+    set_seed(seed)
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Phi3ForCausalLM(config)
+
+
+def build_tiny_base(folder: str, chats: Dataset, steps: int, seed: int) -> str:
+    """Path of a tiny Phi-3 trained for ``steps`` on these chats, in full precision and on every token.
+
+    LoRA over a frozen random base learns next to nothing, so the base must be able to read first. It is saved once;
+    its folder's name carries a hash of the chats, of the arguments and of this file, so a stale one is never reused.
+    """
+    chats = chats.select_columns("messages")
+    content = json.dumps([list(chats["messages"]), steps, seed]) + Path(__file__).read_text(encoding="utf-8")
+    path = f"{folder}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    if os.path.isdir(path):
+        return path
+    logger.warning("Building a tiny Phi-3 in %s: %d steps on %d chats, once.", path, steps, len(chats))
+    tokenizer = train_tokenizer(message["content"] for chat in chats["messages"] for message in chat)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as unfinished:
+        trainer = SFTTrainer(
+            model=random_phi3(tokenizer, seed),
+            args=SFTConfig(
+                output_dir=unfinished,
+                max_steps=steps,
+                per_device_train_batch_size=16,
+                learning_rate=3e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=min(50, steps // 10),
+                seed=seed,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_length=None,
+                save_strategy="no",
+                logging_steps=50,
+                report_to="none",
+            ),
+            train_dataset=chats,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        finished = os.path.join(unfinished, "model")
+        trainer.save_model(finished)
+        os.rename(finished, path)
+    return path
