@@ -58,8 +58,8 @@ def random_phi3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Phi3ForCausalL
     set_seed(seed)
     config = Phi3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -73,19 +73,24 @@ def random_phi3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Phi3ForCausalL
     return Phi3ForCausalLM(config)
 
 
-def build_tiny_base(folder: str, chats: Dataset, steps: int, seed: int) -> str:
-    """Path of a tiny Phi-3 trained for ``steps`` on these chats, in full precision and on every token.
+def build_tiny_base(folder: str, train: Dataset, steps: int, seed: int) -> str:
+    """Path of a tiny Phi-3 whose weights were all trained for ``steps``, in full precision, on these answers.
 
-    LoRA over a frozen random base learns next to nothing, so the base must be able to read first. It is saved once;
-    its folder's name carries a hash of the chats, of the arguments and of this file, so a stale one is never reused.
+    LoRA over a frozen random base learns next to nothing, so the base must be able to read the prompts first. It is
+    saved once; its folder's name carries a hash of the training rows, of the arguments and of this file, so that a
+    stale one is never reused.
+
+    Args:
+        folder: start of the path.
+        train: conversational ``prompt`` and ``completion`` columns.
     """
-    chats = chats.select_columns("messages")
-    content = json.dumps([list(chats["messages"]), steps, seed]) + Path(__file__).read_text(encoding="utf-8")
+    rows = list(train)
+    content = json.dumps([rows, steps, seed]) + Path(__file__).read_text(encoding="utf-8")
     path = f"{folder}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     if os.path.isdir(path):
         return path
-    logger.warning("Building a tiny Phi-3 in %s: %d steps on %d chats, once.", path, steps, len(chats))
-    tokenizer = train_tokenizer(message["content"] for chat in chats["messages"] for message in chat)
+    logger.warning("Building a tiny Phi-3 in %s: %d steps on %d records, once.", path, steps, len(rows))
+    tokenizer = train_tokenizer(message["content"] for row in rows for message in row["prompt"] + row["completion"])
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as unfinished:
         trainer = SFTTrainer(
@@ -93,20 +98,21 @@ def build_tiny_base(folder: str, chats: Dataset, steps: int, seed: int) -> str:
             args=SFTConfig(
                 output_dir=unfinished,
                 max_steps=steps,
-                per_device_train_batch_size=16,
+                per_device_train_batch_size=32,
                 learning_rate=3e-3,
                 lr_scheduler_type="cosine",
-                warmup_steps=min(50, steps // 10),
-                seed=seed,
+                warmup_steps=steps // 10,
+                max_length=None,
+                completion_only_loss=True,
                 use_cpu=True,
                 bf16=False,
                 gradient_checkpointing=False,
-                max_length=None,
-                save_strategy="no",
+                seed=seed,
                 logging_steps=50,
+                save_strategy="no",
                 report_to="none",
             ),
-            train_dataset=chats,
+            train_dataset=train,
             processing_class=tokenizer,
         )
         trainer.train()

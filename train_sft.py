@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
-from sklearn.metrics import balanced_accuracy_score
+from peft import LoraConfig, PeftModel
+from sklearn.metrics import accuracy_score, recall_score
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -54,7 +55,7 @@ class ModelArguments:
         default=0,
         metadata={
             "help": "If above 0 and there is no model in model_name_or_path: make a tiny Phi-3 there, trained for so "
-            "many steps in full precision on the whole text of the training split."
+            "many steps in full precision on the training split."
         },
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains all weights (with quantization none)."})
@@ -75,9 +76,7 @@ class DataArguments:
     """What load_candidates is called with; what is not given takes its default there."""
 
     dataset_config: str = field(metadata={"help": "per_candidate or per_decision_ranking."})
-    data_files: list[str] | None = field(
-        default=None, metadata={"help": "CSVs or globs; default: data/, else sample."}
-    )
+    data_files: list[str] | None = field(default=None, metadata={"help": "CSVs or globs; default: data/, or sample."})
     data_dir: str | None = field(default=None, metadata={"help": "A folder of CSVs."})
     underlying: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. BTC."})
     exit_style: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. tp_and_roll."})
@@ -118,13 +117,22 @@ def parse_recipe(arguments: list[str]) -> tuple[ModelArguments, DataArguments, T
         allow_abbrev=False,
     )
     arguments = with_recipe_path(arguments)
-    known = [action.dest for action in parser._actions]
-    recipe = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")) if arguments[0] == "--config" else {}
-    for key in [*recipe, *(word.lstrip("-").split("=")[0] for word in arguments[2:] if word.startswith("--"))]:
-        if key.replace("-", "_") not in known:
-            nearest = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0)[0]
-            raise RecipeError(f"{key} is not a key of a recipe. Did you mean {nearest}?")
+    if arguments[0] == "--config":
+        check_keys(arguments, [action.dest for action in parser._actions])
     return parser.parse_args_and_config(arguments)
+
+
+def check_keys(arguments: list[str], known: list[str]) -> None:
+    with open(arguments[1], encoding="utf-8") as file:
+        recipe = yaml.safe_load(file)
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{arguments[1]} holds no keys: a recipe is a YAML file of `key: value` lines.")
+    given = [word[2:].split("=")[0].replace("-", "_") for word in arguments[2:] if word.startswith("--")]
+    for where, keys in ((arguments[1], recipe), ("the command line", given)):
+        for key in keys:
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+                raise RecipeError(f"{key}, in {where}, is not a key of a recipe. Did you mean {nearest}?")
 
 
 def with_recipe_path(arguments: list[str]) -> list[str]:
@@ -141,6 +149,20 @@ def with_recipe_path(arguments: list[str]) -> list[str]:
         if path.is_file():
             return ["--config", str(path), *rest]
     raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
+
+
+def check_model(model: ModelArguments) -> None:
+    """Raises RecipeError at once if there is no such model here, nor a way to download it."""
+    if model.tiny_base_steps:
+        return
+    try:
+        AutoConfig.from_pretrained(model.model_name_or_path)
+    except OSError as error:
+        raise RecipeError(
+            f"There is no model {model.model_name_or_path} here, nor can it be downloaded. Where there is a network, "
+            f"run: hf download {model.model_name_or_path}; or give a folder with the weights: --model_name_or_path "
+            "FOLDER."
+        ) from error
 
 
 def load_splits(data: DataArguments, seed: int) -> DatasetDict:
@@ -172,16 +194,10 @@ def load_model(
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[model.quantization]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
-        base = AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path, dtype=dtype, quantization_config=quantization, device_map={"": training.device}
-        )
-    except OSError as error:
-        raise RecipeError(
-            f"No model weights to be had for {model.model_name_or_path} ({str(error).splitlines()[0]}) Download them "
-            f"first with: hf download {model.model_name_or_path}, or give a folder: --model_name_or_path FOLDER."
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        model.model_name_or_path, dtype=dtype, quantization_config=quantization, device_map={"": training.device}
+    )
     if not model.lora_r:
         return base, tokenizer, None
     adapter = LoraConfig(
@@ -211,8 +227,8 @@ def check_lengths(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
     if max_length is not None and longest > max_length:
         first = next(i for i, length in enumerate(lengths) if length > max_length)
         raise RecipeError(
-            f"{split['decision_id'][first]} is {lengths[first]} tokens long and max_length is {max_length}, which would "
-            f"cut off its answer. Set max_length to {longest} or more."
+            f"{split['decision_id'][first]} is {lengths[first]} tokens long and max_length is {max_length}, which "
+            f"would cut off its answer. Set max_length to {longest} or more."
         )
 
 
@@ -242,10 +258,8 @@ def score(
     """Log-probability of each (prompt, answer)."""
     prompts = [chat_ids(tokenizer, prompt, add_generation_prompt=True) for prompt, _ in rows]
     chats = [chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}]) for prompt, answer in rows]
-    longest, kept = (
-        max(map(len, chats)),
-        max(len(chat) - len(prompt) for chat, prompt in zip(chats, prompts, strict=True)),
-    )
+    lengths = [len(chat) - len(prompt) for chat, prompt in zip(chats, prompts, strict=True)]
+    longest, kept = max(map(len, chats)), max(lengths)
     # Padded on the left, so that all answers end in the last column and only their logits are computed.
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(chat)) + chat for chat in chats])
     seen = torch.tensor([[0] * (longest - len(chat)) + [1] * len(chat) for chat in chats])
@@ -253,42 +267,42 @@ def score(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1].float().cpu()
     by_token = logits.log_softmax(-1).gather(-1, ids[:, -kept:, None]).squeeze(-1)
-    answered = torch.tensor(
-        [[0] * (kept - len(c) + len(p)) + [1] * (len(c) - len(p)) for c, p in zip(chats, prompts, strict=True)]
-    )
+    answered = torch.tensor([[0] * (kept - length) + [1] * length for length in lengths])
     return (by_token * answered).sum(1).tolist()
 
 
 def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: DatasetDict, batch_size: int) -> None:
-    """Prints label accuracy and balanced accuracy beside those of the train split's majority answer."""
-    majority = Counter(splits["train"]["label"]).most_common(1)[0][0]
-    print(f"\n{'split':<12}{'records':>8}  {'answer':<28}{'accuracy':>9}{'balanced accuracy':>19}")
+    """Prints accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
+    commonest = Counter(splits["train"]["label"]).most_common(1)[0][0]
+    print(f"\n{'split':<12}{'records':>8}  {'answers by':<24}{'accuracy':>9}{'balanced accuracy':>19}")
     for name in ("validation", "test"):
-        if not len(splits[name]):
-            continue
         labels = splits[name]["label"]
-        predicted = predict(model, tokenizer, splits[name], batch_size)
-        for who, given in (("tuned model", predicted), (f"majority, always {majority}", [majority] * len(labels))):
-            right = sum(a == b for a, b in zip(given, labels, strict=True)) / len(labels)
-            balanced = balanced_accuracy_score(labels, given)
-            print(f"{name:<12}{len(labels):>8}  {who:<28}{right:>9.3f}{balanced:>19.3f}")
+        if not labels:
+            continue
+        answers = {"tuned model": predict(model, tokenizer, splits[name], batch_size)}
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                answers["its base, untuned"] = predict(model, tokenizer, splits[name], batch_size)
+        answers[f"always {commonest}"] = [commonest] * len(labels)
+        for who, given in answers.items():
+            accuracy = accuracy_score(labels, given)
+            balanced = recall_score(labels, given, labels=sorted(set(labels)), average="macro", zero_division=0)
+            print(f"{name:<12}{len(labels):>8}  {who:<24}{accuracy:>9.3f}{balanced:>19.3f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     model, data, training = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    check_model(model)
     splits = load_splits(data, training.seed)
+    train = prompt_completion(splits["train"])
     if model.tiny_base_steps and not os.path.isdir(model.model_name_or_path):
         model.model_name_or_path = build_tiny_base(
-            model.model_name_or_path, splits["train"], model.tiny_base_steps, training.seed
+            model.model_name_or_path, train, model.tiny_base_steps, training.seed
         )
     base, tokenizer, adapter = load_model(model, training)
     check_lengths(splits["train"], tokenizer, training.max_length)
     trainer = SFTTrainer(
-        model=base,
-        args=training,
-        train_dataset=prompt_completion(splits["train"]),
-        processing_class=tokenizer,
-        peft_config=adapter,
+        model=base, args=training, train_dataset=train, processing_class=tokenizer, peft_config=adapter
     )
     trainer.train()
     trainer.save_model()
@@ -299,5 +313,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         main()
-    except (RecipeError, CandidatesError) as error:
+    except (RecipeError, CandidatesError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")

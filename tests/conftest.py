@@ -1,0 +1,144 @@
+"""What the tests share: valid CSV rows to spoil, and a Hugging Face home of their own."""
+
+import csv
+import datetime
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# `datasets` reads these once, when it is imported: set them before anything imports it.
+for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_TRUST_REMOTE_CODE"):
+    os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+
+SCRIPT = Path(__file__).parents[1] / "covered_call_candidates.py"
+REAL_DATA = Path(__file__).parents[2] / "shared" / "real_data"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import datasets  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from covered_call_candidates import (  # noqa: E402
+    COLUMNS,
+    RECORDS,
+    CoveredCallCandidatesConfig,
+    load_candidates,
+    read_candidates,
+)
+
+# The same examples on every run and no deadline: a red test is a changed behaviour, never a slow machine.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
+needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real backtest files in {REAL_DATA}")
+runs_scripts = pytest.mark.skipif(
+    int(datasets.__version__.split(".")[0]) >= 4,
+    reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",
+)
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load_candidates with an Arrow cache of the test's own."""
+    return lambda name="per_candidate", **options: load_candidates(name, cache_dir=str(tmp_path / "arrow"), **options)
+
+
+def row(**cells) -> dict:
+    """A valid CSV row, not traded, with some of its cells replaced."""
+    return {
+        "decision_time": "2024-09-01T00:00:00+00:00",
+        "underlying": "BTC",
+        "spot": "58466.0",
+        "instrument": "BTC-08SEP24-63000-C",
+        "strike": "63000.0",
+        "dte": "7.0",
+        "delta": "0.23514593117822502",
+        "score": "3.2029186235645004",
+        "iv": "0.7",
+        "ivrv_ratio": "0.9306217222978382",
+        "exit_style": "tp_and_roll",
+        "trade_executed": "0",
+        "chosen": "0",
+        "action": "SKIP",
+        "strategy": "",
+        "reward": "0.0",
+        "pnl_vs_hodl": "0.0",
+        "max_drawdown_pct": "0.0",
+        **{name: str(value) for name, value in cells.items()},
+    }
+
+
+def time(day: float) -> str:
+    return (datetime.datetime(2024, 9, 1, tzinfo=datetime.UTC) + datetime.timedelta(days=day)).isoformat()
+
+
+def decision(day: float = 0, sold: int | None = None, strikes=(62000, 63000, 64000), **cells) -> list[dict]:
+    """The rows of one valid decision, ``day`` days after 2024-09-01; ``sold`` says which one the teacher sold."""
+    label = {"chosen": 1, "action": "SELL_CALL", "reward": -3214.59, "pnl_vs_hodl": 744.26, "max_drawdown_pct": 6.94}
+    shared = {"decision_time": time(day), "trade_executed": int(sold is not None)}
+    name = cells.get("underlying", "BTC")
+    return [
+        row(**{"instrument": f"{name}-{strike}-C", "strike": strike, "score": 3.5 - 0.25 * index}
+            | shared | (label if index == sold else {}) | cells)
+        for index, strike in enumerate(strikes)
+    ]  # fmt: skip
+
+
+def no_candidates(day: float = 0, **cells) -> dict:
+    """The placeholder row of a step without candidates."""
+    blank = {"instrument": "NO_CANDIDATES", "strike": 0, "dte": 0, "delta": 0, "score": 0, "iv": "", "ivrv_ratio": ""}
+    return row(**{"decision_time": time(day)} | blank | cells)
+
+
+def write_csv(path: Path, rows: list[dict], columns=COLUMNS) -> str:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def import_script(path: Path):
+    """The script at ``path`` as a module of its own, beside the one that the tests import."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stat().st_ino}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(*arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """Runs Python in ``cwd`` with a Hugging Face home below it."""
+    env = {**os.environ, "HF_HOME": str(cwd / "hf_home"), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def messages(dataset) -> list[str]:
+    """Each record's chat as a line of the exporter."""
+    return [json.dumps({"messages": record["messages"]}, ensure_ascii=False) for record in dataset]
+
+
+def records(paths: str | list[str], name: str = "per_candidate", **options) -> list[dict]:
+    """The records without an Arrow file between: quick enough for hundreds of generated files."""
+    config = CoveredCallCandidatesConfig(name=name, **options)
+    logged = read_candidates([paths] if isinstance(paths, str) else paths, config)
+    return [record for entry in logged for record in RECORDS[name](entry, config)]
