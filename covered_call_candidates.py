@@ -27,6 +27,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,7 +125,7 @@ def exact(strike: float) -> str:
 
 
 def days(dte: float) -> str:
-    return f"{dte:.0f}" if dte == int(dte) else f"{dte:.2f}"
+    return str(int(dte)) if dte == int(dte) else f"{dte:.2f}"
 
 
 def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str = "") -> list[dict]:
@@ -248,8 +249,8 @@ class Row(NamedTuple):
     spot: float
     candidate: Candidate | None
     outcome: Outcome
-    trade_executed: bool
-    chosen: bool
+    trade_executed: int
+    chosen: int
 
 
 def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
@@ -312,9 +313,9 @@ def stamp(path: str) -> str:
 
 
 def nothing_left(paths, options, present, skipped) -> CandidatesError:
-    if skipped:
-        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
     asked = [f"{name}={getattr(options, name)!r}" for name in present if getattr(options, name)]
+    if skipped or not asked:
+        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
     found = [f"{name} {', '.join(sorted(values))}" for name, values in present.items()]
     return CandidatesError(
         f"{', '.join(paths)}: no row is left with {' and '.join(asked)}. The files hold {'; '.join(found)}."
@@ -379,21 +380,25 @@ def read_cells(path: str, options, present: dict[str, set]) -> Iterator[Cells]:
             f"{path}, line {first_undecodable_line(path)}: {error.object[error.start : error.start + 1]!r} is not "
             "UTF-8. Save the file as CSV UTF-8."
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CandidatesError(f"{path}: the gzip archive is damaged ({error}). Copy or compress it again.") from None
 
 
 def open_csv(path: str):
     with open(path, "rb") as raw:
-        head = raw.read(4)
-    if head == b"PAR1":
-        raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
-    opener = gzip.open if head.startswith(b"\x1f\x8b") else open
+        if raw.read(4) == b"PAR1":
+            raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
+    opener = gzip.open if is_gzip(path) else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
+def is_gzip(path: str) -> bool:
+    with open(path, "rb") as raw:
+        return raw.read(2) == b"\x1f\x8b"
+
+
 def first_undecodable_line(path: str) -> int:
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as raw:
+    with gzip.open(path) if is_gzip(path) else open(path, "rb") as raw:
         for number, line in enumerate(raw, start=1):
             try:
                 line.decode("utf-8")
@@ -403,28 +408,36 @@ def first_undecodable_line(path: str) -> int:
 
 
 def filter_cells(path: str, reader, options, present: dict[str, set]) -> Iterator[Cells]:
-    header = check_header(path, next(reader, None))
     rows = 0
     try:
-        for values in reader:
+        header = check_header(path, next(reader, None))
+        for line, values in numbered(reader):
             if not values:  # a blank line holds nothing to lose
                 continue
             rows += 1
-            cells = Cells(path, reader.line_num, dict(zip(header, map(str.strip, values), strict=False)))
+            cells = Cells(path, line, dict(zip(header, map(str.strip, values), strict=False)))
             if len(values) != len(header):
                 # Which column slid is unknown, so the row may not be filtered away either.
                 yield cells._replace(values={WIDTH: f"{len(values)} fields instead of {len(header)}"})
                 continue
             for name, seen in present.items():
                 seen.add(cells.values[name])
-            if all(getattr(options, name) in (None, cells.values[name]) for name in present):
+            if all(getattr(options, name) in (None, cells.values[name]) or not cells.values[name] for name in present):
                 yield cells
     except csv.Error as error:
         raise CandidatesError(
-            f"{path}, line {reader.line_num}: not readable as CSV ({error}). Look for an unclosed quote."
+            f"{path}, line {reader.line_num}: not readable as CSV ({error}). An unclosed quote, here or above?"
         ) from None
     if not rows:
         raise CandidatesError(f"{path} holds a header and no row. Leave it out, or run the backtest again.")
+
+
+def numbered(reader) -> Iterator[tuple[int, list[str]]]:
+    """The reader's rows with the line that each begins on; a quoted cell may span several."""
+    line = reader.line_num + 1
+    for values in reader:
+        yield line, values
+        line = reader.line_num + 1
 
 
 def check_header(path: str, header: list[str] | None) -> list[str]:
@@ -460,7 +473,7 @@ def parse_row(cells: Cells) -> Row:
     if cells.values["action"] not in (SELL_CALL, SKIP):
         raise cells.bad("action", f"is neither {SELL_CALL} nor {SKIP}")
     if chosen != (cells.values["action"] == SELL_CALL):
-        raise cells.bad("action", f"disagrees with chosen={int(chosen)}")
+        raise cells.bad("action", f"disagrees with chosen={chosen}")
     outcome = Outcome(*(parse_number(cells, name, blank=True) for name in Outcome._fields))
     candidate = None
     if parse_name(cells, "instrument") != NO_CANDIDATES:
@@ -497,8 +510,10 @@ def parse_time(cells: Cells) -> datetime.datetime:
 @functools.lru_cache(maxsize=4096)
 def iso_time(text: str) -> datetime.datetime | None:
     try:
-        return datetime.datetime.fromisoformat(text)
-    except ValueError:
+        time = datetime.datetime.fromisoformat(text)
+        utc(time) + datetime.timedelta(days=MAX_DTE)  # at the ends of the calendar there is no UTC time, or no expiry
+        return time
+    except (ValueError, OverflowError):
         return None
 
 
@@ -514,11 +529,11 @@ def parse_name(cells: Cells, column: str) -> str:
     return text
 
 
-def parse_flag(cells: Cells, column: str) -> bool:
+def parse_flag(cells: Cells, column: str) -> int:
     text = cells.values[column]
     if text not in ("0", "1", "0.0", "1.0", "False", "True"):
         raise cells.bad(column, "is neither 0 nor 1")
-    return text in ("1", "1.0", "True")
+    return int(text in ("1", "1.0", "True"))
 
 
 def parse_number(cells: Cells, column: str, low=-math.inf, high=math.inf, blank=False) -> float | None:
@@ -607,8 +622,6 @@ def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[Log
     for name, entries in splits.items():
         first_last = [entries[i].decision.decision_time.date() for i in (0, -1)] if entries else []
         logger.info("%s: %d decisions %s", name, len(entries), " to ".join(map(str, first_last)))
-        if not entries:
-            logger.warning("Split %s is empty: %d decision time(s) do not fill it.", name, len(times))
     if purged:
         counts = ", ".join(f"{count} from {name}" for name, count in purged.items())
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
@@ -752,13 +765,16 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise CandidatesError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name in ("hindsight", "purge"):
+            if not isinstance(getattr(self, name), bool):
+                raise CandidatesError(f"{name}={getattr(self, name)!r}: give True or False.")
         self.check_splits()
 
     def check_splits(self) -> None:
         dated = (self.validation_from is not None) + (self.test_from is not None)
         if dated == 1:
             raise CandidatesError("validation_from and test_from go together: give both.")
-        if dated and tuple(self.splits) != CoveredCallCandidatesConfig.splits:
+        if dated and self.splits not in (CoveredCallCandidatesConfig.splits, list(CoveredCallCandidatesConfig.splits)):
             raise CandidatesError("Give either splits, or validation_from and test_from.")
         if dated and parse_option_time(self, "validation_from") > parse_option_time(self, "test_from"):
             raise CandidatesError(f"validation_from={self.validation_from} is after test_from={self.test_from}.")
@@ -810,10 +826,17 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         logged = read_candidates(list(self.config.data_files["train"]), self.config)
-        return [
-            datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)})
-            for name, entries in split_decisions(logged, self.config).items()
-        ]
+        generators = []
+        for name, entries in split_decisions(logged, self.config).items():
+            if self.config.name == "per_candidate":  # a step without candidates makes no record there
+                entries = [entry for entry in entries if entry.decision.candidates]
+            if entries:
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
+            else:  # datasets cannot hold a split without rows
+                logger.warning("Split %s is empty, and left out.", name)
+        if not generators:
+            raise CandidatesError("No split has a record: there is no candidate in the files, or the purge took all.")
+        return generators
 
     def _generate_examples(self, shards):
         for shard in shards:
@@ -823,9 +846,9 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
 
 
 def cut(entries: list, parts: int) -> list[tuple]:
-    """At most ``parts`` contiguous pieces of nearly equal length, and at least one."""
-    size = max(1, math.ceil(len(entries) / parts))
-    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)] or [()]
+    """At most ``parts`` contiguous pieces of nearly equal length."""
+    size = math.ceil(len(entries) / parts)
+    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
 
 
 def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:
@@ -836,7 +859,9 @@ def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base
             "(see the options splits, validation_from and test_from)."
         )
     if data_files is not None:
-        patterns = [data_files] if isinstance(data_files, (str, os.PathLike)) else data_files
+        patterns = [data_files] if isinstance(data_files, (str, os.PathLike)) else list(data_files)
+        if not patterns:
+            raise CandidatesError("data_files is an empty list: give a path, a glob, or leave it out.")
         return list(dict.fromkeys(path for pattern in patterns for path in match(os.fspath(pattern), data_dir or "")))
     if data_dir is not None:
         return match(os.path.join(data_dir, "*.csv"), or_gzipped=True)
@@ -951,8 +976,9 @@ def export(arguments: argparse.Namespace) -> None:
         raise CandidatesError("Two inputs have the same name, so one export would replace the other. Rename one.")
     names = ("underlying", "exit_style", "hindsight", "candidate_order", "seed", "on_bad_rows")
     options = {name: getattr(arguments, name) for name in names}
-    for source in sources:
-        logged = read_candidates([source], CoveredCallCandidatesConfig(**options))
+    # All are read before any is written, so that a bad one leaves every export as it was.
+    decisions = {source: read_candidates([source], CoveredCallCandidatesConfig(**options)) for source in sources}
+    for source, logged in decisions.items():
         for name, path in export_paths(source, arguments.output_dir).items():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             labels = write_jsonl(path, logged, CoveredCallCandidatesConfig(name=name, **options))
