@@ -4,7 +4,7 @@ import datetime
 import math
 
 import pytest
-from conftest import decision, row, time, write_csv
+from conftest import decision, no_candidates, row, time, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,3 +209,24 @@ def test_an_unknown_option_or_config_is_named(load, tmp_path):
         load(data_files=path, exit_stile="tp_and_roll")
     with pytest.raises(ValueError, match="'ranking' not found. Available: .'per_candidate', 'per_decision_ranking'."):
         load("ranking", data_files=path)
+
+
+def test_a_split_of_steps_without_candidates_has_no_candidate_records(load, tmp_path, caplog):
+    rows = [row for day in range(10) for row in ([no_candidates(day)] if day == 8 else decision(day, sold=0, dte=0.5))]
+    path = write_csv(tmp_path / "a.csv", rows)
+    assert sorted(load("per_candidate", data_files=path)) == ["test", "train"]
+    assert "validation is empty" in caplog.text
+    assert load("per_decision_ranking", data_files=path)["validation"]["label"] == ["NO_TRADE"]
+
+
+def test_files_without_any_candidate_make_no_candidate_records(load, tmp_path):
+    path = write_csv(tmp_path / "a.csv", [no_candidates(day) for day in range(10)])
+    with pytest.raises(CandidatesError, match="No split has a record"):
+        load("per_candidate", data_files=path)
+    assert load("per_decision_ranking", data_files=path).num_rows == {"train": 8, "validation": 1, "test": 1}
+
+
+@pytest.mark.parametrize("option", ["purge", "hindsight"])
+def test_a_switch_must_be_true_or_false(load, tmp_path, option):
+    with pytest.raises(CandidatesError, match=f"{option}='no': give True or False"):
+        load(data_files=daily(tmp_path / "a.csv", range(10)), **{option: "no"})

@@ -89,9 +89,9 @@ def test_an_unknown_key_in_a_recipe_names_the_nearest(tmp_path):
         parse("--config", path)
 
 
-@pytest.mark.parametrize("words", [["--lora_rank", "4"], ["--lora-rank=4"]])
+@pytest.mark.parametrize("words", [["--lora_alfa", "4"], ["--lora-alfa=4"]])
 def test_an_unknown_key_on_the_command_line_names_the_nearest(words):
-    with pytest.raises(train_sft.RecipeError, match=r"lora_rank, in the command line.*Did you mean lora_r\w*\?"):
+    with pytest.raises(train_sft.RecipeError, match=r"lora_alfa, in the command line.*Did you mean lora_alpha\?"):
         parse("--config", "tiny", *words)
 
 
