@@ -910,6 +910,8 @@ def load_candidates(
     Raises:
         CandidatesError: for files or options that cannot be used.
     """
+    if name not in RECORDS:
+        raise CandidatesError(f"{name!r} is no config: choose one of {', '.join(RECORDS)}.")
     builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
     if streaming:
         return builder.as_streaming_dataset()

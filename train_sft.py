@@ -10,6 +10,7 @@ A recipe is a YAML file in configs/; every key of it can be given on the command
 import argparse
 import difflib
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -171,11 +172,11 @@ def load_splits(data: DataArguments, seed: int) -> DatasetDict:
     name, limit = options.pop("dataset_config"), options.pop("max_eval_records", None)
     splits = load_candidates(name, seed=seed, **options)
     for split in ("train", "validation"):
-        if not len(splits[split]):
+        if split not in splits:
             raise RecipeError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
-    for split in ("validation", "test"):
+    for split in set(splits) - {"train"}:
         if limit and len(splits[split]) > limit:
-            splits[split] = splits[split].select(range(0, len(splits[split]), -(-len(splits[split]) // limit)))
+            splits[split] = splits[split].select(range(0, len(splits[split]), math.ceil(len(splits[split]) / limit)))
     return splits
 
 
@@ -275,10 +276,8 @@ def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: D
     """Prints accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
     commonest = Counter(splits["train"]["label"]).most_common(1)[0][0]
     print(f"\n{'split':<12}{'records':>8}  {'answers by':<24}{'accuracy':>9}{'balanced accuracy':>19}")
-    for name in ("validation", "test"):
+    for name in (name for name in ("validation", "test") if name in splits):
         labels = splits[name]["label"]
-        if not labels:
-            continue
         answers = {"tuned model": predict(model, tokenizer, splits[name], batch_size)}
         if isinstance(model, PeftModel):
             with model.disable_adapter():

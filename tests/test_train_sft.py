@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import train_sft
-from covered_call_candidates import admissible_answers
+from covered_call_candidates import CandidatesError, admissible_answers
 from tiny_phi3 import build_tiny_base, random_phi3, train_tokenizer
 
 RECIPES = sorted(path.stem for path in train_sft.RECIPES.glob("*.yaml"))
@@ -156,6 +156,11 @@ def test_a_validation_split_must_have_records(tmp_path):
     path = write_csv(tmp_path / "a.csv", decision(0, sold=1))
     with pytest.raises(train_sft.RecipeError, match="validation split is empty"):
         train_sft.load_splits(train_sft.DataArguments("per_candidate", data_files=[path]), seed=0)
+
+
+def test_a_dataset_config_that_there_is_not_is_named_with_those_there_are(csv_file):
+    with pytest.raises(CandidatesError, match="'ranking' is no config: choose one of per_candidate, per_decision_"):
+        train_sft.load_splits(train_sft.DataArguments("ranking", [csv_file]), seed=0)
 
 
 def test_scoring_can_be_limited_to_evenly_spaced_records(csv_file):
