@@ -259,7 +259,7 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
     Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
     """
     decisions: dict[tuple, tuple[str, LoggedDecision]] = {}
-    repeated = collections.Counter()
+    repeated = collections.defaultdict(list)
     present = {"underlying": set(), "exit_style": set()}
     skipped = 0
     for path in paths:
@@ -268,7 +268,7 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
         for entry in logged:
             key = entry.decision[:3]
             if key in decisions:
-                repeated[decisions[key][0], path] += 1
+                repeated[decisions[key][0], path].append(entry.decision.decision_id)
                 if options.duplicates == "latest" and not is_later(path, decisions[key][0]):
                     continue
             decisions[key] = (path, entry)
@@ -280,16 +280,17 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
     return sorted((entry for _, entry in decisions.values()), key=lambda entry: entry.decision.decision_time)
 
 
-def check_repeated(repeated: collections.Counter, options: "CoveredCallCandidatesConfig") -> None:
-    if not repeated:
-        return
-    (first, second), count = repeated.most_common(1)[0]
+def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
+    """``repeated`` holds, for two files, the ids of the decisions that both have."""
     if options.duplicates == "error":
-        raise CandidatesError(
-            f"{first} and {second} both hold the same decisions ({count} of them). Give one of the two, or keep the "
-            'later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
-        )
-    logger.warning("%d decision(s) stood in two files; the later file's were kept.", repeated.total())
+        for (first, second), ids in repeated.items():
+            raise CandidatesError(
+                f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or "
+                'keep the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
+            )
+    elif repeated:
+        count = sum(map(len, repeated.values()))
+        logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
 
 
 def is_later(path: str, other: str) -> bool:
