@@ -231,7 +231,8 @@ def test_the_same_decision_in_two_files_names_both_and_the_remedy(tmp_path):
     with pytest.raises(CandidatesError) as error:
         records(paths)
     text = complaint(error)
-    assert all(path in text for path in paths) and "5 of them" in text and 'duplicates="latest"' in text
+    assert all(path in text for path in paths) and "5 in common" in text and 'duplicates="latest"' in text
+    assert "both hold decision 'BTC|2024-09-01T00:00:00+00:00|tp_and_roll'" in text
 
 
 def test_the_error_comes_through_load_candidates(load, tmp_path):
