@@ -282,15 +282,16 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
 
 def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
     """``repeated`` holds, for two files, the ids of the decisions that both have."""
+    if not repeated:
+        return
     if options.duplicates == "error":
-        for (first, second), ids in repeated.items():
-            raise CandidatesError(
-                f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or "
-                'keep the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
-            )
-    elif repeated:
-        count = sum(map(len, repeated.values()))
-        logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
+        (first, second), ids = next(iter(repeated.items()))
+        raise CandidatesError(
+            f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or keep "
+            'the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
+        )
+    count = sum(map(len, repeated.values()))
+    logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
 
 
 def is_later(path: str, other: str) -> bool:
