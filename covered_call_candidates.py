@@ -213,6 +213,22 @@ def chat(system: str, user: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
+def prompt_version() -> str:
+    """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
+    time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
+    candidates = (
+        Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
+        Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
+    )
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates)
+    chats = [candidate_messages(decision, candidate) for candidate in candidates]
+    chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
+    return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
+
+
+PROMPT_VERSION = prompt_version()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading. Every complaint names file, line, column and value, and says what to do.
 

@@ -73,22 +73,27 @@ def random_phi3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Phi3ForCausalL
     return Phi3ForCausalLM(config)
 
 
-def build_tiny_base(folder: str, train: Dataset, steps: int, seed: int) -> str:
-    """Path of a tiny Phi-3 whose weights were all trained for ``steps``, in full precision, on these answers.
-
-    LoRA over a frozen random base learns next to nothing, so the base must be able to read the prompts first. It is
-    saved once; its folder's name carries a hash of the training rows, of the arguments and of this file, so that a
-    stale one is never reused.
+def tiny_base_path(folder: str, train: Dataset, steps: int, seed: int) -> str:
+    """Where the tiny Phi-3 of these arguments and this file stands or will stand: a stale one is never reused.
 
     Args:
         folder: start of the path.
         train: conversational ``prompt`` and ``completion`` columns.
     """
+    content = json.dumps([list(train), steps, seed]) + Path(__file__).read_text(encoding="utf-8")
+    return f"{folder}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def build_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
+    """Saves a tiny Phi-3 whose weights were all trained for ``steps``, in full precision, on these answers.
+
+    LoRA over a frozen random base learns next to nothing, so the base must be able to read the prompts first.
+
+    Args:
+        path: where to save it, as tiny_base_path says.
+        train: conversational ``prompt`` and ``completion`` columns.
+    """
     rows = list(train)
-    content = json.dumps([rows, steps, seed]) + Path(__file__).read_text(encoding="utf-8")
-    path = f"{folder}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if os.path.isdir(path):
-        return path
     logger.warning("Building a tiny Phi-3 in %s: %d steps on %d records, once.", path, steps, len(rows))
     tokenizer = train_tokenizer(message["content"] for row in rows for message in row["prompt"] + row["completion"])
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -119,4 +124,3 @@ def build_tiny_base(folder: str, train: Dataset, steps: int, seed: int) -> str:
         finished = os.path.join(unfinished, "model")
         trainer.save_model(finished)
         os.rename(finished, path)
-    return path

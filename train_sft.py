@@ -2,48 +2,97 @@
 
     python train_sft.py --config tiny              # CPU, minutes: a tiny Phi-3 it builds itself
     python train_sft.py --config ranking           # Phi-3-mini on a CUDA GPU
+    python train_sft.py --config ranking --dry_run # only check that it would work
     python train_sft.py --config tiny --data_files 'runs/*.csv' --max_steps 50
+    accelerate launch train_sft.py --config ranking
 
-A recipe is a YAML file in configs/; every key of it can be given on the command line too, which wins.
+A recipe is a YAML file in configs/; every key of it can be given on the command line too, which wins. A run that was
+killed goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
+import datetime
 import difflib
+import importlib.metadata
+import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
-from peft import LoraConfig, PeftModel
+from accelerate import init_empty_weights
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, recall_score
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
 )
+from transformers.integrations import is_fsdp_enabled
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from covered_call_candidates import CandidatesError, admissible_answers, load_candidates
-from tiny_phi3 import build_tiny_base
+from covered_call_candidates import (
+    NO_TRADE,
+    PROMPT_VERSION,
+    SKIP,
+    CandidatesError,
+    admissible_answers,
+    find_csvs,
+    fingerprint,
+    load_candidates,
+)
+from policy import (
+    MANIFEST,
+    QUANTIZATIONS,
+    PolicyError,
+    Scored,
+    answer_tokens,
+    base_revision,
+    encode,
+    load_base,
+    load_tokenizer,
+    score_answers,
+)
+from tiny_phi3 import build_tiny_base, tiny_base_path
 
 logger = logging.getLogger("train_sft")
 
 RECIPES = Path(__file__).parent / "configs"
+RECIPE, CARD, PLOT, CHECKPOINT = "recipe.yaml", "README.md", "training.png", "checkpoint-"
+BALANCES = ("none", "downsample", "weight")
+IGNORE = -100  # the label of a token that carries no loss
+ZERO_GRADIENT_STEPS = 20
+GIB = 2**30
 
 
 class RecipeError(ValueError):
     """The recipe cannot run as it is; the message says what to change."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training went wrong in a way that more steps do not mend; the message says how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parse
 
 
 @dataclass
@@ -51,7 +100,7 @@ class ModelArguments:
     """The model, how it is quantised, and the adapter."""
 
     model_name_or_path: str = field(metadata={"help": "A Hub name or a local folder."})
-    quantization: Literal["int4", "int8", "none"] = field(metadata={"help": "int4 is NF4."})
+    quantization: Literal["int4", "int8", "none"] = field(metadata={"help": "int4 is NF4, doubly quantised."})
     tiny_base_steps: int = field(
         default=0,
         metadata={
@@ -64,8 +113,8 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
 
     def __post_init__(self):
-        if self.quantization not in ("int4", "int8", "none"):
-            raise RecipeError(f"quantization: {self.quantization!r} is none of int4, int8, none.")
+        if self.quantization not in QUANTIZATIONS:
+            raise RecipeError(f"quantization: {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}.")
         if self.lora_r == 0 and self.quantization != "none":
             raise RecipeError(
                 f"lora_r: 0 trains all weights, which {self.quantization} freezes: use quantization none."
@@ -81,35 +130,102 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "A folder of CSVs."})
     underlying: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. BTC."})
     exit_style: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. tp_and_roll."})
-    candidate_order: str | None = field(default=None, metadata={"help": "instrument, csv or shuffle (by the seed)."})
+    candidate_order: str | None = field(
+        default=None,
+        metadata={
+            "help": "instrument, csv, or shuffle: the training split, in another order each epoch; validation and "
+            "test stay in instrument order."
+        },
+    )
     splits: list[float] | None = field(default=None, metadata={"help": "Fractions of train, validation and test."})
     validation_from: str | None = field(default=None, metadata={"help": "A date; goes with test_from."})
     test_from: str | None = field(default=None, metadata={"help": "A date; goes with validation_from."})
     purge: bool | None = field(default=None, metadata={"help": "Leave out decisions that outlive their split."})
     duplicates: str | None = field(default=None, metadata={"help": "error or latest."})
     on_bad_rows: str | None = field(default=None, metadata={"help": "error or skip."})
-    max_eval_records: int | None = field(default=None, metadata={"help": "Score at most so many, evenly spaced."})
+    balance: Literal["none", "downsample", "weight"] = field(
+        default="none",
+        metadata={
+            "help": "Trades against SKIP or NO_TRADE in the training split: downsample draws as many of either each "
+            "epoch, weight gives both the same share of the loss."
+        },
+    )
+    max_eval_records: int | None = field(
+        default=None,
+        metadata={"help": "While training, score at most so many validation records, evenly spaced."},
+    )
+
+    def __post_init__(self):
+        if self.balance not in BALANCES:
+            raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
+
+
+# Keys of SFTConfig that would be overruled here in silence, or break what the preflight promises.
+REFUSED = {
+    "completion_only_loss": "the loss is on the answer only, always",
+    "assistant_only_loss": "the loss is on the answer only, always",
+    "packing": "a packed record may attend to another where there is no flash attention",
+    "padding_free": "a record may attend to another where there is no flash attention",
+    "chat_template_path": "it would change the model's own chat format; give a model whose template you want",
+    "eos_token": "the end of an answer is taken from the chat template",
+    "pad_token": "the pad token is taken from the tokenizer, and is never the end of an answer",
+    "loss_type": "the loss is the answer's cross-entropy",
+    "label_smoothing_factor": "the loss is the answer's cross-entropy",
+    "use_liger_kernel": "logits are computed at the answer alone anyway",
+    "train_sampling_strategy": "the order of an epoch depends on the seed and the epoch alone, so that it can resume",
+    "ignore_data_skip": "a resumed run must see the records it has not seen yet",
+    "resume_from_checkpoint": "the same command resumes by itself",
+}
 
 
 @dataclass
 class TrainingArguments(SFTConfig):
     """TRL's SFTConfig; a GPU is asked for unless use_cpu is set."""
 
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the preflight, train nothing."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the run in output_dir first."})
+    collapse_patience: int = field(
+        default=4,
+        metadata={"help": "Stop after so many evaluations in a row in which all answers were the same; 0: never."},
+    )
+
     def __post_init__(self):
+        for key, reason in REFUSED.items():
+            default = next(f.default for f in fields(SFTConfig) if f.name == key)
+            if getattr(self, key) not in (default, key == "completion_only_loss"):
+                raise RecipeError(f"{key}: {getattr(self, key)!r} cannot be set: {reason}. Remove it.")
         if not self.use_cpu and not torch.cuda.is_available():
-            raise RecipeError(
-                "This recipe needs a CUDA GPU and there is none here. Run it on a machine with one (6 GB for int4, 8 "
-                "GB for int8), or try the whole path on this CPU with --config tiny."
-            )
+            if not self.dry_run:
+                raise RecipeError(
+                    "This recipe needs a CUDA GPU and there is none here. Run it on a machine with one (6 GB for "
+                    "int4, 8 GB for int8), check it with --dry_run, or try the whole path on this CPU with --config "
+                    "tiny."
+                )
+            self.use_cpu = True
+        if self.bf16 and not self.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("This GPU has no bfloat16: using float16.")
+            self.bf16, self.fp16 = False, True
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        self.dataset_kwargs = {"skip_prepare_dataset": True}  # records come tokenised, as the preflight checked them
         super().__post_init__()
+        # On several processes, the few records that do not fill a last batch wait for another epoch's shuffle; the
+        # alternative would be to train some twice.
+        self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the description, and shows the defaults."""
 
 
-def parse_recipe(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Recipe and command line as dataclasses; an unknown key in either raises RecipeError with the nearest one."""
+def parse_recipe(
+    arguments: list[str],
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, dict]:
+    """Recipe and command line as dataclasses, and the keys given in either with their parsed values.
+
+    Raises:
+        RecipeError: for an unknown key (it names the nearest) or a value that no key takes.
+    """
     parser = TrlParser(
         (ModelArguments, DataArguments, TrainingArguments),
         description=__doc__,
@@ -118,12 +234,14 @@ def parse_recipe(arguments: list[str]) -> tuple[ModelArguments, DataArguments, T
         allow_abbrev=False,
     )
     arguments = with_recipe_path(arguments)
+    given = []
     if arguments[0] == "--config":
-        check_keys(arguments, [action.dest for action in parser._actions])
-    return parser.parse_args_and_config(arguments)
+        given = check_keys(arguments, [action.dest for action in parser._actions])
+    parsed = parser.parse_args_and_config(arguments)
+    return *parsed, {key: plain(value) for part in parsed for key, value in vars(part).items() if key in given}
 
 
-def check_keys(arguments: list[str], known: list[str]) -> None:
+def check_keys(arguments: list[str], known: list[str]) -> list[str]:
     with open(arguments[1], encoding="utf-8") as file:
         recipe = yaml.safe_load(file)
     if not isinstance(recipe, dict):
@@ -134,6 +252,11 @@ def check_keys(arguments: list[str], known: list[str]) -> None:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
                 raise RecipeError(f"{key}, in {where}, is not a key of a recipe. Did you mean {nearest}?")
+    return [*recipe, *given]
+
+
+def plain(value):
+    return value.value if isinstance(value, Enum) else value
 
 
 def with_recipe_path(arguments: list[str]) -> list[str]:
@@ -152,6 +275,10 @@ def with_recipe_path(arguments: list[str]) -> list[str]:
     raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
 def check_model(model: ModelArguments) -> None:
     """Raises RecipeError at once if there is no such model here, nor a way to download it."""
     if model.tiny_base_steps:
@@ -166,151 +293,792 @@ def check_model(model: ModelArguments) -> None:
         ) from error
 
 
-def load_splits(data: DataArguments, seed: int) -> DatasetDict:
-    """The splits, with an error for one that is too small to train or choose on."""
-    options = {name: value for name, value in vars(data).items() if value is not None}
-    name, limit = options.pop("dataset_config"), options.pop("max_eval_records", None)
-    splits = load_candidates(name, seed=seed, **options)
+def load_splits(data: DataArguments, files: list[str], seed: int) -> DatasetDict:
+    """The splits as load_candidates makes them, with an error for one that is too small to train or choose on."""
+    splits = load_candidates(**loading_options(data), data_files=files, seed=seed)
     for split in ("train", "validation"):
         if split not in splits:
             raise RecipeError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
-    for split in set(splits) - {"train"}:
-        if limit and len(splits[split]) > limit:
-            splits[split] = splits[split].select(range(0, len(splits[split]), math.ceil(len(splits[split]) / limit)))
     return splits
 
 
-def load_model(
-    model: ModelArguments, training: TrainingArguments
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoraConfig | None]:
-    """The base, quantised as asked, its tokenizer, and the adapter to attach."""
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    quantization = {
-        "int4": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "none": None,
-    }[model.quantization]
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
-    base = AutoModelForCausalLM.from_pretrained(
-        model.model_name_or_path, dtype=dtype, quantization_config=quantization, device_map={"": training.device}
+def loading_options(data: DataArguments) -> dict:
+    """The options of load_candidates that a recipe gives. A shuffle is for training only: see load_epochs."""
+    left_out = ("dataset_config", "balance", "max_eval_records", "data_files", "data_dir")
+    options = {name: value for name, value in vars(data).items() if value is not None and name not in left_out}
+    if data.candidate_order == "shuffle":
+        del options["candidate_order"]
+    return {"name": data.dataset_config, **options}
+
+
+def load_epochs(data: DataArguments, files: list[str], seed: int, copies: int) -> Dataset:
+    """The training split ``copies`` times over, each with its candidates shuffled anew."""
+    epochs = []
+    logging.disable(logging.WARNING)  # the same files were loaded, and spoken of, a moment ago
+    try:
+        for epoch in range(copies):
+            options = loading_options(data) | {"candidate_order": "shuffle", "seed": seed + epoch}
+            epochs.append(load_candidates(**options, data_files=files)["train"])
+    finally:
+        logging.disable(logging.NOTSET)
+    return concatenate_datasets(epochs)
+
+
+def build_base_if_tiny(model: ModelArguments, train: Dataset, training: TrainingArguments) -> None:
+    """Builds the tiny Phi-3 that a recipe with tiny_base_steps asks for, unless it stands there already."""
+    if not model.tiny_base_steps or os.path.isdir(model.model_name_or_path):
+        return
+    chats = train.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns=train.column_names,
+        desc="Splitting off the answers",
     )
+    path = tiny_base_path(model.model_name_or_path, chats, model.tiny_base_steps, training.seed)
+    if not os.path.isdir(path):
+        if training.world_size > 1:
+            raise RecipeError("The tiny base is built by one process: give this command once with python, --dry_run.")
+        build_tiny_base(path, chats, model.tiny_base_steps, training.seed)
+    model.model_name_or_path = path
+
+
+def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Token ids of each chat, with labels on its answer alone, and the answers it could have."""
+
+    def tokens(rows: dict) -> dict:
+        encoded = encode(tokenizer, rows["messages"])
+        return {
+            "input_ids": [prompt + answer for prompt, answer in encoded],
+            "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in encoded],
+            "answers": [
+                admissible_answers(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)
+            ],
+        }
+
+    unused = set(split.column_names) - {"label", "decision_id", "decision_time"}
+    return split.map(tokens, batched=True, remove_columns=list(unused), desc="Tokenising")
+
+
+def load_model(model: ModelArguments, training: TrainingArguments) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """The base, quantised as asked, and the adapter to attach."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    device_map = None if is_fsdp_enabled() else {"": training.device}
+    return load_base(model.model_name_or_path, model.quantization, dtype, device_map), lora_config(model)
+
+
+def lora_config(model: ModelArguments) -> LoraConfig | None:
+    """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer but the head; None to train all weights."""
     if not model.lora_r:
-        return base, tokenizer, None
-    adapter = LoraConfig(
+        return None
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
         target_modules="all-linear",
     )
-    return base, tokenizer, adapter
 
 
-def prompt_completion(split: Dataset) -> Dataset:
-    """Chats as TRL's conversational prompt and completion, so that only the answer carries loss."""
-    return split.map(
-        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
-        remove_columns=split.column_names,
-        desc="Splitting off the answers",
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+
+
+def preflight(
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: dict[str, tuple[int, ...]],
+    sampler: "EpochSampler",
+) -> str:
+    """Checks that this can be trained, and says what it is, on what, and how long.
+
+    Args:
+        splits: as encode_split made them.
+        answers: the tokens of each answer.
+
+    Raises:
+        RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
+    """
+    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    lengths = {name: check_records(name, split, answers) for name, split in splits.items()}
+    check_lengths(splits, lengths, training.max_length, config)
+    prompts = np.concatenate([total - answer for total, answer in lengths.values()])
+    longest = int(max(total.max() for total, _ in lengths.values()))
+    longest_answer = max(map(len, answers.values()))
+    endings = {tokenizer.convert_ids_to_tokens(tokens[-1]) for tokens in answers.values()}
+    steps, epochs = count_steps(training, len(sampler))
+    size = count_parameters(config, model)
+    memory = estimate_memory(
+        config, size, model, training, longest, min(longest, longest_answer * training.per_device_train_batch_size)
+    )
+    facts = {
+        "tokens": f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
+        f"{longest_answer}; record at most {longest}, max_length {training.max_length}",
+        "answers": f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}; the pad token "
+        f"is {tokenizer.pad_token}",
+        "balance": f"{data.balance}: an epoch takes {sampler}",
+        "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
+        "memory": f"about {sum(memory.values()):.1f} GiB at the peak of a step, estimated, not measured ("
+        + ", ".join(f"{part} {gib:.1f}" for part, gib in memory.items())
+        + ")",
+        "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs",
+    }
+    return "\n".join(
+        [
+            f"\nPreflight of {data.dataset_config} on {model.model_name_or_path}, {model.quantization}\n",
+            f"{'split':<11}{'records':>8}{'decisions':>10}  {'from':<11}{'to':<11}{'trades':>7}  answers",
+            describe_split("train", splits["train"].select(range(sampler.records))),
+            *(describe_split(name, split) for name, split in splits.items() if name != "train"),
+            "",
+            *(f"{what:<11}{fact}" for what, fact in facts.items()),
+            "",
+        ]
     )
 
 
-def check_lengths(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-    """Raises RecipeError if a record is longer than max_length: its answer would be cut off, without a word."""
-    lengths = [len(chat_ids(tokenizer, messages)) for messages in tqdm(split["messages"], desc="Measuring lengths")]
-    longest = max(lengths)
-    logger.info("Tokens a record: at most %d; max_length: %s", longest, max_length)
-    if max_length is not None and longest > max_length:
-        first = next(i for i, length in enumerate(lengths) if length > max_length)
-        raise RecipeError(
-            f"{split['decision_id'][first]} is {lengths[first]} tokens long and max_length is {max_length}, which "
-            f"would cut off its answer. Set max_length to {longest} or more."
+def describe_split(name: str, split: Dataset) -> str:
+    counts, times = Counter(split["label"]), split["decision_time"]
+    most = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(6))
+    rest = f", {len(counts) - 6} more" if len(counts) > 6 else ""
+    share = sum(count for label, count in counts.items() if is_trade(label)) / len(split)
+    return (
+        f"{name:<11}{len(split):>8,}{len(set(split['decision_id'])):>10,}  {min(times).date()!s:<11}"
+        f"{max(times).date()!s:<11}{share:>7.1%}  {most}{rest}"
+    )
+
+
+def is_trade(label: str) -> bool:
+    return label not in (SKIP, NO_TRADE)
+
+
+def check_records(name: str, split: Dataset, answers: dict[str, tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens."""
+    totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
+    for index, row in enumerate(split.select_columns(["labels", "label", "decision_id"])):
+        label_ids = tuple(token for token in row["labels"] if token != IGNORE)
+        if label_ids != answers[row["label"]]:
+            raise RecipeError(
+                f"{name}, {row['decision_id']}: the loss would be on the tokens {label_ids}, and the answer "
+                f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
+                "different prompts: take another model."
+            )
+        totals[index], learnt[index] = len(row["labels"]), len(label_ids)
+    return totals, learnt
+
+
+def check_lengths(splits: DatasetDict, lengths: dict, max_length: int | None, config) -> None:
+    """Raises RecipeError if a record is longer than max_length, which would cut its answer off, without a word."""
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if (max_length or 0) > context:
+        raise RecipeError(f"max_length {max_length} is more than the model's context of {context} tokens.")
+    limit = max_length or context
+    over = {name: np.flatnonzero(total > limit) for name, (total, _) in lengths.items()}
+    if not any(map(len, over.values())):
+        return
+    first = next(name for name, places in over.items() if len(places))
+    place = int(over[first][0])
+    counts = ", ".join(f"{len(places):,} of {len(splits[name]):,} in {name}" for name, places in over.items())
+    raise RecipeError(
+        f"Records longer than max_length {limit}: {counts}. The first is {splits[first]['decision_id'][place]} with "
+        f"{lengths[first][0][place]} tokens; its answer would be cut off. Set max_length to "
+        f"{max(total.max() for total, _ in lengths.values())} or more."
+    )
+
+
+def global_batch(training: TrainingArguments) -> int:
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def count_steps(training: TrainingArguments, records: int) -> tuple[int, float]:
+    """Optimiser steps of the run, and how many epochs of so many records they are."""
+    batches = records / (training.train_batch_size * training.world_size)
+    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    if not batches:
+        raise RecipeError(f"{records} records do not fill a batch: lower per_device_train_batch_size.")
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    if training.max_steps > 0:
+        return training.max_steps, training.max_steps / per_epoch
+    return math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
+
+
+@dataclass
+class ModelSize:
+    """Parameters: of the base, of its linear layers but the head, of the largest one, of the adapter, and trained."""
+
+    total: int
+    linear: int
+    largest: int
+    adapter: int
+    trainable: int
+
+
+def count_parameters(config, model: ModelArguments) -> ModelSize:
+    """Counts on a model without storage, so that nothing is read or allocated."""
+    logging.disable(logging.WARNING)
+    try:
+        with init_empty_weights():
+            base = AutoModelForCausalLM.from_config(config)
+    finally:
+        logging.disable(logging.NOTSET)
+    head = base.get_output_embeddings()
+    linear = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    total = sum(parameter.numel() for parameter in base.parameters())
+    if not model.lora_r:
+        return ModelSize(total, sum(linear), max(linear), 0, total)
+    adapted = get_peft_model(base, lora_config(model), low_cpu_mem_usage=True)
+    adapter = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return ModelSize(total, sum(linear), max(linear), adapter, adapter)
+
+
+def estimate_memory(
+    config, size: ModelSize, model: ModelArguments, training: TrainingArguments, tokens: int, logits_at: int
+) -> dict[str, float]:
+    """GiB of GPU memory at the peak of a step, by part, from shapes alone; not the CUDA context (about 0.6 GiB).
+
+    Weights: 4-bit ones take 4 bits, and 8 bits a block of 64 for its doubly quantised scale (QLoRA,
+    https://arxiv.org/abs/2305.14314, section 3); 8-bit ones a byte; what is not linear, and the head, 16 or 32 bits.
+    Trained parameters: in float32, with their gradients and two Adam moments (8 bits each with an 8-bit optimiser).
+    Activations: with gradient checkpointing each layer's input, and one layer's inside with its gradient; and the
+    largest quantised matrix, which is multiplied in 16 bits.
+
+    Args:
+        tokens: of the longest record.
+        logits_at: positions a record whose logits are computed; all ``tokens``, if that were not limited to answers.
+    """
+    width = 4 if not (training.bf16 or training.fp16) else 2
+    weight = {"int4": 0.5 + 1 / 64, "int8": 1.0, "none": float(width)}[model.quantization]
+    moment = 1 if "8bit" in training.optim else 4
+    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    batch = training.per_device_train_batch_size
+    inside = 8 * hidden + 4 * config.intermediate_size  # what one decoder layer keeps for its backward pass
+    kept = (hidden * layers + 2 * inside) if training.gradient_checkpointing else (inside * layers)
+    return {
+        "weights": (size.linear * weight + (size.total - size.linear) * width) / GIB,
+        "trained": size.trainable * (4 + 4 + 2 * moment) / GIB,
+        "activations": (batch * tokens * kept + size.largest) * width / GIB,
+        "logits": batch * logits_at * vocabulary * (width + 4 + 4) / GIB,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """The records of an epoch, in an order that is a law of the seed and the epoch alone.
+
+    Args:
+        trades: for each record of the training split, whether the teacher traded.
+        balance: with "downsample", an epoch takes as many records of either kind; the others take turns.
+        copies: how many times over the data set holds the split, each differently shuffled inside; epoch e draws
+            from copy e.
+    """
+
+    def __init__(self, trades: list[bool], balance: str, seed: int):
+        self.kinds = [np.flatnonzero(np.array(trades) == kind) for kind in (True, False)]
+        self.records, self.balance, self.seed, self.copies, self.epoch = len(trades), balance, seed, 1, 0
+        smaller = min(map(len, self.kinds))
+        if balance != "none" and not smaller:
+            raise RecipeError(f"balance: {balance} needs both trades and non-trades in the training split.")
+        self.takes = [smaller if balance == "downsample" else len(kind) for kind in self.kinds]
+
+    def __len__(self) -> int:
+        return sum(self.takes)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        drawn = [rng.permutation(kind)[:take] for kind, take in zip(self.kinds, self.takes, strict=True)]
+        start = self.epoch % self.copies * self.records
+        return iter((start + rng.permutation(np.concatenate(drawn))).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def weights(self) -> list[float]:
+        """Loss weight of a trade and of a non-trade: 1 on average, the same total for both."""
+        return [self.records / (2 * len(kind)) if self.balance == "weight" else 1.0 for kind in self.kinds]
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{take:,} of {len(kind):,} {name}" + (f" at weight {weight:.2f}" if weight != 1 else "")
+            for take, kind, name, weight in zip(
+                self.takes, self.kinds, ("trades", "non-trades"), self.weights(), strict=True
+            )
         )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+class AnswerTrainer(SFTTrainer):
+    """SFTTrainer with logits only where there are labels, evaluated by scoring answers.
 
-
-@torch.inference_mode()
-def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Dataset, batch_size: int) -> list[str]:
-    """The likeliest admissible answer of each record.
-
-    Answers are scored, not sampled: the sum of the log-probabilities of an answer's tokens through the end of its
-    turn, given the prompt.
+    Args:
+        sampler: of the training records.
+        answers: the tokens of each answer.
     """
-    model.eval()
-    answers, scores = [admissible_answers(row) for row in split], []
-    rows = [(row["messages"][:-1], answer) for row, given in zip(split, answers, strict=True) for answer in given]
-    for start in tqdm(range(0, len(rows), batch_size), desc="Scoring answers", disable=None):
-        scores += score(model, tokenizer, rows[start : start + batch_size])
-    scores = iter(scores)
-    return [max(given, key=dict(zip(given, scores, strict=False)).get) for given in answers]
+
+    def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
+        self.sampler, self.answers = sampler, answers
+        trade, other = sampler.weights()
+        self.weights = {tokens: trade if is_trade(answer) else other for answer, tokens in answers.items()}
+        super().__init__(*args, callbacks=[StopOnTrouble()], **kwargs)
+        if not self.is_fsdp_enabled:
+            # TRL keeps a quantised model's adapter in bfloat16, whose 8 bits swallow small steps, which float16
+            # training cannot scale, and which a resumed run would load as float32.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        return self.sampler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the answers' tokens; the logits of all other positions are never computed."""
+        labels = inputs.pop("labels")
+        kept = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]  # where some record's next token is its answer's
+        outputs = model(**inputs, logits_to_keep=kept, use_cache=False)
+        logits, targets = outputs.logits.float(), labels[:, kept + 1]
+        by_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        weighted = (by_token.sum(1) * self.weights_of(labels)).sum()
+        if num_items_in_batch is None:
+            loss = weighted / (targets != IGNORE).sum()
+        else:  # answer tokens of all processes and accumulated batches; DDP then takes the mean over processes
+            loss = weighted / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def weights_of(self, labels: torch.Tensor) -> torch.Tensor:
+        answers = [tuple(token for token in row if token != IGNORE) for row in labels.tolist()]
+        return torch.tensor([self.weights[answer] for answer in answers], device=labels.device)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingStopped(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower learning_rate, or train in "
+                "bfloat16. The last checkpoint is kept."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Metrics of the likeliest admissible answers; see answer_metrics."""
+        split = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = answer_metrics(split, self.score(split))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, split: Dataset) -> list[Scored]:
+        """The scores of each record's admissible answers, every process taking its share of the records."""
+        processes, last = self.accelerator.num_processes, len(split) - 1
+        share = math.ceil(len(split) / processes)
+        start = share * self.accelerator.process_index
+        prompts, answers = [], []
+        # All take equally many, for a sharded model needs all processes at each step: the last record fills up.
+        for row in split.select([min(i, last) for i in range(start, start + share)]):
+            prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
+            answers.append([self.answers[answer] for answer in row["answers"]])
+        scored = score_answers(self.model_wrapped, prompts, answers, self.args.per_device_eval_batch_size)
+        return gather_object(scored)[: len(split)] if processes > 1 else scored
 
 
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[tuple[list[dict], str]]
-) -> list[float]:
-    """Log-probability of each (prompt, answer)."""
-    prompts = [chat_ids(tokenizer, prompt, add_generation_prompt=True) for prompt, _ in rows]
-    chats = [chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}]) for prompt, answer in rows]
-    lengths = [len(chat) - len(prompt) for chat, prompt in zip(chats, prompts, strict=True)]
-    longest, kept = max(map(len, chats)), max(lengths)
-    # Padded on the left, so that all answers end in the last column and only their logits are computed.
-    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(chat)) + chat for chat in chats])
-    seen = torch.tensor([[0] * (longest - len(chat)) + [1] * len(chat) for chat in chats])
-    inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1].float().cpu()
-    by_token = logits.log_softmax(-1).gather(-1, ids[:, -kept:, None]).squeeze(-1)
-    answered = torch.tensor([[0] * (kept - length) + [1] * length for length in lengths])
-    return (by_token * answered).sum(1).tolist()
+def answer_metrics(split: Dataset, scored: list[Scored]) -> dict[str, float]:
+    """How the likeliest answers compare with the teacher's.
+
+    loss is the mean negative log-likelihood of the teacher's answer among the admissible ones; trade_rate the share
+    of answers that sell; outside the share of records to which the model, left to itself, would write something else
+    than an admissible answer; answers_used how many different answers it gave.
+    """
+    labels = split["label"]
+    predicted = predictions(split, scored)
+    likelihoods = [torch.tensor(one.log_probabilities).log_softmax(0) for one in scored]
+    given = zip(likelihoods, split["answers"], labels, strict=True)
+    return {
+        "loss": -float(np.mean([row[answers.index(label)] for row, answers, label in given])),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "trade_rate": float(np.mean([is_trade(answer) for answer in predicted])),
+        "outside": float(np.mean([not one.in_set for one in scored])),
+        "answers_used": len(set(predicted)),
+    }
 
 
-def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: DatasetDict, batch_size: int) -> None:
-    """Prints accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
-    commonest = Counter(splits["train"]["label"]).most_common(1)[0][0]
-    print(f"\n{'split':<12}{'records':>8}  {'answers by':<24}{'accuracy':>9}{'balanced accuracy':>19}")
+def predictions(split: Dataset, scored: list[Scored]) -> list[str]:
+    """The likeliest admissible answer of each record."""
+    return [
+        answers[int(np.argmax(one.log_probabilities))] for answers, one in zip(split["answers"], scored, strict=True)
+    ]
+
+
+def balanced_accuracy(labels: list[str], predicted: list[str]) -> float:
+    """Mean over the answers that the teacher gave of the share of each that is met."""
+    return float(recall_score(labels, predicted, labels=sorted(set(labels)), average="macro", zero_division=0))
+
+
+class StopOnTrouble(TrainerCallback):
+    """Ends a run that learns nothing: no gradient, or one answer to everything."""
+
+    still = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self.still = 0 if gradients and torch.nn.utils.get_total_norm(gradients) != 0 else self.still + 1
+        if self.still >= ZERO_GRADIENT_STEPS:
+            raise TrainingStopped(
+                f"The gradient was zero for {self.still} steps, up to step {state.global_step + 1}, so nothing is "
+                "learnt. Is learning_rate far too high, or is everything frozen?"
+            )
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        used = [entry["eval_answers_used"] for entry in state.log_history if "eval_answers_used" in entry]
+        if args.collapse_patience and used[-args.collapse_patience :] == [1] * args.collapse_patience:
+            raise TrainingStopped(
+                f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, every answer was "
+                "the same: the model has collapsed onto one class. Try balance: downsample or weight, another "
+                "learning_rate, or more steps between evaluations; collapse_patience 0 lets it go on."
+            )
+
+
+def thin_out(split: Dataset, limit: int | None) -> Dataset:
+    """At most ``limit`` records, evenly spaced."""
+    if not limit or len(split) <= limit:
+        return split
+    return split.select(range(0, len(split), math.ceil(len(split) / limit)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume and save
+
+
+def describe_run(
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    given: dict,
+    files: list[str],
+    splits: DatasetDict,
+) -> dict:
+    """The manifest: all that decides what comes out of a run. Equal manifests give equal weights."""
+    csvs = fingerprint(files)["train"]
+    labels = sorted({answer for split in splits.values() for answers in split["answers"] for answer in answers})
+    return {
+        "task": data.dataset_config,
+        "base_model": model.model_name_or_path,
+        "base_revision": base_revision(model.model_name_or_path),
+        "quantization": model.quantization,
+        "adapter": bool(model.lora_r),
+        "data_files": {
+            os.path.basename(path): digest for path, (digest,) in zip(csvs, csvs.origin_metadata, strict=True)
+        },
+        "prompt_version": PROMPT_VERSION,
+        "labels": labels,
+        "splits": {
+            name: {
+                "records": len(split),
+                "from": min(split["decision_time"]).isoformat(),
+                "to": max(split["decision_time"]).isoformat(),
+            }
+            for name, split in splits.items()
+        },
+        "recipe": {**vars(model), **vars(data), **{key: given[key] for key in given if key not in NOT_OF_THE_RUN}},
+        "processes": training.world_size,
+        "seed": training.seed,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+        },
+        "finished": None,
+    }
+
+
+NOT_OF_THE_RUN = ("dry_run", "overwrite_output_dir", "push_to_hub", "output_dir")
+
+
+def open_run(folder: Path, manifest: dict, overwrite: bool) -> Path | None:
+    """Prepares the output folder, and returns the checkpoint to go on from, if this very run was begun there.
+
+    Raises:
+        RecipeError: if the folder holds a finished run, another run, or something else.
+    """
+    path = folder / MANIFEST
+    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+        raise RecipeError(f"{folder} is no run of train_sft.py and not empty: give another output_dir.")
+    if path.is_file() and overwrite:
+        shutil.rmtree(folder)
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun["finished"]:
+            raise RecipeError(
+                f"{folder} holds a run that finished on {begun['finished']}. Give another output_dir, or "
+                "--overwrite_output_dir to delete it first."
+            )
+        differing = [key for key in flat(manifest) | flat(begun) if flat(manifest).get(key) != flat(begun).get(key)]
+        if differing:
+            changes = "; ".join(
+                f"{key}: {flat(begun).get(key)!r}, now {flat(manifest).get(key)!r}" for key in differing
+            )
+            raise RecipeError(
+                f"{folder} holds another run that was begun ({changes}). Give the same command to go on with it, "
+                "another output_dir, or --overwrite_output_dir to delete it first."
+            )
+        return last_checkpoint(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(manifest, indent=2))
+    return None
+
+
+def flat(manifest: dict) -> dict:
+    """One level of nesting written into the keys."""
+    parts = {key: value for key, value in manifest.items() if not isinstance(value, dict)}
+    for key, value in manifest.items():
+        if isinstance(value, dict):
+            parts |= {f"{key}.{name}": part for name, part in value.items()}
+    return json.loads(json.dumps(parts))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written whole; its state file is the last thing written."""
+    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end: deleting it.", path)
+            shutil.rmtree(path)
+            continue
+        logger.warning("Going on from %s.", path)
+        return path
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first: the file is whole or not there."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def save(trainer: AnswerTrainer, manifest: dict, results: list[dict]) -> None:
+    """Adapter, tokenizer, recipe, plot, card and, last of all, the manifest that says the run has finished."""
+    folder = Path(trainer.args.output_dir)
+    unfinished = folder / "unfinished"
+    trainer.save_model(str(unfinished))  # all processes take part; the first one writes
+    if not trainer.args.should_save:
+        return
+    (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is the readable form
+    for path in unfinished.iterdir():
+        os.replace(path, folder / path.name)
+    unfinished.rmdir()
+    best = trainer.state.best_global_step
+    manifest = {
+        **manifest,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "steps": trainer.state.global_step,
+        "best_step": best,
+        "results": results,
+    }
+    recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
+    recipe["output_dir"] = trainer.args.output_dir
+    write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    plot_history(trainer.state.log_history, best, folder / PLOT)
+    write_text(folder / CARD, str(model_card(manifest, folder.name)))
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
+
+
+def plot_history(history: list[dict], best: int | None, path: Path) -> None:
+    """Loss above, the answers' metrics below, over the optimiser steps."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    for axis, key, label in (
+        (above, "loss", "training loss (a token)"),
+        (above, "eval_loss", "validation loss (an answer)"),
+        (below, "eval_balanced_accuracy", "balanced accuracy"),
+        (below, "eval_accuracy", "accuracy"),
+        (below, "eval_trade_rate", "trade rate"),
+        (below, "eval_outside", "answers outside the set"),
+    ):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=".", label=label)
+    above.set_ylabel("cross-entropy (nats)")
+    below.set(ylabel="share of validation records", xlabel="optimiser step", ylim=(-0.02, 1.02))
+    if best:
+        for axis in (above, below):
+            axis.axvline(best, color="grey", linestyle=":", label=f"best step, {best}")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+CARD_TEXT = """\
+# {name}
+
+{what} It imitates a covered-call backtest (the teacher): given one decision's options it answers \
+{answers}. Only what was known at decision time is in its prompts.
+
+| split | records | answers by | accuracy | balanced accuracy |
+|---|---|---|---|---|
+{rows}
+
+The validation split chose the checkpoint (step {best_step} of {steps}); the test split was looked at once. Data: \
+{files}; training decisions from {since} to {until}. Prompts of version {prompt_version}.
+
+Use it with the code that tuned it, which renders the same prompts and scores the admissible answers:
+
+```python
+from policy import load_tuned
+
+model, tokenizer, manifest = load_tuned("{name}")
+```
+
+`recipe.yaml` is the recipe as run, `manifest.json` what went into it, `training.png` its course.
+
+Limits: it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit. Not \
+investment advice.
+"""
+
+
+def model_card(manifest: dict, name: str) -> ModelCard:
+    """A short card: what the model is, what it was measured at, and its limits."""
+    head = ModelCardData(
+        base_model=manifest["base_model"] if not os.path.exists(manifest["base_model"]) else None,
+        library_name="peft" if manifest["adapter"] else "transformers",
+        pipeline_tag="text-generation",
+        tags=["covered-call", "trl", "sft"],
+    )
+    rows = [
+        f"| {r['split']} | {r['records']} | {r['answers_by']} | {r['accuracy']:.3f} | {r['balanced_accuracy']:.3f} |"
+        for r in manifest["results"]
+    ]
+    train = manifest["splits"]["train"]
+    body = CARD_TEXT.format(
+        name=name,
+        what=f"A LoRA adapter for `{manifest['base_model']}` in {manifest['quantization']}."
+        if manifest["adapter"]
+        else f"A tuned `{manifest['base_model']}`.",
+        answers="SELL_CALL or SKIP for one option" if "SKIP" in manifest["labels"] else "1..N or NO_TRADE",
+        rows="\n".join(rows),
+        files=", ".join(f"`{file}`" for file in manifest["data_files"]),
+        since=train["from"][:10],
+        until=train["to"][:10],
+        **{key: manifest[key] for key in ("best_step", "steps", "prompt_version")},
+    )
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")
+
+
+def report(trainer: AnswerTrainer, splits: DatasetDict, commonest: str) -> list[dict]:
+    """Accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
+    results = []
     for name in (name for name in ("validation", "test") if name in splits):
-        labels = splits[name]["label"]
-        answers = {"tuned model": predict(model, tokenizer, splits[name], batch_size)}
-        if isinstance(model, PeftModel):
-            with model.disable_adapter():
-                answers["its base, untuned"] = predict(model, tokenizer, splits[name], batch_size)
-        answers[f"always {commonest}"] = [commonest] * len(labels)
+        split = splits[name]
+        answers = {"tuned model": predictions(split, trainer.score(split))}
+        if isinstance(trainer.model, PeftModel):
+            with trainer.model.disable_adapter():
+                answers["its base, untuned"] = predictions(split, trainer.score(split))
+        answers[f"always {commonest}"] = [commonest] * len(split)
         for who, given in answers.items():
-            accuracy = accuracy_score(labels, given)
-            balanced = recall_score(labels, given, labels=sorted(set(labels)), average="macro", zero_division=0)
-            print(f"{name:<12}{len(labels):>8}  {who:<24}{accuracy:>9.3f}{balanced:>19.3f}")
+            results.append(
+                {
+                    "split": name,
+                    "records": len(split),
+                    "answers_by": who,
+                    "accuracy": float(accuracy_score(split["label"], given)),
+                    "balanced_accuracy": balanced_accuracy(split["label"], given),
+                }
+            )
+    return results
+
+
+def table(results: list[dict]) -> str:
+    head = f"\n{'split':<12}{'records':>8}  {'answers by':<24}{'accuracy':>9}{'balanced accuracy':>19}"
+    lines = [
+        f"{r['split']:<12}{r['records']:>8}  {r['answers_by']:<24}{r['accuracy']:>9.3f}{r['balanced_accuracy']:>19.3f}"
+        for r in results
+    ]
+    return "\n".join([head, *lines])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Share
+
+
+def check_login(training: TrainingArguments) -> None:
+    """Raises RecipeError before the training if the upload after it could not work."""
+    try:
+        HfApi(token=training.hub_token).whoami()
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise RecipeError(
+            f"push_to_hub: the Hub does not know you ({error}). Run: hf auth login; or leave push_to_hub out."
+        ) from error
+
+
+def push(training: TrainingArguments) -> None:
+    """Uploads the finished folder, card included, in one commit; private unless hub_private_repo is false."""
+    api, folder = HfApi(token=training.hub_token), Path(training.output_dir)
+    name = training.hub_model_id or folder.name
+    repo = api.create_repo(name, private=training.hub_private_repo is not False, exist_ok=True).repo_id
+    left_out = [f"{CHECKPOINT}*", f"{CHECKPOINT}*/**", "runs/*", "*.tmp"]
+    api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=left_out, commit_message="Tuned model")
+    print(f"Pushed to {repo}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    model, data, training = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    model, data, training, given = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    first, wants_push = training.process_index == 0, training.push_to_hub
+    training.push_to_hub = False  # the Trainer would push each checkpoint as it goes
     check_model(model)
-    splits = load_splits(data, training.seed)
-    train = prompt_completion(splits["train"])
-    if model.tiny_base_steps and not os.path.isdir(model.model_name_or_path):
-        model.model_name_or_path = build_tiny_base(
-            model.model_name_or_path, train, model.tiny_base_steps, training.seed
-        )
-    base, tokenizer, adapter = load_model(model, training)
-    check_lengths(splits["train"], tokenizer, training.max_length)
-    trainer = SFTTrainer(
-        model=base, args=training, train_dataset=train, processing_class=tokenizer, peft_config=adapter
+    if wants_push:
+        check_login(training)
+    with training.main_process_first():
+        files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
+        splits = load_splits(data, files, training.seed)
+        build_base_if_tiny(model, splits["train"], training)
+        tokenizer = load_tokenizer(model.model_name_or_path)
+        labels = sorted({answer for split in splits.values() for row in split for answer in admissible_answers(row)})
+        answers = answer_tokens(tokenizer, splits["train"][0]["messages"][:-1], labels)
+        sampler = EpochSampler([is_trade(label) for label in splits["train"]["label"]], data.balance, training.seed)
+        if data.candidate_order == "shuffle" and data.dataset_config == "per_decision_ranking":
+            sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
+            splits["train"] = load_epochs(data, files, training.seed, sampler.copies)
+        splits = DatasetDict({name: encode_split(split, tokenizer) for name, split in splits.items()})
+    ready = preflight(model, data, training, splits, tokenizer, answers, sampler)
+    if first:
+        print(ready)
+    if training.dry_run:
+        return
+    manifest = describe_run(model, data, training, given, files, splits)
+    with training.main_process_first():
+        checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
+    set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed
+    base, adapter = load_model(model, training)
+    trainer = AnswerTrainer(
+        model=base,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=thin_out(splits["validation"], data.max_eval_records),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        sampler=sampler,
+        answers=answers,
     )
-    trainer.train()
-    trainer.save_model()
-    report(trainer.model, tokenizer, splits, training.per_device_eval_batch_size)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    results = report(trainer, splits, Counter(splits["train"]["label"]).most_common(1)[0][0])
+    save(trainer, manifest, results)
+    if first:
+        print(table(results))
+    if first and wants_push:
+        push(training)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         main()
-    except (RecipeError, CandidatesError, yaml.YAMLError) as error:
+    except (RecipeError, TrainingStopped, CandidatesError, PolicyError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: the GPU's memory is full: halve per_device_train_batch_size and double "
+            f"gradient_accumulation_steps, or use quantization int4. ({error})"
+        )

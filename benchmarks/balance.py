@@ -1,0 +1,72 @@
+"""What the recipe options against imbalance do to the tiny model: balanced accuracy over three seeds.
+
+    python benchmarks/balance.py                     # both parts, about half an hour on 2 cores
+    python benchmarks/balance.py --part ranking --seeds 0 1
+
+Each run is the tiny recipe with one option changed, the base included, which is built anew for each seed. A run that
+has finished is not repeated: delete out/balance to measure again. The defaults go by the validation column.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_sft  # noqa: E402
+
+PARTS = {
+    "per_candidate": [{"balance": balance} for balance in train_sft.BALANCES],
+    "ranking": [
+        {"candidate_order": "instrument", "balance": "none"},
+        {"candidate_order": "shuffle", "balance": "none"},
+        {"candidate_order": "instrument", "balance": "downsample"},
+        {"candidate_order": "instrument", "balance": "weight"},
+    ],
+}
+DATASETS = {"per_candidate": "per_candidate", "ranking": "per_decision_ranking"}
+
+
+def tune(part: str, options: dict, seed: int, folder: Path, max_steps: int) -> dict[str, float]:
+    """Balanced accuracy of the tuned model by split."""
+    manifest = folder / train_sft.MANIFEST
+    if not (manifest.is_file() and json.loads(manifest.read_text())["finished"]):
+        changes = {**options, "dataset_config": DATASETS[part], "seed": seed, "max_steps": max_steps}
+        words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+        # A collapse is a result here, not a reason to stop.
+        words += ["--output_dir", str(folder), "--collapse_patience", "0", "--report_to", "none"]
+        train_sft.main(["--config", "tiny", *words])
+    results = json.loads(manifest.read_text())["results"]
+    return {r["split"]: r["balanced_accuracy"] for r in results if r["answers_by"] == "tuned model"}
+
+
+def cell(values: list[float]) -> str:
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: both")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--max_steps", type=int, default=400, help="LoRA steps of a run, default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/balance"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    rows = []
+    for part in arguments.part:
+        for options in PARTS[part]:
+            name = ", ".join(f"{key}: {value}" for key, value in options.items())
+            folder = "-".join([part, *options.values()])
+            found = [
+                tune(part, options, seed, arguments.output_dir / f"{folder}-{seed}", arguments.max_steps)
+                for seed in arguments.seeds
+            ]
+            rows.append(f"| {part} | {name} | " + " | ".join(cell([f[s] for f in found]) for s in found[0]) + " |")
+    print(f"\nBalanced accuracy, mean (least to most) of seeds {arguments.seeds}, {arguments.max_steps} steps\n")
+    print("| config | option | validation | test |\n|---|---|---|---|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
