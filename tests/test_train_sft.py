@@ -1,25 +1,39 @@
-"""The recipe parser, the tiny Phi-3, the scoring of answers, and fine-tuning itself, on the CPU."""
+"""Recipes, the preflight, fine-tuning, resuming and what is saved, on the CPU."""
 
+import json
+import math
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import REAL_DATA, SCRIPT, decision, needs_real_data, no_candidates, python, write_csv
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from safetensors.torch import load_file
+from test_policy import FAMILIES
+from transformers import AutoConfig, AutoTokenizer, TrainerControl, TrainerState
 
 import train_sft
-from covered_call_candidates import CandidatesError, admissible_answers
-from tiny_phi3 import build_tiny_base, random_phi3, train_tokenizer
+from covered_call_candidates import CandidatesError
+from policy import PolicyError, Scored, load_tuned
+from tiny_phi3 import build_tiny_base, random_phi3, tiny_base_path, train_tokenizer
 
 RECIPES = sorted(path.stem for path in train_sft.RECIPES.glob("*.yaml"))
-QUICK = ["--tiny_base_steps", "4", "--max_steps", "3", "--logging_steps", "1"]
+# What a user types, made quick: few steps, nothing logged, no checkpoints.
+QUICK = ["--tiny_base_steps", "4", "--max_steps", "3", "--logging_steps", "1", "--report_to", "none"]
+NO_CHECKPOINTS = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 
 
 @pytest.fixture
@@ -39,12 +53,27 @@ def ranking(csv_file, load):
 
 
 @pytest.fixture
-def tokenizer(splits):
-    return train_tokenizer(message["content"] for chat in splits["train"]["messages"] for message in chat)
+def tokenizer(splits, ranking):
+    return train_tokenizer(m["content"] for s in (splits, ranking) for chat in s["train"]["messages"] for m in chat)
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path) -> Path:
+    """The folder of a tiny random Phi-3."""
+    random_phi3(tokenizer, seed=0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def words(base, csv_file, tmp_path) -> list[str]:
+    """The command line of a quick run on the random base."""
+    paths = ["--model_name_or_path", str(base), "--data_files", csv_file, "--output_dir", str(tmp_path / "out")]
+    return ["--config", "tiny", *QUICK, *NO_CHECKPOINTS, *paths]
 
 
 def parse(*arguments):
-    return train_sft.parse_recipe(list(map(str, arguments)))
+    return train_sft.parse_recipe(list(map(str, arguments)))[:3]
 
 
 def recipe(path: Path, **changes) -> Path:
@@ -52,6 +81,25 @@ def recipe(path: Path, **changes) -> Path:
     keys = yaml.safe_load((train_sft.RECIPES / "tiny.yaml").read_text())
     path.write_text(yaml.safe_dump(keys | changes))
     return path
+
+
+def trainer_of(words, monkeypatch, *more) -> train_sft.AnswerTrainer:
+    """The trainer as main makes it, not yet trained."""
+    made = []
+    monkeypatch.setattr(train_sft.AnswerTrainer, "train", lambda self, **_: made.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        train_sft.main([*words, *more])
+    monkeypatch.undo()
+    return made[0]
+
+
+def adapter(folder: Path) -> dict:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 # --- Recipes
@@ -62,12 +110,33 @@ def test_the_recipes_that_the_readme_names_are_there():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_parses_and_learns_the_answer_only(name):
+def test_every_recipe_parses_and_keeps_the_best_checkpoint(name):
     model, data, training = parse("--config", name, "--use_cpu", "true", "--bf16", "false")
-    assert training.completion_only_loss
     assert training.output_dir == f"out/{name}"
     assert data.dataset_config == {"ranking": "per_decision_ranking"}.get(name, "per_candidate")
     assert model.quantization == "int4"
+    assert training.load_best_model_at_end and training.metric_for_best_model == "balanced_accuracy"
+    assert training.save_steps % training.eval_steps == 0
+
+
+@pytest.mark.parametrize("key, value", [("packing", "true"), ("completion_only_loss", "false"), ("pad_token", "x")])
+def test_a_key_that_would_break_a_promise_is_refused_with_the_reason(key, value):
+    with pytest.raises(train_sft.RecipeError, match=f"{key}: .* cannot be set: .*Remove it"):
+        parse("--config", "tiny", f"--{key}", value)
+
+
+def test_a_balance_that_is_none_of_three_is_refused():
+    with pytest.raises(train_sft.RecipeError, match="'up' is none of none, downsample, weight"):
+        train_sft.DataArguments("per_candidate", balance="up")
+
+
+def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(train_sft.SFTConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 1)
+    arguments = train_sft.TrainingArguments(bf16=True)
+    assert (arguments.bf16, arguments.fp16) == (False, True)
 
 
 def test_the_command_line_wins_over_the_recipe_and_takes_hyphens():
@@ -152,42 +221,148 @@ def test_help_has_examples(tmp_path):
 # --- Records
 
 
+def options(path, name="per_candidate", **changes) -> tuple:
+    return train_sft.DataArguments(name, **changes), [path], 0
+
+
 def test_a_validation_split_must_have_records(tmp_path):
     path = write_csv(tmp_path / "a.csv", decision(0, sold=1))
     with pytest.raises(train_sft.RecipeError, match="validation split is empty"):
-        train_sft.load_splits(train_sft.DataArguments("per_candidate", data_files=[path]), seed=0)
+        train_sft.load_splits(*options(path))
 
 
 def test_a_dataset_config_that_there_is_not_is_named_with_those_there_are(csv_file):
     with pytest.raises(CandidatesError, match="'ranking' is no config: choose one of per_candidate, per_decision_"):
-        train_sft.load_splits(train_sft.DataArguments("ranking", [csv_file]), seed=0)
+        train_sft.load_splits(*options(csv_file, "ranking"))
 
 
-def test_scoring_can_be_limited_to_evenly_spaced_records(csv_file):
-    splits = train_sft.load_splits(train_sft.DataArguments("per_candidate", [csv_file], max_eval_records=5), seed=0)
-    assert len(splits["validation"]) <= 5 < len(splits["train"])
+def test_scoring_can_be_limited_to_evenly_spaced_records():
+    split = Dataset.from_dict({"n": list(range(100))})
+    assert train_sft.thin_out(split, 5)["n"] == [0, 20, 40, 60, 80]
+    assert train_sft.thin_out(split, None) is split and train_sft.thin_out(split, 100) is split
 
 
-def test_a_record_longer_than_max_length_is_named_with_the_length_it_needs(splits, tokenizer):
-    longest = max(len(train_sft.chat_ids(tokenizer, chat)) for chat in splits["train"]["messages"])
-    train_sft.check_lengths(splits["train"], tokenizer, longest)
-    with pytest.raises(train_sft.RecipeError, match=rf"BTC\|.* tokens long .* Set max_length to {longest} or more"):
-        train_sft.check_lengths(splits["train"], tokenizer, longest - 1)
+def shown(split) -> list[list[str]]:
+    """The instruments of each prompt, in the order they stand there."""
+    return [re.findall(r"\[\d+\] (\S+)", messages[1]["content"]) for messages in split["messages"]]
 
 
-def test_only_the_answer_and_its_end_carry_loss(splits, tokenizer, tmp_path):
-    trainer = SFTTrainer(
-        model=random_phi3(tokenizer, seed=0),
-        args=SFTConfig(
-            output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", completion_only_loss=True
-        ),
-        train_dataset=train_sft.prompt_completion(splits["train"]),
-        processing_class=tokenizer,
+def test_a_shuffle_is_another_one_each_epoch_and_spares_validation(csv_file):
+    data, files, seed = options(csv_file, "per_decision_ranking", candidate_order="shuffle")
+    splits = train_sft.load_splits(data, files, seed)
+    epochs = shown(train_sft.load_epochs(data, files, seed, copies=3))
+    size = len(splits["train"])
+    first, second, third = (epochs[i : i + size] for i in (0, size, 2 * size))
+    assert first != second and second != third
+    assert [sorted(names) for names in first] == [sorted(names) for names in second] == shown(splits["train"])
+    assert epochs == shown(train_sft.load_epochs(data, files, seed, copies=3))
+    assert all(names == sorted(names) for names in shown(splits["validation"]))
+
+
+@given(st.lists(st.booleans(), min_size=1), st.integers(0, 9), st.integers(0, 9))
+def test_an_epoch_takes_each_record_once_in_an_order_of_its_own(trades, seed, epoch):
+    sampler = train_sft.EpochSampler(trades, "none", seed)
+    sampler.set_epoch(epoch)
+    assert sorted(sampler) == list(range(len(trades))) and len(sampler) == len(trades)
+    again = train_sft.EpochSampler(trades, "none", seed)
+    again.set_epoch(epoch)
+    assert list(sampler) == list(again)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 5), st.integers(1, 3))
+def test_downsampling_takes_as_many_of_either_kind_from_the_epochs_own_copy(trades, others, epoch, copies):
+    sampler = train_sft.EpochSampler([True] * trades + [False] * others, "downsample", seed=0)
+    sampler.copies = copies
+    sampler.set_epoch(epoch)
+    start = epoch % copies * (trades + others)
+    taken = [index - start for index in sampler]
+    assert len(set(taken)) == len(taken) == len(sampler) == 2 * min(trades, others)
+    assert sum(index < trades for index in taken) == min(trades, others)
+    assert 0 <= min(taken) and max(taken) < trades + others
+
+
+def test_downsampling_lets_other_records_have_their_turn():
+    sampler = train_sft.EpochSampler([True] * 5 + [False] * 100, "downsample", seed=0)
+    seen = set()
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        seen |= set(sampler)
+    assert len(seen) > 40
+
+
+def test_weights_give_both_kinds_the_same_share():
+    sampler = train_sft.EpochSampler([True] * 20 + [False] * 80, "weight", seed=0)
+    trade, other = sampler.weights()
+    assert 20 * trade == pytest.approx(80 * other) == pytest.approx(50)
+    assert train_sft.EpochSampler([True] * 20 + [False] * 80, "none", seed=0).weights() == [1.0, 1.0]
+
+
+def test_a_split_without_trades_cannot_be_balanced():
+    with pytest.raises(train_sft.RecipeError, match="needs both trades and non-trades"):
+        train_sft.EpochSampler([False, False], "downsample", seed=0)
+
+
+# --- Preflight
+
+
+def test_a_dry_run_prints_the_preflight_and_trains_nothing(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train_sft.main([*words, "--dry_run", "--use_cpu", "false", "--balance", "downsample"])
+    text = capsys.readouterr().out
+    assert re.search(r"^train +144 +48 +2024-09-01 2024-10-18 +25.0%  SKIP 108, SELL_CALL 36$", text, re.MULTILINE)
+    assert re.search(r"^tokens +prompt at most \d+, 99 % up to \d+; answer at most \d; record at most \d+", text, re.M)
+    assert "through <|end|>; the pad token is <|pad|>" in text
+    assert "an epoch takes 36 of 36 trades and 36 of 108 non-trades" in text
+    assert re.search(r"^parameters 28,672 of [\d,]+ are trained$", text, re.MULTILINE)
+    assert re.search(r"^memory .*estimated, not measured", text, re.MULTILINE)
+    assert re.search(r"^steps +3 of 32 records: 1.0 epochs$", text, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_longer_than_max_length_stops_the_run_with_its_name_and_the_length_it_needs(words, tmp_path):
+    script = SCRIPT.parent / "train_sft.py"
+    done = python(script, *words, "--max_length", 100, "--dry_run", cwd=tmp_path)
+    error = done.stderr.splitlines()[-1]
+    found = re.match(
+        r"error: Records longer than max_length 100: 144 of 144 in train, .* The first is BTC\|2024-09-01\S* with \d+ "
+        r"tokens; its answer would be cut off. Set max_length to (\d+) or more.$",
+        error,
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    for labels in batch["labels"]:
-        learnt = tokenizer.decode(labels[labels != -100])
-        assert re.fullmatch(r"(SELL_CALL|SKIP)<\|end\|>\n<\|endoftext\|>", learnt)
+    assert found and done.returncode == 1
+    assert python(script, *words, "--max_length", found[1], "--dry_run", cwd=tmp_path).returncode == 0
+    assert python(script, *words, "--max_length", int(found[1]) - 1, "--dry_run", cwd=tmp_path).returncode == 1
+
+
+def test_max_length_beyond_the_models_context_is_refused(words):
+    with pytest.raises(train_sft.RecipeError, match="more than the model's context of 2048"):
+        train_sft.main([*words, "--max_length", "4096", "--dry_run"])
+
+
+def test_a_record_whose_loss_is_not_its_whole_answer_is_named():
+    row = {"labels": [[train_sft.IGNORE, 7]], "label": ["SKIP"], "decision_id": ["BTC|2024"]}
+    with pytest.raises(
+        train_sft.RecipeError, match=r"train, BTC\|2024: .* tokens \(7,\), and the answer SKIP is \(7, 2\)"
+    ):
+        train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)})
+    row["labels"] = [[train_sft.IGNORE, 7, 2]]
+    totals, learnt = train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)})
+    assert (totals.tolist(), learnt.tolist()) == ([3], [2])
+
+
+@pytest.mark.parametrize("drop_last, steps", [(False, 4), (True, 3)])
+def test_steps_are_counted_as_the_trainer_counts_them(words, monkeypatch, drop_last, steps):
+    more = ["--max_steps", "-1", "--num_train_epochs", "2", "--per_device_train_batch_size", "40"]
+    more += ["--gradient_accumulation_steps", "2", "--dataloader_drop_last", str(drop_last).lower()]
+    trainer = trainer_of(words, monkeypatch, *more)
+    expected, epochs = train_sft.count_steps(trainer.args, len(trainer.sampler))
+    assert (expected, epochs) == (4, 2)
+    trainer.train()
+    assert trainer.state.global_step == expected
+
+
+def test_too_few_records_for_a_batch_are_an_error(words):
+    with pytest.raises(train_sft.RecipeError, match="do not fill a batch"):
+        train_sft.main([*words, "--per_device_train_batch_size", "999", "--dataloader_drop_last", "true"])
 
 
 # --- The tiny Phi-3
@@ -216,88 +391,342 @@ def test_numbers_are_read_digit_by_digit(number):
     assert READER.tokenize(str(number)) == list(str(number))
 
 
-def test_a_tiny_base_is_built_once_for_its_data(splits, tmp_path):
-    train = train_sft.prompt_completion(splits["train"])
-    first = build_tiny_base(str(tmp_path / "tiny"), train, steps=2, seed=0)
-    made = (Path(first) / "model.safetensors").stat().st_mtime_ns
-    assert build_tiny_base(str(tmp_path / "tiny"), train, steps=2, seed=0) == first
-    assert (Path(first) / "model.safetensors").stat().st_mtime_ns == made
-    assert build_tiny_base(str(tmp_path / "tiny"), train.select(range(20)), steps=2, seed=0) != first
-    assert AutoTokenizer.from_pretrained(first).chat_template
+def test_a_tiny_base_has_a_place_of_its_own_for_its_data(splits, tmp_path):
+    chats = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in splits["train"]["messages"]]
+    train = Dataset.from_list(chats)
+    path = tiny_base_path(str(tmp_path / "tiny"), train, steps=2, seed=0)
+    assert path == tiny_base_path(str(tmp_path / "tiny"), train, steps=2, seed=0)
+    assert path != tiny_base_path(str(tmp_path / "tiny"), train.select(range(20)), steps=2, seed=0)
+    assert path != tiny_base_path(str(tmp_path / "tiny"), train, steps=2, seed=1)
+    build_tiny_base(path, train, steps=2, seed=0)
+    assert AutoTokenizer.from_pretrained(path).chat_template
+    assert [found.name for found in tmp_path.glob("tiny*")] == [Path(path).name]
 
 
-# --- Scoring
+def test_a_tiny_base_is_built_once(words, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        train_sft, "build_tiny_base", lambda path, *_: built.append(path) or shutil.copytree(base, path)
+    )
+    base = words[words.index("--model_name_or_path") + 1]
+    words[words.index(base)] = str(tmp_path / "tiny")
+    train_sft.main([*words, "--dry_run"])
+    train_sft.main([*words, "--dry_run"])
+    assert len(built) == 1
 
 
-def test_admissible_answers_are_those_of_the_prompt(splits, ranking):
-    assert admissible_answers(splits["train"][0]) == ["SELL_CALL", "SKIP"]
-    assert admissible_answers(ranking["train"][0]) == ["1", "2", "3", "NO_TRADE"]
-    last = ranking["test"][-1]
-    assert last["candidates"] == [] and admissible_answers(last) == ["NO_TRADE"]
-
-
-def test_scores_in_a_padded_batch_are_the_log_probabilities_of_the_whole_answer(ranking, tokenizer):
-    model = random_phi3(tokenizer, seed=0).eval()
-    prompts = [ranking["train"][0]["messages"][:-1], ranking["test"][-1]["messages"][:-1]]
-    rows = [(prompts[0], "1"), (prompts[1], "NO_TRADE"), (prompts[0], "10")]
-    with torch.inference_mode():
-        scores = train_sft.score(model, tokenizer, rows)
-        for (prompt, answer), batched in zip(rows, scores, strict=True):
-            asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            start = len(tokenizer(asked)["input_ids"])
-            ids = torch.tensor(tokenizer(asked + answer + "<|end|>\n<|endoftext|>")["input_ids"])
-            log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
-            alone = sum(log_probabilities[i - 1, ids[i]].item() for i in range(start, len(ids)))
-            assert batched == pytest.approx(alone, abs=1e-4)
-
-
-def test_the_likeliest_answer_is_predicted_and_its_own_rows_are_used(ranking, tokenizer, monkeypatch):
-    # Scores by answer, so that each record has its own best one whatever the batch boundaries are.
-    liked = {"1": 0.0, "2": 2.0, "3": 1.0, "NO_TRADE": -1.0}
-    monkeypatch.setattr(train_sft, "score", lambda model, tokenizer, rows: [liked[answer] for _, answer in rows])
-    predicted = train_sft.predict(random_phi3(tokenizer, seed=0), tokenizer, ranking["test"], batch_size=3)
-    assert predicted == ["2"] * (len(predicted) - 1) + ["NO_TRADE"]
-
-
-# --- Fine-tuning
+# --- Training
 
 
 @pytest.mark.parametrize(
     "quantization, layer", [("int4", bnb.nn.Linear4bit), ("int8", bnb.nn.Linear8bitLt), ("none", torch.nn.Linear)]
 )
-def test_the_base_is_loaded_as_quantised_as_asked(quantization, layer, tokenizer, tmp_path):
-    random_phi3(tokenizer, seed=0).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    model, _, training = parse(
-        "--config", "tiny", "--model_name_or_path", tmp_path / "base", "--quantization", quantization
+def test_the_base_is_quantised_as_asked_and_the_adapter_is_float32(words, monkeypatch, quantization, layer):
+    trainer = trainer_of(words, monkeypatch, "--quantization", quantization)
+    attention = trainer.model.base_model.model.model.layers[0].self_attn
+    assert isinstance(attention.qkv_proj.base_layer, layer)
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    linear = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trained}
+    assert linear == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def batch_of(trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+@pytest.mark.parametrize("name", ["per_candidate", "per_decision_ranking"])
+def test_only_the_answer_and_its_end_carry_loss(words, monkeypatch, name):
+    trainer = trainer_of(words, monkeypatch, "--dataset_config", name)
+    for labels in batch_of(trainer)["labels"]:
+        learnt = trainer.processing_class.decode(labels[labels != train_sft.IGNORE])
+        assert re.fullmatch(r"(SELL_CALL|SKIP|NO_TRADE|\d)<\|end\|>", learnt)
+
+
+@pytest.mark.parametrize("balance", ["none", "weight"])
+def test_the_loss_is_that_of_full_logits(words, monkeypatch, balance):
+    trainer = trainer_of(words, monkeypatch, "--balance", balance)
+    batch = batch_of(trainer)
+    logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    by_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    traded = ["SELL" in trainer.processing_class.decode(row[row >= 0]) for row in targets]
+    trade, other = (144 / 72, 144 / 216) if balance == "weight" else (1, 1)
+    weights = torch.tensor([trade if sold else other for sold in traded])
+    expected = (by_token * weights[:, None]).sum() / (targets >= 0).sum()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_neither_padding_nor_another_record_changes_a_records_loss(words, monkeypatch):
+    trainer = trainer_of(words, monkeypatch, "--dataset_config", "per_decision_ranking")
+    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))
+    pair = [{key: rows[i][key] for key in ("input_ids", "labels")} for i in (0, -1)]
+    pair[0]["input_ids"] = pair[0]["input_ids"][20:]  # make one clearly shorter than the other
+    pair[0]["labels"] = pair[0]["labels"][20:]
+    collate, count = trainer.data_collator, [sum(t >= 0 for t in row["labels"]) for row in pair]
+    together = trainer.compute_loss(trainer.model, collate(pair)).item() * sum(count)
+    alone = [
+        trainer.compute_loss(trainer.model, collate([row])).item() * n for row, n in zip(pair, count, strict=True)
+    ]
+    assert together == pytest.approx(sum(alone), abs=1e-4)
+
+
+def test_accumulated_batches_count_every_answer_token_once(words, monkeypatch):
+    """Two batches of 8 give the gradient of one of 16, though their answers differ in length."""
+    gradients = []
+    for size, accumulate in ((16, 1), (8, 2)):
+        more = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(accumulate)]
+        trainer = trainer_of(
+            words, monkeypatch, *more, "--max_steps", "1", "--learning_rate", "0", "--max_grad_norm", "0"
+        )
+        monkeypatch.setattr(
+            train_sft.StopOnTrouble,
+            "on_pre_optimizer_step",
+            lambda self, args, state, control, model=None, **_: gradients.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            ),
+        )
+        trainer.train()
+        monkeypatch.undo()
+        shutil.rmtree(trainer.args.output_dir)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-4
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(words, monkeypatch, tmp_path):
+    original = train_sft.AnswerTrainer.compute_loss
+    monkeypatch.setattr(train_sft.AnswerTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * math.nan)
+    with pytest.raises(train_sft.TrainingStopped, match="loss is nan at step 1. Lower learning_rate"):
+        train_sft.main(words)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["finished"] is None
+
+
+def test_a_gradient_that_stays_zero_stops_the_run(words, monkeypatch):
+    original = train_sft.AnswerTrainer.compute_loss
+    monkeypatch.setattr(train_sft.AnswerTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * 0.0)
+    with pytest.raises(train_sft.TrainingStopped, match="zero for 20 steps, up to step 20"):
+        train_sft.main([*words, "--max_steps", "30"])
+
+
+def test_answers_that_collapse_onto_one_class_stop_the_run(words):
+    often = ["--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "9", "--learning_rate", "0"]
+    with pytest.raises(train_sft.TrainingStopped, match="last 4 evaluations, up to step 4, every answer was the same"):
+        train_sft.main([*words, *often])
+
+
+@pytest.mark.parametrize("patience, used", [(0, [1, 1, 1, 1, 1]), (3, [1, 1, 2, 1, 1]), (3, [1, 1])])
+def test_a_collapse_must_last_as_long_as_the_patience(patience, used):
+    state = TrainerState(log_history=[{"eval_answers_used": n} for n in used])
+    arguments = type("Arguments", (), {"collapse_patience": patience})
+    train_sft.StopOnTrouble().on_evaluate(arguments, state, TrainerControl())
+
+
+# --- Evaluation
+
+
+def test_metrics_of_hand_made_scores():
+    split = Dataset.from_dict(
+        {
+            "label": ["1", "NO_TRADE", "NO_TRADE", "2"],
+            "answers": [["1", "2", "NO_TRADE"]] * 3 + [["1", "2", "3", "NO_TRADE"]],
+        }
     )
-    base, _, adapter = train_sft.load_model(model, training)
-    assert type(base.model.layers[0].self_attn.qkv_proj) is layer
-    assert adapter.r == model.lora_r
+    half = math.log(0.5)
+    scored = [
+        Scored([half, 2 * half, 2 * half], True),  # 1: met
+        Scored([2 * half, half, 2 * half], True),  # 2: a trade where the teacher made none
+        Scored([-9.0, -9.0, -1.0], False),  # NO_TRADE: met
+        Scored([half, 2 * half, -99.0, -99.0], True),  # 1 instead of 2
+    ]
+    found = train_sft.answer_metrics(split, scored)
+    assert found["accuracy"] == 0.5
+    assert found["balanced_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert (found["trade_rate"], found["outside"], found["answers_used"]) == (0.75, 0.25, 3)
+    likely = [0.5, 0.25, 1 / (1 + 2 * math.exp(-8)), 1 / 3]
+    assert found["loss"] == pytest.approx(-np.mean(np.log(likely)), abs=1e-6)
+
+
+def test_evaluation_while_training_goes_to_the_log_the_plot_and_tensorboard(words, tmp_path):
+    often = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    train_sft.main([*words, *often, "--load_best_model_at_end", "true", "--report_to", "tensorboard"])
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    evaluated = [entry for entry in state["log_history"] if "eval_balanced_accuracy" in entry]
+    assert [entry["step"] for entry in evaluated] == [1, 2, 3]
+    names = {"eval_loss", "eval_accuracy", "eval_balanced_accuracy", "eval_trade_rate", "eval_outside"}
+    assert all(names <= entry.keys() for entry in evaluated)
+    best = max(evaluated, key=lambda entry: entry["eval_balanced_accuracy"])
+    assert state["best_metric"] == best["eval_balanced_accuracy"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["best_step"] == best["step"] == state["best_global_step"]
+    kept = adapter(tmp_path / "out" / f"checkpoint-{best['step']}")
+    assert difference(adapter(tmp_path / "out"), kept) == 0
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "out").glob("runs/*/events.out.tfevents*"))
+
+
+# --- Resuming and saving
+
+
+RESUMED = ["--max_steps", "12", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]
+RESUMED += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
+RESUMED += ["--lora_dropout", "0.2", "--balance", "downsample", "--candidate_order", "shuffle"]
+RESUMED += ["--dataset_config", "per_decision_ranking", "--collapse_patience", "0", "--save_total_limit", "9"]
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(words, tmp_path):
+    """Killed twice, in the first and in a later epoch, with dropout, accumulation and an order a law of the epoch."""
+    script, folder = SCRIPT.parent / "train_sft.py", tmp_path / "out"
+    command = [sys.executable, str(script), *words, *RESUMED]
+    for checkpoint in ("checkpoint-2", "checkpoint-8"):
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / checkpoint / "adapter_model.safetensors").exists():
+            assert run.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not (folder / "adapter_model.safetensors").exists()
+    done = python(script, *words, *RESUMED, cwd=tmp_path)
+    assert "Going on from" in done.stderr and done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    assert python(script, *words, *RESUMED, "--output_dir", whole, cwd=tmp_path).returncode == 0
+    assert difference(adapter(folder), adapter(whole)) == 0
+    assert difference(adapter(folder / "checkpoint-2"), adapter(folder)) > 1e-4
+    tables = [json.loads((path / "manifest.json").read_text())["results"] for path in (folder, whole)]
+    assert tables[0] == tables[1]
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_st'), (11, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert train_sft.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+
+
+def begun(tmp_path, **changes) -> dict:
+    manifest = {"task": "per_candidate", "recipe": {"learning_rate": 0.1}, "versions": {"trl": "1"}, "finished": None}
+    train_sft.open_run(tmp_path / "out", manifest, overwrite=False)
+    return manifest | changes
+
+
+def test_a_run_that_was_begun_is_gone_on_with(tmp_path):
+    manifest = begun(tmp_path)
+    assert train_sft.open_run(tmp_path / "out", manifest, overwrite=False) is None
+    (tmp_path / "out" / "checkpoint-5").mkdir()
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    assert train_sft.open_run(tmp_path / "out", manifest, overwrite=False).name == "checkpoint-5"
+    assert train_sft.open_run(tmp_path / "out", manifest, overwrite=True) is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+def test_another_run_in_the_same_folder_is_refused_with_what_differs(tmp_path):
+    manifest = begun(tmp_path, recipe={"learning_rate": 0.2})
+    with pytest.raises(
+        train_sft.RecipeError, match=r"another run .*\(recipe.learning_rate: 0.1, now 0.2\).*same command"
+    ):
+        train_sft.open_run(tmp_path / "out", manifest, overwrite=False)
+
+
+def test_a_finished_run_is_not_overwritten_without_the_flag(words, tmp_path):
+    train_sft.main(words)
+    before = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
+    with pytest.raises(train_sft.RecipeError, match="holds a run that finished on .*--overwrite_output_dir"):
+        train_sft.main(words)
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    train_sft.main([*words, "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(train_sft.RecipeError, match="no run of train_sft.py and not empty"):
+        train_sft.open_run(tmp_path, {"finished": None}, overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_saved_folder_is_complete_and_its_recipe_can_be_run_again(words, base, csv_file, tmp_path):
+    train_sft.main([*words, "--learning_rate", "0.001"])
+    folder = tmp_path / "out"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "recipe.yaml", "README.md"}
+    assert not names & {"unfinished", "training_args.bin"} and not list(folder.glob("*.tmp"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["base_model"] == str(base) and manifest["base_revision"].startswith("sha256:")
+    assert manifest["labels"] == ["SELL_CALL", "SKIP"] and manifest["task"] == "per_candidate"
+    assert manifest["data_files"].keys() == {"candidates.csv"} and manifest["seed"] == 0
+    assert manifest["splits"]["train"] == {
+        "records": 144,
+        "from": "2024-09-01T00:00:00+00:00",
+        "to": "2024-10-18T00:00:00+00:00",
+    }
+    card = (folder / "README.md").read_text()
+    test = next(r for r in manifest["results"] if (r["split"], r["answers_by"]) == ("test", "tuned model"))
+    assert f"| test | {test['records']} | tuned model | {test['accuracy']:.3f} |" in card
+    assert "no evidence of profit" in card and manifest["prompt_version"] in card
+    model, data, training = parse("--config", folder / "recipe.yaml")
+    assert (training.learning_rate, model.model_name_or_path) == (0.001, str(base))
+    train_sft.main(["--config", str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert difference(adapter(folder), adapter(tmp_path / "again")) == 0
+
+
+def test_a_tuned_model_is_loaded_only_with_the_prompts_and_the_base_it_was_tuned_on(
+    words, base, tmp_path, monkeypatch
+):
+    train_sft.main(words)
+    model, tokenizer, manifest = load_tuned(tmp_path / "out")
+    tuned = model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj").lora_B.default.weight
+    assert tuned.abs().max() > 0 and tokenizer.chat_template and manifest["quantization"] == "int4"
+    assert load_tuned(tmp_path / "out", quantization="none")[0] is not None
+    monkeypatch.setattr("policy.PROMPT_VERSION", "another")
+    with pytest.raises(PolicyError, match="tuned on prompts of version .* now renders version another"):
+        load_tuned(tmp_path / "out")
+    monkeypatch.undo()
+    config = AutoConfig.from_pretrained(base)
+    config.save_pretrained(base)  # the same, as a file with another time
+    load_tuned(tmp_path / "out")
+    random_phi3(tokenizer, seed=1).save_pretrained(base)
+    with pytest.raises(PolicyError, match="not the one that .* was tuned on"):
+        load_tuned(tmp_path / "out")
+
+
+def test_a_folder_that_is_no_finished_run_is_not_loaded(tmp_path):
+    with pytest.raises(PolicyError, match="holds no manifest.json"):
+        load_tuned(tmp_path)
+    begun(tmp_path)
+    with pytest.raises(PolicyError, match="has not finished"):
+        load_tuned(tmp_path / "out")
+
+
+def test_a_push_that_could_not_work_stops_before_the_training(words, tmp_path):
+    done = python(SCRIPT.parent / "train_sft.py", *words, "--push_to_hub", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: push_to_hub: the Hub does not")
+    assert not (tmp_path / "out").exists()
+
+
+# --- Whole runs
 
 
 @pytest.mark.parametrize(
     "name, options",
     [
         ("per_candidate", ["--quantization", "int4"]),
-        ("per_decision_ranking", ["--quantization", "int8"]),
+        ("per_decision_ranking", ["--quantization", "int8", "--candidate_order", "shuffle", "--max_steps", "6"]),
         ("per_candidate", ["--quantization", "none", "--lora_r", "0"]),
     ],
 )
-def test_a_fine_tune_saves_a_model_and_prints_a_table(name, options, csv_file, tmp_path, capsys):
-    train_sft.main(
-        ["--config", "tiny", "--data_files", csv_file, "--dataset_config", name, *QUICK, *options]
-        + ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "tiny")]
-    )
+def test_a_fine_tune_saves_a_model_and_prints_a_table(name, options, words, tmp_path, capsys):
+    train_sft.main([*words, "--dataset_config", name, *options])
     table = capsys.readouterr().out
     for split in ("validation", "test"):
         assert re.search(rf"^{split} +\d+  tuned model +[01]\.\d{{3}} +[01]\.\d{{3}}$", table, re.MULTILINE)
         assert re.search(rf"^{split} +\d+  always \w+", table, re.MULTILINE)
         assert ("its base, untuned" in table) == ("none" not in options)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    if "none" not in options:
-        assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].r == 16
-    assert [path.name.rsplit("-", 1)[0] for path in tmp_path.glob("tiny-*")] == ["tiny"]
+    model, tokenizer, manifest = load_tuned(tmp_path / "out")
+    assert tokenizer.chat_template and manifest["task"] == name
+    assert manifest["adapter"] == ("none" not in options)
 
 
 def balanced_accuracy(table: str, split: str, who: str) -> float:
@@ -319,7 +748,91 @@ def test_the_tiny_recipe_as_shipped_beats_the_majority_answer_on_the_sample(tmp_
 @needs_real_data
 def test_the_tiny_recipe_runs_on_a_real_file(tmp_path, capsys):
     train_sft.main(
-        ["--config", "tiny", "--data_files", str(REAL_DATA / "*hold*.csv"), *QUICK]
+        ["--config", "tiny", "--data_files", str(REAL_DATA / "*hold*.csv"), *QUICK, *NO_CHECKPOINTS]
         + ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "tiny")]
     )
     assert "tuned model" in capsys.readouterr().out
+
+
+# --- Other models, and more than one process
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_any_causal_model_with_a_chat_template_can_be_tuned(family, words, base, splits, tmp_path):
+    config_class, model_class, template = FAMILIES[family]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "other")
+    config = config_class(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model_class(config).save_pretrained(tmp_path / "other")
+    words[words.index(str(base))] = str(tmp_path / "other")
+    train_sft.main(words)
+    tuned = load_tuned(tmp_path / "out")[0]
+    assert max(p.abs().max().item() for name, p in tuned.named_parameters() if "lora_B" in name) > 0
+
+
+SPY = """
+import json, os, sys
+import train_sft
+
+original = train_sft.AnswerTrainer.compute_loss
+
+def compute_loss(self, model, inputs, *args, **kwargs):
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    with open(f"seen-{os.environ.get('RANK', 'alone')}.jsonl", "a") as file:
+        file.write(json.dumps([self.state.global_step, rows]) + "\\n")
+    return original(self, model, inputs, *args, **kwargs)
+
+train_sft.AnswerTrainer.compute_loss = compute_loss
+saved = train_sft.AnswerTrainer.save_model
+def save_model(self, *args, **kwargs):
+    if self.args.should_save:
+        open("saves", "a").write("x")
+    saved(self, *args, **kwargs)
+train_sft.AnswerTrainer.save_model = save_model
+train_sft.main(sys.argv[1:])
+"""
+
+
+def seen(folder: Path, pattern: str) -> dict[int, list[tuple]]:
+    """The records of each step, sorted, over all processes."""
+    steps = {}
+    for path in folder.glob(pattern):
+        for line in path.read_text().splitlines():
+            step, rows = json.loads(line)
+            steps.setdefault(step, []).extend(map(tuple, rows))
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(words, tmp_path):
+    """The same records at each step, none of them twice in an epoch, the same weights, one save."""
+    (tmp_path / "spy.py").write_text(SPY)
+    one_epoch = [*words, "--max_steps", "-1", "--num_train_epochs", "1", "--eval_strategy", "epoch"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    path = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    alone, both = ["--per_device_train_batch_size", "10"], ["--per_device_train_batch_size", "5"]
+    one = python("spy.py", *one_epoch, *alone, "--dataloader_drop_last", "true", cwd=tmp_path, **path)
+    assert one.returncode == 0, one.stderr
+    (tmp_path / "saves").unlink()
+    two = python(*launch, "spy.py", *one_epoch, *both, "--output_dir", tmp_path / "two", cwd=tmp_path, **path)
+    assert two.returncode == 0, two.stderr
+    expected, found = seen(tmp_path, "seen-alone.jsonl"), seen(tmp_path, "seen-[01].jsonl")
+    assert len(found) == 14 and found == expected
+    everything = [row for rows in found.values() for row in rows]
+    assert len(set(everything)) == len(everything) == 140
+    assert difference(adapter(tmp_path / "out"), adapter(tmp_path / "two")) < 1e-5
+    assert (tmp_path / "saves").read_text() == "x"
+    tables = [json.loads((tmp_path / name / "manifest.json").read_text())["results"] for name in ("out", "two")]
+    assert tables[0] == tables[1]
+    assert two.stdout.count("answers by") == 1 and two.stdout.count("Preflight of") == 1
+
+
+def test_the_fsdp_config_is_one_that_accelerate_takes():
+    config = load_config_from_file(str(train_sft.RECIPES / "accelerate" / "fsdp_qlora.yaml"))
+    assert (config.distributed_type, config.mixed_precision, config.num_processes) == ("FSDP", "bf16", 2)
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert config.fsdp_config.keys() <= known
