@@ -81,6 +81,7 @@ BALANCES = ("none", "downsample", "weight")
 IGNORE = -100  # the label of a token that carries no loss
 ZERO_GRADIENT_STEPS = 20
 GIB = 2**30
+CONTEXT_GIB = 0.6  # what CUDA itself takes of a GPU
 
 
 class RecipeError(ValueError):
@@ -414,14 +415,15 @@ def preflight(
     )
     facts = {
         "tokens": f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
-        f"{longest_answer}; record at most {longest}, max_length {training.max_length}",
-        "answers": f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}; the pad token "
-        f"is {tokenizer.pad_token}",
+        f"{longest_answer}; record at most {longest}, and none is over max_length {training.max_length}",
+        "answers": f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}, on which alone "
+        f"each record's loss is; the pad token is {tokenizer.pad_token}",
         "balance": f"{data.balance}: an epoch takes {sampler}",
         "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
         "memory": f"about {sum(memory.values()):.1f} GiB at the peak of a step, estimated, not measured ("
         + ", ".join(f"{part} {gib:.1f}" for part, gib in memory.items())
-        + ")",
+        + ")"
+        + warn_of_memory(sum(memory.values())),
         "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs",
     }
     return "\n".join(
@@ -435,6 +437,13 @@ def preflight(
             "",
         ]
     )
+
+
+def warn_of_memory(gib: float) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    there = torch.cuda.get_device_properties(0).total_memory / GIB - CONTEXT_GIB
+    return f"; this GPU has only {there:.1f}" if gib > there else f" of {there:.1f}"
 
 
 def describe_split(name: str, split: Dataset) -> str:
@@ -534,13 +543,14 @@ def count_parameters(config, model: ModelArguments) -> ModelSize:
 def estimate_memory(
     config, size: ModelSize, model: ModelArguments, training: TrainingArguments, tokens: int, logits_at: int
 ) -> dict[str, float]:
-    """GiB of GPU memory at the peak of a step, by part, from shapes alone; not the CUDA context (about 0.6 GiB).
+    """GiB of GPU memory at the peak of a step, by part, from shapes alone; not the CUDA context.
 
     Weights: 4-bit ones take 4 bits, and 8 bits a block of 64 for its doubly quantised scale (QLoRA,
     https://arxiv.org/abs/2305.14314, section 3); 8-bit ones a byte; what is not linear, and the head, 16 or 32 bits.
     Trained parameters: in float32, with their gradients and two Adam moments (8 bits each with an 8-bit optimiser).
     Activations: with gradient checkpointing each layer's input, and one layer's inside with its gradient; and the
-    largest quantised matrix, which is multiplied in 16 bits.
+    largest quantised matrix, which is multiplied in 16 bits. It errs upwards: the inside of a layer and the logits do
+    not peak at the same moment.
 
     Args:
         tokens: of the longest record.

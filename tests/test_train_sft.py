@@ -310,8 +310,12 @@ def test_a_dry_run_prints_the_preflight_and_trains_nothing(words, tmp_path, caps
     train_sft.main([*words, "--dry_run", "--use_cpu", "false", "--balance", "downsample"])
     text = capsys.readouterr().out
     assert re.search(r"^train +144 +48 +2024-09-01 2024-10-18 +25.0%  SKIP 108, SELL_CALL 36$", text, re.MULTILINE)
-    assert re.search(r"^tokens +prompt at most \d+, 99 % up to \d+; answer at most \d; record at most \d+", text, re.M)
-    assert "through <|end|>; the pad token is <|pad|>" in text
+    assert re.search(
+        r"^tokens +prompt at most \d+, 99 % up to \d+; answer at most \d; record at most \d+, and none is over",
+        text,
+        re.M,
+    )
+    assert "through <|end|>, on which alone each record's loss is; the pad token is <|pad|>" in text
     assert "an epoch takes 36 of 36 trades and 36 of 108 non-trades" in text
     assert re.search(r"^parameters 28,672 of [\d,]+ are trained$", text, re.MULTILINE)
     assert re.search(r"^memory .*estimated, not measured", text, re.MULTILINE)
