@@ -581,6 +581,8 @@ class EpochSampler(torch.utils.data.Sampler):
     Args:
         trades: for each record of the training split, whether the teacher traded.
         balance: with "downsample", an epoch takes as many records of either kind; the others take turns.
+
+    Attributes:
         copies: how many times over the data set holds the split, each differently shuffled inside; epoch e draws
             from copy e.
     """
@@ -766,6 +768,7 @@ def describe_run(
     given: dict,
     files: list[str],
     splits: DatasetDict,
+    sampler: EpochSampler,
 ) -> dict:
     """The manifest: all that decides what comes out of a run. Equal manifests give equal weights."""
     csvs = fingerprint(files)["train"]
@@ -783,7 +786,7 @@ def describe_run(
         "labels": labels,
         "splits": {
             name: {
-                "records": len(split),
+                "records": sampler.records if name == "train" else len(split),
                 "from": min(split["decision_time"]).isoformat(),
                 "to": max(split["decision_time"]).isoformat(),
             }
@@ -809,31 +812,42 @@ def open_run(folder: Path, manifest: dict, overwrite: bool) -> Path | None:
     Raises:
         RecipeError: if the folder holds a finished run, another run, or something else.
     """
-    path = folder / MANIFEST
-    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-        raise RecipeError(f"{folder} is no run of train_sft.py and not empty: give another output_dir.")
-    if path.is_file() and overwrite:
+    begun = begun_run(folder)
+    if begun and overwrite:
         shutil.rmtree(folder)
-    if path.is_file():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun["finished"]:
-            raise RecipeError(
-                f"{folder} holds a run that finished on {begun['finished']}. Give another output_dir, or "
-                "--overwrite_output_dir to delete it first."
-            )
-        differing = [key for key in flat(manifest) | flat(begun) if flat(manifest).get(key) != flat(begun).get(key)]
-        if differing:
-            changes = "; ".join(
-                f"{key}: {flat(begun).get(key)!r}, now {flat(manifest).get(key)!r}" for key in differing
-            )
-            raise RecipeError(
-                f"{folder} holds another run that was begun ({changes}). Give the same command to go on with it, "
-                "another output_dir, or --overwrite_output_dir to delete it first."
-            )
-        return last_checkpoint(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(manifest, indent=2))
-    return None
+        begun = None
+    if begun is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
+        return None
+    if begun["finished"]:
+        raise RecipeError(
+            f"{folder} holds a run that finished on {begun['finished']}. Give another output_dir, or "
+            "--overwrite_output_dir to delete it first."
+        )
+    then, now = flat(begun), flat(manifest)
+    changes = [
+        f"{key}: {then.get(key)!r}, now {now.get(key)!r}" for key in now | then if then.get(key) != now.get(key)
+    ]
+    if changes:
+        raise RecipeError(
+            f"{folder} holds another run that was begun ({'; '.join(changes)}). Give the same command to go on with "
+            "it, another output_dir, or --overwrite_output_dir to delete it first."
+        )
+    return last_checkpoint(folder)
+
+
+def begun_run(folder: Path) -> dict | None:
+    """The manifest of the run in a folder, None if there is nothing; RecipeError if there is something else."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "prompt_version" in manifest:
+            return manifest
+    except (OSError, json.JSONDecodeError):
+        pass  # another program's file, or none
+    raise RecipeError(f"{folder} is no run of train_sft.py and not empty: give another output_dir.")
 
 
 def flat(manifest: dict) -> dict:
@@ -1057,7 +1071,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(ready)
     if training.dry_run:
         return
-    manifest = describe_run(model, data, training, given, files, splits)
+    manifest = describe_run(model, data, training, given, files, splits, sampler)
     with training.main_process_first():
         checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
     set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed

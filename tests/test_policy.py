@@ -54,6 +54,7 @@ def small(config_class, model_class):
     config = config_class(
         vocab_size=len(READER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=1, bos_token_id=None, eos_token_id=0,
+        initializer_range=0.3,  # large enough for a wrong position to show
     )  # fmt: skip
     return model_class(config).eval()
 

@@ -610,7 +610,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
 
 
 def begun(tmp_path, **changes) -> dict:
-    manifest = {"task": "per_candidate", "recipe": {"learning_rate": 0.1}, "versions": {"trl": "1"}, "finished": None}
+    manifest = {"prompt_version": "1", "recipe": {"learning_rate": 0.1}, "versions": {"trl": "1"}, "finished": None}
     train_sft.open_run(tmp_path / "out", manifest, overwrite=False)
     return manifest | changes
 
@@ -644,11 +644,12 @@ def test_a_finished_run_is_not_overwritten_without_the_flag(words, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite):
-    (tmp_path / "thesis.tex").write_text("years of work")
+@pytest.mark.parametrize("name, text", [("thesis.tex", "years of work"), ("manifest.json", '{"name": "a web page"}')])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite, name, text):
+    (tmp_path / name).write_text(text)
     with pytest.raises(train_sft.RecipeError, match="no run of train_sft.py and not empty"):
         train_sft.open_run(tmp_path, {"finished": None}, overwrite)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / name).read_text() == text
 
 
 def test_the_saved_folder_is_complete_and_its_recipe_can_be_run_again(words, base, csv_file, tmp_path):
