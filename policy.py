@@ -5,7 +5,10 @@ Training, evaluation and decisions turn chats into tokens, load models and score
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +16,36 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from jinja2 import TemplateError
 from peft import PeftModel
+from scipy.optimize import minimize_scalar
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from covered_call_candidates import PROMPT_VERSION
+import covered_call_candidates
+from covered_call_candidates import (
+    NO_TRADE,
+    PROMPT_VERSION,
+    SELL_CALL,
+    SKIP,
+    CoveredCallCandidatesConfig,
+    LoggedDecision,
+    candidate_messages,
+    present_in_order,
+    ranking_messages,
+)
 
 QUANTIZATIONS = ("int4", "int8", "none")
-MANIFEST = "manifest.json"
+MANIFEST, CALIBRATION = "manifest.json", "calibration.json"
+BATCH_SIZE = 16  # prompts scored together
+CHUNK = 2_000  # decisions whose prompts are in memory at a time
 # What a masked attention score is lowered by: its weight is 0 in every precision, and float16 can still hold it.
 MASKED = -3e4
 
@@ -181,6 +200,8 @@ def load_tuned(
     """
     manifest = read_manifest(folder)
     quantization = quantization or manifest["quantization"]
+    if quantization not in QUANTIZATIONS:
+        raise PolicyError(f"quantization={quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -232,49 +253,60 @@ def score_answers(
 def score_batch(
     model: torch.nn.Module, prompts: list[list[int]], answers: list[list[tuple[int, ...]]]
 ) -> list[Scored]:
-    """One forward pass: each row is a prompt and, side by side after it, its answers.
+    """Two forward passes: the prompts but for their last tokens, and then those with, side by side, all answers.
 
-    An attention mask lets every answer see the prompt and itself only, at the positions it would have alone. Rows are
-    padded on the left, so that all answers, and the prompt's last token, lie in the last columns: only their logits
-    are computed.
+    Prompts are padded on the right, where causal attention never looks, so that the long pass needs no mask and skips
+    half of its work. In the short one a mask lets each answer see its prompt and itself only, at the positions it
+    would have alone; only there are logits computed.
     """
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    # The last token of an answer predicts nothing, so it is left out.
-    ends = [[token for answer in given for token in answer[:-1]] for given in answers]
-    rows = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
-    width = max(map(len, rows))
-    kept = 1 + max(map(len, ends))
-    ids, positions = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    branches = torch.full((len(rows), width), -1)  # -1 padding, 0 the prompt, from 1 its answers
-    asked = []  # (prompt, answer, column among the kept, token): one for each token of each answer
-    for row, (prompt, given) in enumerate(zip(prompts, answers, strict=True)):
-        start = width - len(rows[row])
-        ids[row, start:] = torch.tensor(rows[row])
-        positions[row, start : start + len(prompt)] = torch.arange(len(prompt))
-        branches[row, start : start + len(prompt)] = 0
-        column = start + len(prompt)
-        for index, answer in enumerate(given):
-            end = column + len(answer) - 1
-            positions[row, column:end] = torch.arange(len(prompt), len(prompt) + len(answer) - 1)
-            branches[row, column:end] = index + 1
-            columns = [start + len(prompt) - 1, *range(column, end)]
-            asked += [(row, index, c - (width - kept), t) for c, t in zip(columns, answer, strict=True)]
-            column = end
-    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    seen &= torch.ones(width, width, dtype=torch.bool).tril()
-    mask = torch.zeros(len(rows), 1, width, width, dtype=like.dtype).masked_fill(~seen[:, None], MASKED)
+    bodies = [prompt[:-1] for prompt in prompts]
+    # A cache of its own keeps all keys, where one made for a model with a sliding window would drop some.
+    past = model(
+        input_ids=pad(bodies).to(like.device), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    tails, asked = lay_out(prompts, answers)
+    ids, positions, branches = (pad(part) for part in zip(*tails, strict=True))
+    within = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    within &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    before = pad([[1] * len(body) for body in bodies])[:, None].expand(-1, ids.shape[1], -1)
+    seen = torch.cat([before == 1, within], dim=-1)[:, None]
     logits = model(
         input_ids=ids.to(like.device),
-        attention_mask=mask.to(like.device),
+        attention_mask=torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, MASKED).to(like.device),
         position_ids=positions.to(like.device),
-        logits_to_keep=kept,
-        use_cache=False,
+        past_key_values=past,
     ).logits
     at_row, _, at_column, token = torch.tensor(asked, device=logits.device).T
-    by_token = logits.float().log_softmax(-1)[at_row, at_column]
-    best = by_token.argmax(-1) == token
-    by_token = by_token.gather(1, token[:, None])[:, 0]
-    return collect(asked, by_token.tolist(), best.tolist(), answers)
+    by_token = logits.float().log_softmax(-1)
+    best = by_token.argmax(-1)[at_row, at_column] == token
+    return collect(asked, by_token[at_row, at_column, token].tolist(), best.tolist(), answers)
+
+
+def pad(rows: list[list[int]]) -> torch.Tensor:
+    """The rows as one tensor, with zeros on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+
+
+def lay_out(prompts: list[list[int]], answers: list[list[tuple[int, ...]]]) -> tuple[list[tuple], list[tuple]]:
+    """Each prompt's last token with its answers side by side after it, and where in that row each answer is read off.
+
+    Returns:
+        For each row its token ids, their positions, and whose they are (0 the prompt, from 1 its answers); and, for
+        each token of each answer, (row, answer, column that predicts it, token).
+    """
+    tails, asked = [], []
+    for row, (prompt, given) in enumerate(zip(prompts, answers, strict=True)):
+        ids, positions, branches = prompt[-1:], [len(prompt) - 1], [0]
+        for index, answer in enumerate(given):
+            inner = answer[:-1]  # the last token of an answer predicts nothing, so it is left out
+            columns = [0, *range(len(ids), len(ids) + len(inner))]
+            asked += [(row, index, column, token) for column, token in zip(columns, answer, strict=True)]
+            ids = [*ids, *inner]
+            positions += range(len(prompt), len(prompt) + len(inner))
+            branches += [index + 1] * len(inner)
+        tails.append((ids, positions, branches))
+    return tails, asked
 
 
 def collect(asked: list[tuple], by_token: list[float], best: list[bool], answers: list[list]) -> list[Scored]:
@@ -285,3 +317,233 @@ def collect(asked: list[tuple], by_token: list[float], best: list[bool], answers
         totals[row][index] += log_probability
         greedy[row][index] &= is_best
     return [Scored(total, any(would)) for total, would in zip(totals, greedy, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deciding
+
+
+class Decision(NamedTuple):
+    """What a policy answers to one decision.
+
+    Args:
+        answer: "1" to "N", an index into the candidates in the order the caller gave them, or "NO_TRADE".
+        probability: of what the model likes best: the answer, unless it abstained.
+        margin: that probability less the runner-up's, 1 where there is none.
+        scores: log-probabilities (nats), after the temperature. For per_decision_ranking one for each answer, NO_TRADE
+            last; their probabilities add up to 1. For per_candidate P(SELL_CALL) of each candidate, "1" to "N", each
+            set against its own SKIP, so that they need not add up to anything.
+        abstained: the model would have traded, but with a probability below the threshold.
+    """
+
+    answer: str
+    probability: float
+    margin: float
+    scores: dict[str, float]
+    abstained: bool
+
+
+@dataclass
+class Policy:
+    """A tuned model that decides; ``Policy.load`` makes it from a folder that train_sft.py saved.
+
+    Args:
+        manifest: what the model was tuned on; see read_manifest.
+        temperature: what scores are divided by before they become probabilities; see calibrate.
+        threshold: a trade of lower probability becomes NO_TRADE.
+        candidate_order: "instrument", or "csv" for the order the caller gives; how the prompts show candidates.
+    """
+
+    folder: Path
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    manifest: dict
+    temperature: float = 1.0
+    threshold: float = 0.0
+    candidate_order: str = field(init=False)
+
+    def __post_init__(self):
+        if not 0 <= self.threshold <= 1:
+            raise PolicyError(f"threshold={self.threshold!r}: give a probability, from 0 to 1.")
+        # A model tuned on shuffled candidates takes any order: it gets the one it was evaluated in.
+        self.candidate_order = "csv" if self.manifest["recipe"]["candidate_order"] == "csv" else "instrument"
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, quantization: str | None = None, threshold: float = 0.0) -> "Policy":
+        """A finished fine-tune, adapter or full model, with its calibration if there is one.
+
+        Args:
+            quantization: "int4", "int8" or "none"; default as it was tuned.
+
+        Raises:
+            PolicyError: if the folder cannot be used with today's prompts (see load_tuned), or for a threshold or
+                quantization that cannot be.
+        """
+        model, tokenizer, manifest = load_tuned(folder, quantization)
+        path = Path(folder) / CALIBRATION
+        temperature = json.loads(path.read_text(encoding="utf-8"))["temperature"] if path.is_file() else 1.0
+        return cls(Path(folder), model, tokenizer, manifest, temperature, threshold)
+
+    @property
+    def task(self) -> str:
+        """ "per_candidate" or "per_decision_ranking": what the model was tuned to answer."""
+        return self.manifest["task"]
+
+    def decide(
+        self, decisions: Sequence[covered_call_candidates.Decision], batch_size: int = BATCH_SIZE
+    ) -> list[Decision]:
+        """An answer to each decision. The candidates may come in any order; answers are in the caller's.
+
+        per_candidate: the candidate with the highest P(SELL_CALL), if that is over 0.5, else NO_TRADE with what is
+        left of 1. A tie with NO_TRADE is no trade. A decision without candidates is NO_TRADE for certain.
+
+        Args:
+            batch_size: prompts that are scored together; fewer need less memory, and change nothing else.
+
+        Raises:
+            PolicyError: for a prompt that is too long for the model, or scores that are not finite.
+        """
+        return [self._pick(scores) for scores in self.score(decisions, batch_size)]
+
+    def score(
+        self, decisions: Sequence[covered_call_candidates.Decision], batch_size: int = BATCH_SIZE
+    ) -> list[torch.Tensor]:
+        """The model's own log-probabilities, without temperature, of each admissible answer through its end token.
+
+        Returns:
+            For each decision of N candidates, in the caller's order, a float64 tensor: per_candidate of shape (N, 2),
+            SELL_CALL before SKIP; per_decision_ranking of shape (1, N + 1), NO_TRADE last, or (0, 1) without any.
+        """
+        decisions, scores = list(decisions), []
+        for start in range(0, len(decisions), CHUNK):
+            scores += self._score_chunk(decisions[start : start + CHUNK], batch_size)
+        return scores
+
+    def _score_chunk(self, decisions: list, batch_size: int) -> list[torch.Tensor]:
+        options = CoveredCallCandidatesConfig(candidate_order=self.candidate_order)
+        # In the place of outcomes, which no prompt shows, travel the candidates' places in the caller's order.
+        shown = [
+            present_in_order(LoggedDecision(decision, None, range(len(decision.candidates))), options)
+            for decision in decisions
+        ]
+        asked = [self._prompts(decision) for decision, _, _ in shown]
+        found = iter(self._score_prompts([prompt for prompts in asked for prompt in prompts], batch_size))
+        return [
+            self._in_callers_order(torch.tensor([next(found) for _ in prompts], dtype=torch.float64), entry.outcomes)
+            for prompts, entry in zip(asked, shown, strict=True)
+        ]
+
+    def _prompts(self, decision: covered_call_candidates.Decision) -> list[tuple[list[dict], list[str]]]:
+        """Each prompt that the decision takes, with its admissible answers; none if there is nothing to choose."""
+        if self.task == "per_candidate":
+            return [(candidate_messages(decision, one), [SELL_CALL, SKIP]) for one in decision.candidates]
+        answers = [*map(str, range(1, len(decision.candidates) + 1)), NO_TRADE]
+        return [(ranking_messages(decision), answers)] if decision.candidates else []
+
+    def _score_prompts(self, asked: list[tuple[list[dict], list[str]]], batch_size: int) -> list[list[float]]:
+        if not asked:
+            return []
+        prompts = chat_ids(self.tokenizer, [prompt for prompt, _ in asked], add_generation_prompt=True)
+        # Answers read alike after every prompt: train_sft.py has checked that before it tuned.
+        tokens = answer_tokens(self.tokenizer, asked[0][0], list({a: None for _, answers in asked for a in answers}))
+        answers = [[tokens[answer] for answer in given] for _, given in asked]
+        check_fits(self.model.config, max(map(len, prompts)) + max(map(len, tokens.values())))
+        scored = score_answers(self.model, prompts, answers, batch_size)
+        if not all(math.isfinite(score) for one in scored for score in one.log_probabilities):
+            raise PolicyError("The model's scores are not finite: load it in another quantization, or tune it again.")
+        return [one.log_probabilities for one in scored]
+
+    def _in_callers_order(self, scores: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        back = sorted(range(len(places)), key=places.__getitem__)
+        if self.task == "per_candidate":
+            return scores.reshape(-1, 2)[back]
+        return scores.reshape(-1, len(places) + 1)[:, [*back, len(places)]]
+
+    def _pick(self, scores: torch.Tensor) -> Decision:
+        """A Decision from one decision's row of ``score``."""
+        normalised = (scores / self.temperature).log_softmax(-1)
+        if not len(normalised):
+            return Decision(NO_TRADE, 1.0, 1.0, {} if self.task == "per_candidate" else {NO_TRADE: 0.0}, False)
+        if self.task == "per_candidate":
+            picks, no_trade = normalised[:, 0], normalised[normalised[:, 0].argmax(), 1]
+        else:
+            picks, no_trade = normalised[0, :-1], normalised[0, -1]
+        named = {str(index): score for index, score in enumerate(picks.tolist(), start=1)}
+        either = {NO_TRADE: no_trade.item(), **named}  # first, so that it wins a tie
+        answer, runner_up = sorted(either, key=either.get, reverse=True)[:2]
+        probability = math.exp(either[answer])
+        abstained = answer != NO_TRADE and probability < self.threshold
+        return Decision(
+            NO_TRADE if abstained else answer,
+            probability,
+            probability - math.exp(either[runner_up]),
+            named if self.task == "per_candidate" else {**named, NO_TRADE: either[NO_TRADE]},
+            abstained,
+        )
+
+
+def check_fits(config: PretrainedConfig, length: int) -> None:
+    """Raises PolicyError if a prompt with its answer is longer than what the model attends to at once."""
+    seen = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    limit = min((tokens for tokens in seen if tokens), default=math.inf)
+    if length > limit:
+        raise PolicyError(
+            f"A prompt with its answer has {length} tokens, and the model sees {limit}: give fewer candidates a "
+            "decision, or tune a model with a longer context."
+        )
+
+
+def calibrate(policy: Policy, logged: Sequence[LoggedDecision], batch_size: int = BATCH_SIZE) -> float:
+    """Fits the policy's temperature to what the teacher answered, and stores it beside the model for Policy.load.
+
+    The temperature minimises the mean negative log-likelihood (nats) of the teacher's answers
+    (https://arxiv.org/abs/1706.04599). It changes probabilities, not which answer a ranking likes best. Take decisions
+    that the model was not tuned on: the validation split.
+
+    Raises:
+        PolicyError: if no decision has a candidate.
+    """
+    scores, targets = [], []
+    for (_, chosen, _), rows in zip(logged, policy.score([one.decision for one in logged], batch_size), strict=True):
+        for index, row in enumerate(rows):
+            scores.append(row)
+            if policy.task == "per_candidate":
+                targets.append(0 if index == chosen else 1)
+            else:
+                targets.append(len(row) - 1 if chosen is None else chosen)
+    if not scores:
+        raise PolicyError("None of the decisions to calibrate on has a candidate: give the validation split.")
+    fitted = fit_temperature(scores, targets)
+    policy.temperature = fitted["temperature"]
+    write_text(policy.folder / CALIBRATION, json.dumps(fitted, indent=2))
+    return policy.temperature
+
+
+def fit_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> dict[str, float]:
+    """The temperature with the least mean negative log-likelihood (nats) of the right answers, and that before it.
+
+    Args:
+        scores: for each record the log-probabilities of its admissible answers, shape (answers,).
+        targets: for each record the index of the right one.
+    """
+    padded = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+    target = torch.tensor(targets)
+
+    def nll(log_temperature: float) -> float:
+        return torch.nn.functional.cross_entropy(padded / math.exp(log_temperature), target).item()
+
+    # Within bounds, for answers that are all right would be made certain by a temperature of 0.
+    fitted = minimize_scalar(nll, bounds=(math.log(0.05), math.log(20)), method="bounded")
+    return {
+        "temperature": math.exp(fitted.x),
+        "nll_before": nll(0.0),
+        "nll_after": float(fitted.fun),
+        "records": len(scores),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first: the file is whole or not there."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -60,6 +60,7 @@ from covered_call_candidates import (
     load_candidates,
 )
 from policy import (
+    CALIBRATION,
     MANIFEST,
     QUANTIZATIONS,
     PolicyError,
@@ -67,9 +68,11 @@ from policy import (
     answer_tokens,
     base_revision,
     encode,
+    fit_temperature,
     load_base,
     load_tokenizer,
     score_answers,
+    write_text,
 )
 from tiny_phi3 import build_tiny_base, tiny_base_path
 
@@ -874,15 +877,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first: the file is whole or not there."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def save(trainer: AnswerTrainer, manifest: dict, results: list[dict]) -> None:
-    """Adapter, tokenizer, recipe, plot, card and, last of all, the manifest that says the run has finished."""
+def save(trainer: AnswerTrainer, manifest: dict, results: list[dict], calibration: dict) -> None:
+    """Adapter, tokenizer, recipe, calibration, plot, card and, last, the manifest that says the run has finished."""
     folder = Path(trainer.args.output_dir)
     unfinished = folder / "unfinished"
     trainer.save_model(str(unfinished))  # all processes take part; the first one writes
@@ -903,6 +899,7 @@ def save(trainer: AnswerTrainer, manifest: dict, results: list[dict]) -> None:
     recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
     recipe["output_dir"] = trainer.args.output_dir
     write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    write_text(folder / CALIBRATION, json.dumps(calibration, indent=2))
     plot_history(trainer.state.log_history, best, folder / PLOT)
     write_text(folder / CARD, str(model_card(manifest, folder.name)))
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
@@ -991,12 +988,12 @@ def model_card(manifest: dict, name: str) -> ModelCard:
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")
 
 
-def report(trainer: AnswerTrainer, splits: DatasetDict, commonest: str) -> list[dict]:
+def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[Scored]]) -> list[dict]:
     """Accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
-    results = []
-    for name in (name for name in ("validation", "test") if name in splits):
+    commonest, results = Counter(splits["train"]["label"]).most_common(1)[0][0], []
+    for name in scored:
         split = splits[name]
-        answers = {"tuned model": predictions(split, trainer.score(split))}
+        answers = {"tuned model": predictions(split, scored[name])}
         if isinstance(trainer.model, PeftModel):
             with trainer.model.disable_adapter():
                 answers["its base, untuned"] = predictions(split, trainer.score(split))
@@ -1012,6 +1009,12 @@ def report(trainer: AnswerTrainer, splits: DatasetDict, commonest: str) -> list[
                 }
             )
     return results
+
+
+def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:
+    """The temperature that fits the answers' probabilities to the teacher's on this split."""
+    targets = [answers.index(label) for answers, label in zip(split["answers"], split["label"], strict=True)]
+    return fit_temperature([torch.tensor(one.log_probabilities) for one in scored], targets)
 
 
 def table(results: list[dict]) -> str:
@@ -1087,8 +1090,9 @@ def main(arguments: list[str] | None = None) -> None:
         answers=answers,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    results = report(trainer, splits, Counter(splits["train"]["label"]).most_common(1)[0][0])
-    save(trainer, manifest, results)
+    scored = {name: trainer.score(splits[name]) for name in ("validation", "test") if name in splits}
+    results = report(trainer, splits, scored)
+    save(trainer, manifest, results, calibrate_on(splits["validation"], scored["validation"]))
     if first:
         print(table(results))
     if first and wants_push:

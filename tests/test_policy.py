@@ -1,10 +1,14 @@
-"""Tokens of chats, and the scores of answers."""
+"""Tokens of chats, the scores of answers, and a policy's decisions."""
+
+import json
+import math
 
 import pytest
 import torch
 from conftest import decision, no_candidates, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,8 +20,27 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from covered_call_candidates import NO_TRADE, PROMPT_VERSION, admissible_answers
-from policy import PolicyError, answer_tokens, encode, load_tokenizer, score_answers, score_batch
+from covered_call_candidates import (
+    NO_TRADE,
+    PROMPT_VERSION,
+    CoveredCallCandidatesConfig,
+    LoggedDecision,
+    admissible_answers,
+    ranking_messages,
+    read_candidates,
+)
+from policy import (
+    Decision,
+    Policy,
+    PolicyError,
+    answer_tokens,
+    base_revision,
+    calibrate,
+    encode,
+    load_tokenizer,
+    score_answers,
+    score_batch,
+)
 from tiny_phi3 import CHAT_TEMPLATE, random_phi3, train_tokenizer
 
 TEXTS = ["Score: 3.2029, IV: n/a — SELL_CALL or SKIP, NO_TRADE"] * 3
@@ -196,3 +219,214 @@ def test_scoring_leaves_half_precision_finite(decisions):
         found = [one.log_probabilities for one in score_answers(model.to(dtype), prompts, answers, 5)]
         for row, expected in zip(found, exact, strict=True):
             assert row == pytest.approx(expected, abs=tolerance)
+
+
+# --- Decisions
+
+
+@pytest.fixture
+def logged(tmp_path) -> list[LoggedDecision]:
+    """Decisions of one to twelve candidates and one of none, in a teacher's order: by score, not by instrument."""
+    rows = [
+        row
+        for day in range(12)
+        for row in decision(day, day if day % 2 else None, range(60000 + 1000 * day, 59999, -1000))
+    ]
+    path = write_csv(tmp_path / "a.csv", [*rows, no_candidates(12)])
+    return read_candidates([path], CoveredCallCandidatesConfig())
+
+
+@pytest.fixture
+def states(logged) -> list:
+    return [entry.decision for entry in logged]
+
+
+def policy_of(task: str, folder=None, order=None, **options) -> Policy:
+    """A random model, with weights large enough for it to have opinions."""
+    model = random_phi3(READER, seed=0).eval()
+    model.lm_head.weight.data *= 20
+    return Policy(folder, model, READER, {"task": task, "recipe": {"candidate_order": order}}, **options)
+
+
+TASKS = ["per_candidate", "per_decision_ranking"]
+
+
+def close(one: list[Decision], other: list[Decision]) -> bool:
+    return all(
+        a.answer == b.answer
+        and [a.probability, a.margin, *a.scores.values()]
+        == pytest.approx([b.probability, b.margin, *b.scores.values()], abs=1e-4)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def permuted(state, order):
+    return state._replace(candidates=tuple(state.candidates[i] for i in order))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("task", TASKS)
+def test_decided_in_batches_is_decided_one_by_one(states, task, side, monkeypatch):
+    policy = policy_of(task)
+    monkeypatch.setattr(policy.tokenizer, "padding_side", side)
+    alone = [policy.decide([state], batch_size=1)[0] for state in states]
+    assert close(policy.decide(states, batch_size=5), alone)
+    monkeypatch.setattr("policy.CHUNK", 4)
+    assert close(policy.decide(states), alone)
+
+
+def test_a_ranking_decision_is_the_model_s_own_probabilities_of_all_answers(states):
+    """One by one, each answer through its end token, so that 1 and 10 to 12 are told apart."""
+    policy = policy_of("per_decision_ranking", temperature=2.0)
+    state = states[11]
+    shown = permuted(state, sorted(range(12), key=lambda i: state.candidates[i].instrument))
+    answers = [*map(str, range(1, 13)), NO_TRADE]
+    tokens = answer_tokens(READER, ranking_messages(shown), answers)
+    [(prompt, _)] = encode(READER, [chat("1", ranking_messages(shown))])
+    expected = torch.tensor([one_by_one(policy.model, prompt, tokens[answer])[0] for answer in answers]) / 2
+    expected = dict(zip(answers, expected.log_softmax(0).tolist(), strict=True))
+    [found] = policy.decide([shown])
+    assert list(found.scores) == answers
+    assert found.scores == pytest.approx(expected, abs=1e-4)
+    first, second = sorted(found.scores.values(), reverse=True)[:2]
+    assert found.answer == max(expected, key=expected.get)
+    assert found.probability == pytest.approx(math.exp(first))
+    assert found.margin == pytest.approx(math.exp(first) - math.exp(second))
+    assert len({round(score, 6) for score in found.scores.values()}) == 13
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("recipe_order", [None, "instrument", "shuffle"])
+def test_the_answer_is_an_index_into_the_callers_order(states, task, recipe_order):
+    policy, order = policy_of(task, order=recipe_order), [3, 0, 4, 2, 1]
+    [one], [other] = policy.decide([states[4]]), policy.decide([permuted(states[4], order)])
+    assert {str(place + 1): other.scores[str(index + 1)] for index, place in enumerate(order)} == {
+        name: pytest.approx(score, abs=1e-6) for name, score in one.scores.items() if name != NO_TRADE
+    }
+    assert other.answer == (NO_TRADE if one.answer == NO_TRADE else str(order.index(int(one.answer) - 1) + 1))
+
+
+def test_prompts_show_the_order_that_the_model_was_tuned_on(states, monkeypatch):
+    shown = []
+    monkeypatch.setattr("policy.ranking_messages", lambda one: shown.append(one) or ranking_messages(one))
+    policy_of("per_decision_ranking").decide([states[2]])
+    policy_of("per_decision_ranking", order="csv").decide([states[2]])
+    assert [one.instrument for one in shown[0].candidates] == ["BTC-60000-C", "BTC-61000-C", "BTC-62000-C"]
+    assert shown[1] == states[2]
+
+
+def with_scores(policy: Policy, *scores: list[list[float]]) -> Policy:
+    """The policy with a model that says this of each decision."""
+    policy.score = lambda decisions, batch_size: [torch.tensor(one, dtype=torch.float64).log() for one in scores]
+    return policy
+
+
+def test_per_candidate_sells_the_likeliest_if_it_is_likelier_sold_than_not(states):
+    policy = with_scores(
+        policy_of("per_candidate"), [[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]], [[0.3, 0.7], [0.1, 0.9]], [[0.5, 0.5]]
+    )
+    sold, skipped, tied = policy.decide(states[:3])
+    assert (sold.answer, sold.abstained) == ("2", False)
+    assert (sold.probability, sold.margin) == pytest.approx((0.9, 0.3))
+    assert {name: math.exp(score) for name, score in sold.scores.items()} == pytest.approx(
+        {"1": 0.6, "2": 0.9, "3": 0.2}
+    )
+    assert (skipped.answer, skipped.abstained) == (NO_TRADE, False)
+    assert (skipped.probability, skipped.margin) == pytest.approx((0.7, 0.4))
+    assert tied.answer == NO_TRADE
+
+
+def test_below_the_threshold_a_trade_becomes_no_trade_and_says_so(states):
+    scores = [[0.6, 0.3, 0.1]], [[0.8, 0.1, 0.1]], [[0.2, 0.2, 0.6]]
+    unsure, sure, idle = with_scores(policy_of("per_decision_ranking", threshold=0.7), *scores).decide(states[:3])
+    assert (unsure.answer, unsure.abstained, sure.answer, sure.abstained) == (NO_TRADE, True, "1", False)
+    assert (unsure.probability, unsure.margin) == pytest.approx((0.6, 0.3))
+    assert (idle.answer, idle.abstained) == (NO_TRADE, False)
+    with pytest.raises(PolicyError, match=r"threshold=1.5: give a probability"):
+        policy_of("per_candidate", threshold=1.5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_candidates_there_is_no_trade_for_certain_and_the_model_is_not_asked(states, task):
+    policy = policy_of(task)
+    policy.model = None
+    [found] = policy.decide([states[12]])
+    assert (found.answer, found.probability, found.margin, found.abstained) == (NO_TRADE, 1.0, 1.0, False)
+    assert policy.decide([]) == []
+
+
+def test_what_the_model_cannot_decide_is_refused_with_the_reason(states):
+    policy = policy_of("per_decision_ranking")
+    policy.model.config.sliding_window = 300
+    with pytest.raises(PolicyError, match="tokens, and the model sees 300: give fewer candidates"):
+        policy.decide(states)
+    policy = policy_of("per_decision_ranking")
+    policy.model.lm_head.weight.data *= math.nan
+    with pytest.raises(PolicyError, match="scores are not finite"):
+        policy.decide(states[:1])
+
+
+def save_run(folder, task: str, adapter: bool) -> None:
+    """A folder as train_sft.py leaves it, untrained: with an adapter on a base beside it, or a full model."""
+    model, base = random_phi3(READER, seed=0), folder.with_name("base")
+    READER.save_pretrained(folder)
+    model.save_pretrained(base if adapter else folder)
+    if adapter:
+        get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(folder)
+    manifest = {
+        "task": task, "adapter": adapter, "base_model": str(base), "quantization": "none", "finished": "today",
+        "base_revision": base_revision(str(base)) if adapter else None, "prompt_version": PROMPT_VERSION,
+        "recipe": {"candidate_order": None},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_saved_run_decides_in_every_quantization(states, tmp_path, adapter):
+    save_run(tmp_path / "run", "per_decision_ranking", adapter)
+    policy = Policy.load(tmp_path / "run", threshold=0.1)
+    assert (policy.task, policy.temperature, policy.threshold) == ("per_decision_ranking", 1.0, 0.1)
+    exact = policy.decide(states)
+    assert [len(one.scores) for one in exact] == [*range(2, 14), 1]
+    for quantization in ("int8", "int4"):
+        rough = Policy.load(tmp_path / "run", quantization).decide(states)
+        for one, other in zip(exact, rough, strict=True):
+            assert list(one.scores.values()) == pytest.approx(list(other.scores.values()), abs=1.0)
+    with pytest.raises(PolicyError, match="quantization='int3': choose one of int4, int8, none"):
+        Policy.load(tmp_path / "run", "int3")
+    with pytest.raises(PolicyError, match="no folder that train_sft.py saved"):
+        Policy.load(tmp_path / "base")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_calibrated_temperature_lowers_the_loss_and_is_loaded_again(logged, tmp_path, task):
+    save_run(tmp_path / "run", task, adapter=False)
+    policy = Policy.load(tmp_path / "run")
+    temperature = calibrate(policy, logged)
+    stored = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert stored["temperature"] == temperature == policy.temperature != 1.0
+    assert stored["nll_after"] < stored["nll_before"]
+    assert stored["records"] == (78 if task == "per_candidate" else 12)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    loaded = Policy.load(tmp_path / "run")
+    decisions = [entry.decision for entry in logged]
+    assert close(loaded.decide(decisions), policy.decide(decisions))
+    if task == "per_decision_ranking":  # what is stored is what decide() says of the teacher's answers
+        answers = [NO_TRADE if one.chosen is None else str(one.chosen + 1) for one in logged[:12]]
+        given = [one.scores[answer] for one, answer in zip(loaded.decide(decisions), answers, strict=False)]
+        assert -sum(given) / 12 == pytest.approx(stored["nll_after"], abs=1e-4)
+
+
+def test_calibration_finds_the_temperature_that_answers_were_drawn_at(logged, tmp_path):
+    """Answers right 3 times in 4, from a model that is sure of them: 0.75 is what it should have said."""
+    entries = [logged[1]._replace(chosen=0 if i % 4 else None) for i in range(40)]
+    policy = with_scores(policy_of("per_decision_ranking", tmp_path), *[[[0.98, 1e-30, 0.02]]] * 40)
+    calibrate(policy, entries)
+    assert policy.decide([logged[1].decision])[0].probability == pytest.approx(0.75, abs=1e-3)
+    policy = with_scores(policy, *[[[0.98, 1e-30, 0.02]]] * 40)
+    assert 0.05 <= calibrate(policy, [one._replace(chosen=0) for one in entries]) < 1
+
+
+def test_calibration_on_nothing_is_refused(logged, tmp_path):
+    with pytest.raises(PolicyError, match="None of the decisions to calibrate on has a candidate"):
+        calibrate(policy_of("per_candidate", tmp_path), logged[12:])

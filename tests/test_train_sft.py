@@ -32,7 +32,18 @@ from tiny_phi3 import build_tiny_base, random_phi3, tiny_base_path, train_tokeni
 
 RECIPES = sorted(path.stem for path in train_sft.RECIPES.glob("*.yaml"))
 # What a user types, made quick: few steps, nothing logged, no checkpoints.
-QUICK = ["--tiny_base_steps", "4", "--max_steps", "3", "--logging_steps", "1", "--report_to", "none"]
+QUICK = [
+    "--tiny_base_steps",
+    "4",
+    "--max_steps",
+    "3",
+    "--balance",
+    "none",
+    "--logging_steps",
+    "1",
+    "--report_to",
+    "none",
+]
 NO_CHECKPOINTS = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 
 
@@ -656,7 +667,14 @@ def test_the_saved_folder_is_complete_and_its_recipe_can_be_run_again(words, bas
     train_sft.main([*words, "--learning_rate", "0.001"])
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "recipe.yaml", "README.md"}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "recipe.yaml",
+        "README.md",
+        "calibration.json",
+    }
     assert not names & {"unfinished", "training_args.bin"} and not list(folder.glob("*.tmp"))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["base_model"] == str(base) and manifest["base_revision"].startswith("sha256:")
