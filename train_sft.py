@@ -988,9 +988,9 @@ def model_card(manifest: dict, name: str) -> ModelCard:
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")
 
 
-def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[Scored]]) -> list[dict]:
+def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[Scored]], commonest: str) -> list[dict]:
     """Accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
-    commonest, results = Counter(splits["train"]["label"]).most_common(1)[0][0], []
+    results = []
     for name in scored:
         split = splits[name]
         answers = {"tuned model": predictions(split, scored[name])}
@@ -1065,6 +1065,7 @@ def main(arguments: list[str] | None = None) -> None:
         labels = sorted({answer for split in splits.values() for row in split for answer in admissible_answers(row)})
         answers = answer_tokens(tokenizer, splits["train"][0]["messages"][:-1], labels)
         sampler = EpochSampler([is_trade(label) for label in splits["train"]["label"]], data.balance, training.seed)
+        commonest = Counter(splits["train"]["label"]).most_common(1)[0][0]  # as shown, before any shuffle
         if data.candidate_order == "shuffle" and data.dataset_config == "per_decision_ranking":
             sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
             splits["train"] = load_epochs(data, files, training.seed, sampler.copies)
@@ -1091,7 +1092,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scored = {name: trainer.score(splits[name]) for name in ("validation", "test") if name in splits}
-    results = report(trainer, splits, scored)
+    results = report(trainer, splits, scored, commonest)
     save(trainer, manifest, results, calibrate_on(splits["validation"], scored["validation"]))
     if first:
         print(table(results))
