@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_memory.py                                   # a CUDA GPU, 8 GB of RAM and 8 GB of disk
     python benchmarks/gpu_memory.py --quantization int4 --batch 1 2 --output out/gpu_memory.json
+    python benchmarks/gpu_memory.py --estimate                        # from shapes alone, anywhere
     python benchmarks/gpu_memory.py --size tiny                       # a tiny Phi-3 on the CPU: resident memory
 
 The model has Phi-3-mini's public configuration and random weights, which take the memory of trained ones; only the
@@ -32,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, TrainerCa
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 import train_sft  # noqa: E402
+from policy import write_text  # noqa: E402
 from tiny_phi3 import train_tokenizer  # noqa: E402
 
 GIB = 2**30
@@ -192,6 +194,26 @@ def estimate(recipe, training, tokens: int, logits_at: int) -> dict[str, float]:
     return train_sft.estimate_memory(config, size, recipe, training, tokens, logits_at)
 
 
+def estimates(options: argparse.Namespace) -> str:
+    """What the preflight would say of the full size, which is neither built nor loaded; GiB by batch size."""
+    config, batches = Phi3Config(**PHI3_MINI), options.batch
+    lines = [f"Phi-3-mini, {options.tokens} tokens a record; GiB, estimated, not measured\n"]
+    lines += ["| | " + " | ".join(f"batch {batch}" for batch in batches) + " |", "|---" * (len(batches) + 1) + "|"]
+    for quantization in options.quantization:
+        for where, logits_at in (("at the answers", ANSWER_LENGTH), ("everywhere", options.tokens)):
+            cells = []
+            for batch in batches:
+                recipe, _, training, _ = train_sft.parse_recipe(
+                    ["--config", "ranking", "--dry_run", "true", "--quantization", quantization]
+                    + ["--per_device_train_batch_size", str(batch)]
+                )
+                size = train_sft.count_parameters(config, recipe)
+                parts = train_sft.estimate_memory(config, size, recipe, training, options.tokens, logits_at)
+                cells.append(f"{sum(parts.values()):.1f}")
+            lines.append(f"| {quantization}, logits {where} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def peak_gib(gpu: bool) -> float:
     """Peak of PyTorch's allocations on the GPU, or of this process's resident memory."""
     if gpu:
@@ -280,6 +302,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--tokens", type=int, default=512, help="of each record; default: 512")
     parser.add_argument("--steps", type=int, default=5, help="optimiser steps, the first untimed; default: 5")
+    parser.add_argument("--estimate", action="store_true", help="print what is expected of the full size, and stop")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     parser.add_argument("--model", type=Path, help="folder of the random model; default: below models/, by size")
     parser.add_argument("--logits", choices=LOGITS, help=argparse.SUPPRESS)
@@ -297,6 +320,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if options.estimate:
+        return print(estimates(options))
     if options.size == "full" and not torch.cuda.is_available():
         sys.exit("error: --size full needs a CUDA GPU and there is none; --size tiny runs the same path on the CPU.")
     if options.logits:
@@ -322,7 +347,7 @@ def main() -> None:
                 report["device"] = result.pop("device", report["device"])
                 report["results"].append(result)
                 if options.output:  # each time, so that what is measured outlives an interruption
-                    train_sft.write_text(options.output, json.dumps(report, indent=2))
+                    write_text(options.output, json.dumps(report, indent=2))
     print(table(report))
     wrong = [r for r in report["results"] if r["status"] == "failed" or r.get("full_precision_at_load")]
     sys.exit(1 if wrong else 0)

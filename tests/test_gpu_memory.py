@@ -47,6 +47,13 @@ def test_the_tiny_size_is_measured_on_the_cpu(tmp_path):
     assert answers["loss"] == pytest.approx(everywhere["loss"], rel=1e-3)
 
 
+def test_estimates_need_neither_a_gpu_nor_the_model(tmp_path):
+    done = python("-W", "ignore", BENCHMARK, "--estimate", "--quantization", "int4", "--batch", 1, 8, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| | batch 1 | batch 8 |" in done.stdout
+    assert "| int4, logits at the answers | 2.6 | 4.1 |" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def size() -> train_sft.ModelSize:
     model, _ = ranking()
