@@ -523,6 +523,19 @@ def test_a_gradient_that_stays_zero_stops_the_run(words, monkeypatch):
         train_sft.main([*words, "--max_steps", "30"])
 
 
+def test_only_zero_gradients_in_a_row_count():
+    model, watch = torch.nn.Linear(1, 1), train_sft.StopOnTrouble()
+
+    def step(gradient: float) -> None:
+        model.weight.grad = torch.full((1, 1), gradient)
+        watch.on_pre_optimizer_step(None, TrainerState(), None, model=model)
+
+    for gradient in [0.0] * 19 + [0.5] + [0.0] * 19:
+        step(gradient)
+    with pytest.raises(train_sft.TrainingStopped, match="zero for 20 steps"):
+        step(0.0)
+
+
 def test_answers_that_collapse_onto_one_class_stop_the_run(words):
     often = ["--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "9", "--learning_rate", "0"]
     with pytest.raises(train_sft.TrainingStopped, match="last 4 evaluations, up to step 4, every answer was the same"):
@@ -540,11 +553,9 @@ def test_a_collapse_must_last_as_long_as_the_patience(patience, used):
 
 
 def test_metrics_of_hand_made_scores():
+    three, four = ["1", "2", "NO_TRADE"], ["1", "2", "3", "NO_TRADE"]
     split = Dataset.from_dict(
-        {
-            "label": ["1", "NO_TRADE", "NO_TRADE", "2"],
-            "answers": [["1", "2", "NO_TRADE"]] * 3 + [["1", "2", "3", "NO_TRADE"]],
-        }
+        {"label": ["1", "NO_TRADE", "NO_TRADE", "2", "NO_TRADE"], "answers": [three, three, three, four, three]}
     )
     half = math.log(0.5)
     scored = [
@@ -552,12 +563,13 @@ def test_metrics_of_hand_made_scores():
         Scored([2 * half, half, 2 * half], True),  # 2: a trade where the teacher made none
         Scored([-9.0, -9.0, -1.0], False),  # NO_TRADE: met
         Scored([half, 2 * half, -99.0, -99.0], True),  # 1 instead of 2
+        Scored([2 * half, 2 * half, half], True),  # NO_TRADE: met
     ]
     found = train_sft.answer_metrics(split, scored)
-    assert found["accuracy"] == 0.5
-    assert found["balanced_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert (found["trade_rate"], found["outside"], found["answers_used"]) == (0.75, 0.25, 3)
-    likely = [0.5, 0.25, 1 / (1 + 2 * math.exp(-8)), 1 / 3]
+    assert found["accuracy"] == 0.6
+    assert found["balanced_accuracy"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert (found["trade_rate"], found["outside"], found["answers_used"]) == (0.6, 0.2, 3)
+    likely = [0.5, 0.25, 1 / (1 + 2 * math.exp(-8)), 1 / 3, 0.5]
     assert found["loss"] == pytest.approx(-np.mean(np.log(likely)), abs=1e-6)
 
 
@@ -655,7 +667,10 @@ def test_a_finished_run_is_not_overwritten_without_the_flag(words, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name, text", [("thesis.tex", "years of work"), ("manifest.json", '{"name": "a web page"}')])
+@pytest.mark.parametrize(
+    "name, text",
+    [("thesis.tex", "years of work"), ("manifest.json", '{"name": "a web page"}'), ("manifest.json", "-")],
+)
 def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(train_sft.RecipeError, match="no run of train_sft.py and not empty"):
@@ -851,6 +866,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(words, tmp_path):
     assert (tmp_path / "saves").read_text() == "x"
     tables = [json.loads((tmp_path / name / "manifest.json").read_text())["results"] for name in ("out", "two")]
     assert tables[0] == tables[1]
+    fits = [json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("out", "two")]
+    assert fits[0] == pytest.approx(fits[1], abs=1e-4)  # from all scores of validation, shared between processes
     assert two.stdout.count("answers by") == 1 and two.stdout.count("Preflight of") == 1
 
 
