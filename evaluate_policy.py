@@ -128,15 +128,15 @@ def computed_pnl(decision: Decision, index: int, spots: Spots) -> float | None:
     return black_scholes_call(decision.spot, c.strike, c.dte / DAYS_PER_YEAR, c.iv) - max(0.0, at_expiry - c.strike)
 
 
-def make_cases(entries: list[LoggedDecision], logged: list[LoggedDecision]) -> list[Case]:
-    """Cases of ``entries``, with spots and the extremes of recorded outcomes from all that is ``logged``."""
+def make_cases(logged: list[LoggedDecision]) -> list[Case]:
+    """A case for each decision, with spots and the extremes of recorded outcomes from all of them."""
     spots, recorded = Spots(logged), collections.defaultdict(list)
     for entry in logged:
         if recorded_pnl(entry) is not None:
             for market in markets(entry.decision):
                 recorded[market].append(recorded_pnl(entry))
     cases = []
-    for entry in entries:
+    for entry in logged:
         outcomes = next((recorded[market] for market in markets(entry.decision) if market in recorded), [math.nan])
         holds = entry.decision.exit_style == HOLD_TO_EXPIRY
         computed = tuple(
@@ -394,12 +394,13 @@ def evaluate(asked: argparse.Namespace) -> int:
     entries = splits.get(asked.split)
     if not entries:
         raise CandidatesError(f"The {asked.split} split is empty: give more data, or set splits, or test_from.")
-    cases = make_cases(entries, logged)
+    everything = {case.decision[:3]: case for case in make_cases(logged)}
+    cases = [everything[entry.decision[:3]] for entry in entries]
     rows = make_rows(splits["train"], entries, model)
     rule = best_rule(rows, entries)
     results = [judge(rows, rule, cases, group) for group in make_groups(cases, cutoff)]
     warnings = warn(asked, entries, results, model)
-    checked = validate(make_cases(logged, logged)).sentence()
+    checked = validate(list(everything.values())).sentence()
     print(terminal_table(asked.split, results, rule.name))
     print("\n".join([checked, *warnings]))
     write_report(Path(asked.output_dir), asked, files, results, rows, rule, cases, [checked, *warnings])

@@ -33,10 +33,9 @@ import covered_call_candidates
 from covered_call_candidates import (
     NO_TRADE,
     PROMPT_VERSION,
-    SELL_CALL,
-    SKIP,
     CoveredCallCandidatesConfig,
     LoggedDecision,
+    admissible_answers,
     candidate_messages,
     present_in_order,
     ranking_messages,
@@ -230,7 +229,7 @@ class Scored(NamedTuple):
 def score_answers(
     model: torch.nn.Module, prompts: list[list[int]], answers: list[list[tuple[int, ...]]], batch_size: int
 ) -> list[Scored]:
-    """Scores every answer of every prompt in one forward pass a prompt, in batches of like length.
+    """Scores every answer of every prompt, each prompt read once, in batches of like length.
 
     Args:
         prompts: token ids, the generation prompt included.
@@ -436,9 +435,10 @@ class Policy:
     def _prompts(self, decision: covered_call_candidates.Decision) -> list[tuple[list[dict], list[str]]]:
         """Each prompt that the decision takes, with its admissible answers; none if there is nothing to choose."""
         if self.task == "per_candidate":
-            return [(candidate_messages(decision, one), [SELL_CALL, SKIP]) for one in decision.candidates]
-        answers = [*map(str, range(1, len(decision.candidates) + 1)), NO_TRADE]
-        return [(ranking_messages(decision), answers)] if decision.candidates else []
+            return [
+                (candidate_messages(decision, one), admissible_answers(one._asdict())) for one in decision.candidates
+            ]
+        return [(ranking_messages(decision), admissible_answers(decision._asdict()))] if decision.candidates else []
 
     def _score_prompts(self, asked: list[tuple[list[dict], list[str]]], batch_size: int) -> list[list[float]]:
         if not asked:

@@ -771,11 +771,11 @@ def describe_run(
     given: dict,
     files: list[str],
     splits: DatasetDict,
+    answers: dict[str, tuple[int, ...]],
     sampler: EpochSampler,
 ) -> dict:
     """The manifest: all that decides what comes out of a run. Equal manifests give equal weights."""
     csvs = fingerprint(files)["train"]
-    labels = sorted({answer for split in splits.values() for answers in split["answers"] for answer in answers})
     return {
         "task": data.dataset_config,
         "base_model": model.model_name_or_path,
@@ -786,7 +786,7 @@ def describe_run(
             os.path.basename(path): digest for path, (digest,) in zip(csvs, csvs.origin_metadata, strict=True)
         },
         "prompt_version": PROMPT_VERSION,
-        "labels": labels,
+        "labels": list(answers),
         "splits": {
             name: {
                 "records": sampler.records if name == "train" else len(split),
@@ -948,9 +948,9 @@ The validation split chose the checkpoint (step {best_step} of {steps}); the tes
 Use it with the code that tuned it, which renders the same prompts and scores the admissible answers:
 
 ```python
-from policy import load_tuned
+from policy import Policy
 
-model, tokenizer, manifest = load_tuned("{name}")
+policy = Policy.load("{name}")
 ```
 
 `recipe.yaml` is the recipe as run, `manifest.json` what went into it, `training.png` its course.
@@ -1062,20 +1062,21 @@ def main(arguments: list[str] | None = None) -> None:
         splits = load_splits(data, files, training.seed)
         build_base_if_tiny(model, splits["train"], training)
         tokenizer = load_tokenizer(model.model_name_or_path)
-        labels = sorted({answer for split in splits.values() for row in split for answer in admissible_answers(row)})
-        answers = answer_tokens(tokenizer, splits["train"][0]["messages"][:-1], labels)
-        sampler = EpochSampler([is_trade(label) for label in splits["train"]["label"]], data.balance, training.seed)
-        commonest = Counter(splits["train"]["label"]).most_common(1)[0][0]  # as shown, before any shuffle
+        labels, prompt = list(splits["train"]["label"]), splits["train"][0]["messages"][:-1]
+        commonest = Counter(labels).most_common(1)[0][0]  # as shown, before any shuffle
+        sampler = EpochSampler([is_trade(label) for label in labels], data.balance, training.seed)
         if data.candidate_order == "shuffle" and data.dataset_config == "per_decision_ranking":
             sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
             splits["train"] = load_epochs(data, files, training.seed, sampler.copies)
         splits = DatasetDict({name: encode_split(split, tokenizer) for name, split in splits.items()})
+        offered = {answer for split in splits.values() for choices in split["answers"] for answer in choices}
+        answers = answer_tokens(tokenizer, prompt, sorted(offered))
     ready = preflight(model, data, training, splits, tokenizer, answers, sampler)
     if first:
         print(ready)
     if training.dry_run:
         return
-    manifest = describe_run(model, data, training, given, files, splits, sampler)
+    manifest = describe_run(model, data, training, given, files, splits, answers, sampler)
     with training.main_process_first():
         checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
     set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed

@@ -35,10 +35,9 @@ sys.path.insert(0, str(REPOSITORY))
 import train_sft  # noqa: E402
 from policy import write_text  # noqa: E402
 from tiny_phi3 import train_tokenizer  # noqa: E402
+from train_sft import CONTEXT_GIB, GIB  # noqa: E402
 
-GIB = 2**30
 CARD_GIB = {"int4": 6, "int8": 8}
-CONTEXT_GIB = 0.6  # what a CUDA context takes of the card, outside the allocator that the cap holds
 LOAD_LIMIT = 1.5
 LOGITS = ("answers", "everywhere")
 ANSWER_LENGTH = 3
@@ -136,10 +135,14 @@ def measure(size: str, model: Path, quantization: str, batch: int, logits: str, 
             + ["--report_to", "none", "--disable_tqdm", "true"]
             + ([] if gpu else ["--use_cpu", "true", "--bf16", "false", "--optim", "adamw_torch"])
         )
-        estimated = estimate(recipe, training, tokens, tokens if logits == "everywhere" else ANSWER_LENGTH)
+        config = AutoConfig.from_pretrained(recipe.model_name_or_path)
+        shapes = train_sft.count_parameters(config, recipe)
+        logits_at = tokens if logits == "everywhere" else ANSWER_LENGTH
+        estimated = train_sft.estimate_memory(config, shapes, recipe, training, tokens, logits_at)
         result["estimated_gib"] = sum(estimated.values())
         result["device"] = torch.cuda.get_device_name() if gpu else "CPU"
         if gpu:
+            # The context lies outside the allocator that the cap holds.
             result["cap_gib"] = cap_memory(CARD_GIB[quantization] - CONTEXT_GIB)
         result["before_gib"] = peak_gib(gpu)
         try:
@@ -188,27 +191,21 @@ def take_steps(base, adapter, training, logits: str, tokens: int, gpu: bool) -> 
     return {"step_gib": peak_gib(gpu), "tokens_per_second": speed, "loss": loss}
 
 
-def estimate(recipe, training, tokens: int, logits_at: int) -> dict[str, float]:
-    config = AutoConfig.from_pretrained(recipe.model_name_or_path)
-    size = train_sft.count_parameters(config, recipe)
-    return train_sft.estimate_memory(config, size, recipe, training, tokens, logits_at)
-
-
 def estimates(options: argparse.Namespace) -> str:
     """What the preflight would say of the full size, which is neither built nor loaded; GiB by batch size."""
     config, batches = Phi3Config(**PHI3_MINI), options.batch
     lines = [f"Phi-3-mini, {options.tokens} tokens a record; GiB, estimated, not measured\n"]
     lines += ["| | " + " | ".join(f"batch {batch}" for batch in batches) + " |", "|---" * (len(batches) + 1) + "|"]
     for quantization in options.quantization:
+        recipe, _, training, _ = train_sft.parse_recipe(
+            ["--config", "ranking", "--dry_run", "true", "--quantization", quantization]
+        )
+        shapes = train_sft.count_parameters(config, recipe)
         for where, logits_at in (("at the answers", ANSWER_LENGTH), ("everywhere", options.tokens)):
             cells = []
             for batch in batches:
-                recipe, _, training, _ = train_sft.parse_recipe(
-                    ["--config", "ranking", "--dry_run", "true", "--quantization", quantization]
-                    + ["--per_device_train_batch_size", str(batch)]
-                )
-                size = train_sft.count_parameters(config, recipe)
-                parts = train_sft.estimate_memory(config, size, recipe, training, options.tokens, logits_at)
+                training.per_device_train_batch_size = batch
+                parts = train_sft.estimate_memory(config, shapes, recipe, training, options.tokens, logits_at)
                 cells.append(f"{sum(parts.values()):.1f}")
             lines.append(f"| {quantization}, logits {where} | {' | '.join(cells)} |")
     return "\n".join(lines)

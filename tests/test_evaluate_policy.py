@@ -180,7 +180,7 @@ def hold(number: float, spot: float, sold=None, **cells) -> list[dict]:
 
 
 def test_computed_outcome_by_hand(tmp_path):
-    first, _ = make_cases(*[logged(hold(0, 100.0) + hold(7, 108.0), tmp_path)] * 2)
+    first, _ = make_cases(logged(hold(0, 100.0) + hold(7, 108.0), tmp_path))
     # At the money: premium = spot * (2 N(sd / 2) - 1), sd = 0.5 * sqrt(7 / 365).
     deviation = 0.5 * math.sqrt(7 / 365)
     premium = 100 * math.erf(deviation / 2 / math.sqrt(2))
@@ -195,25 +195,25 @@ def test_a_call_without_time_or_vol_is_worth_its_intrinsic_value():
 
 @pytest.mark.parametrize("gap, known", [(0.5, True), (-0.5, True), (0.51, False), (-0.51, False)])
 def test_the_spot_at_expiry_is_at_most_half_a_day_away(tmp_path, gap, known):
-    first = make_cases(*[logged(hold(0, 100.0) + hold(7 + gap, 108.0), tmp_path)] * 2)[0]
+    first = make_cases(logged(hold(0, 100.0) + hold(7 + gap, 108.0), tmp_path))[0]
     assert (first.computed[0] is not None) == known
 
 
 def test_the_spot_at_expiry_is_of_the_same_underlying_and_never_of_a_placeholder_without_one(tmp_path):
     rows = hold(0, 100.0) + hold(7, 9.0, underlying="ETH") + [no_candidates(7.1, spot=0, exit_style="hold_to_expiry")]
-    assert make_cases(*[logged(rows, tmp_path)] * 2)[0].computed == (None, None)
+    assert make_cases(logged(rows, tmp_path))[0].computed == (None, None)
 
 
 def test_a_placeholder_gives_the_spot_of_its_day(tmp_path):
     rows = hold(0, 100.0) + [no_candidates(7, spot=90.0, exit_style="hold_to_expiry")]
-    assert make_cases(*[logged(rows, tmp_path)] * 2)[0].computed[0] > 0
+    assert make_cases(logged(rows, tmp_path))[0].computed[0] > 0
 
 
 @pytest.mark.parametrize("cells", [{"iv": ""}, {"exit_style": "tp_and_roll"}])
 def test_without_iv_or_for_another_exit_style_an_untaken_call_is_unknown(tmp_path, cells):
     rows = hold(0, 100.0, 0, pnl_vs_hodl=0.0, **cells) + hold(7, 108.0, **cells)
     rows[0]["pnl_vs_hodl"] = "3.5"
-    case = make_cases(*[logged(rows, tmp_path)] * 2)[0]
+    case = make_cases(logged(rows, tmp_path))[0]
     assert (outcome(case, 0), outcome(case, 1), outcome(case, None)) == (3.5, None, 0.0)
 
 
@@ -222,7 +222,7 @@ def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_pat
     for number, pnl in ((0, -7.0), (1, 5.0), (130, 9.0)):  # two in 2024, one in 2025
         rows += decision(number, 0, pnl_vs_hodl=pnl)
     rows += decision(500)
-    cases = make_cases(*[logged(rows, tmp_path)] * 2)
+    cases = make_cases(logged(rows, tmp_path))
     assert [(case.worst, case.best) for case in cases] == [(-7.0, 5.0), (-7.0, 5.0), (9.0, 9.0), (-7.0, 9.0)]
 
 
@@ -554,7 +554,7 @@ def test_real_trades_are_copied_by_the_score_rule_and_recomputed_by_the_formula(
     rule = fit_baselines(entries)["score rule"]
     assert rule([entry.decision for entry in trades]) == [entry.chosen for entry in trades]
     assert len(trades) >= 2 * 122
-    found = validate(make_cases(entries, entries))
+    found = validate(make_cases(entries))
     assert found.correlation >= 0.98
 
 
