@@ -3,6 +3,7 @@
 Training, evaluation and decisions turn chats into tokens, load models and score answers through this file.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -254,16 +255,13 @@ def score_batch(
 ) -> list[Scored]:
     """Two forward passes: the prompts but for their last tokens, and then those with, side by side, all answers.
 
-    Prompts are padded on the right, where causal attention never looks, so that the long pass needs no mask and skips
-    half of its work. In the short one a mask lets each answer see its prompt and itself only, at the positions it
-    would have alone; only there are logits computed.
+    Of the first only the keys and values are kept. Prompts are padded on the right, where causal attention never
+    looks, so that this long pass needs no mask and skips half of its work. In the short one a mask lets each answer
+    see its prompt and itself only, at the positions it would have alone; only there are logits computed.
     """
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     bodies = [prompt[:-1] for prompt in prompts]
-    # A cache of its own keeps all keys, where one made for a model with a sliding window would drop some.
-    past = model(
-        input_ids=pad(bodies).to(like.device), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-    ).past_key_values
+    past = read_prompts(model, pad(bodies).to(like.device))
     tails, asked = lay_out(prompts, answers)
     ids, positions, branches = (pad(part) for part in zip(*tails, strict=True))
     within = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -280,6 +278,37 @@ def score_batch(
     by_token = logits.float().log_softmax(-1)
     best = by_token.argmax(-1)[at_row, at_column] == token
     return collect(asked, by_token[at_row, at_column, token].tolist(), best.tolist(), answers)
+
+
+class PromptRead(Exception):
+    """The cache holds all that a prompt leaves behind."""
+
+
+class PromptCache(DynamicCache):
+    """Ends the forward pass once the last layer's keys and values are in: what that layer makes of them is not needed.
+
+    It keeps all keys, where a cache made for a model with a sliding window would drop some.
+    """
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.last_layer = layers - 1
+        self.reading = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.reading and layer_idx == self.last_layer:
+            raise PromptRead
+        return held
+
+
+def read_prompts(model: torch.nn.Module, ids: torch.Tensor) -> PromptCache:
+    """The keys and values of prompts, shape (prompts, tokens), padded on the right."""
+    past = PromptCache(model.config.get_text_config().num_hidden_layers)
+    with contextlib.suppress(PromptRead):
+        model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+    past.reading = False
+    return past
 
 
 def pad(rows: list[list[int]]) -> torch.Tensor:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from policy import answer_tokens, chat_ids, pad, score_answers  # noqa: E402
+from policy import answer_tokens, chat_ids, pad, read_prompts, score_answers  # noqa: E402
 from tiny_phi3 import random_phi3, train_tokenizer  # noqa: E402
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
@@ -35,12 +35,11 @@ def score_labels(model: PreTrainedModel, prompts: list, answers: list, batch_siz
 
 
 @torch.inference_mode()
-def read_prompts(model: PreTrainedModel, prompts: list, answers: list, batch_size: int) -> None:
+def read_alone(model: PreTrainedModel, prompts: list, answers: list, batch_size: int) -> None:
     """Reads the prompts as label scoring does, and scores nothing: the most that any scoring could reach."""
     ordered = sorted(prompts, key=len, reverse=True)
     for start in range(0, len(ordered), batch_size):
-        batch = pad([prompt[:-1] for prompt in ordered[start : start + batch_size]])
-        model(input_ids=batch, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        read_prompts(model, pad([prompt[:-1] for prompt in ordered[start : start + batch_size]]))
 
 
 @torch.inference_mode()
@@ -81,7 +80,7 @@ def contenders(batch_sizes: list[int]) -> dict[str, tuple]:
         "`generate`, one by one": (generate, 1),
         **{f"`generate`, batches of {size}": (generate, size) for size in batch_sizes},
         f"{SEPARATE}, one by one": (separate_passes, 1),
-        **{f"{READING}, batches of {size}": (read_prompts, size) for size in batch_sizes[-1:]},
+        **{f"{READING}, batches of {size}": (read_alone, size) for size in batch_sizes[-1:]},
     }
 
 
@@ -119,7 +118,7 @@ def measure(model: PreTrainedModel, prompts: list, answers: list, batch_sizes: l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16], help="default: 4 16")
     arguments = parser.parse_args()
     logging.getLogger("covered_call_candidates").setLevel(logging.ERROR)

@@ -199,6 +199,17 @@ def test_side_by_side_in_a_padded_batch_each_answer_scores_as_alone(decisions, f
             assert found.in_set == any(greedy for _, greedy in expected)
 
 
+def test_reading_a_prompt_ends_with_the_last_layers_keys(decisions):
+    """What that layer would make of the prompt is computed once, for the answers, and the next batch starts anew."""
+    model = random_phi3(READER, seed=0).eval()
+    prompts, answers = scoring_input(decisions, READER)
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    first = score_batch(model, prompts[:3], answers[:3])
+    assert len(seen) == 1 and seen[0] < min(map(len, prompts[:3]))
+    assert score_batch(model, prompts[:3], answers[:3]) == first
+
+
 def test_an_answer_the_model_would_write_by_itself_counts_as_in_the_set(decisions):
     """Generated greedily, token by token, and then offered as an answer."""
     model = random_phi3(READER, seed=0).eval()
