@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from jinja2 import TemplateError
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -293,7 +294,7 @@ class PromptCache(DynamicCache):
     def __init__(self, layers: int):
         super().__init__()
         self.last_layer = layers - 1
-        self.reading = True
+        self.reading = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -304,7 +305,10 @@ class PromptCache(DynamicCache):
 
 def read_prompts(model: torch.nn.Module, ids: torch.Tensor) -> PromptCache:
     """The keys and values of prompts, shape (prompts, tokens), padded on the right."""
-    past = PromptCache(model.config.get_text_config().num_hidden_layers)
+    config = next(module.config for module in model.modules() if hasattr(module, "config"))  # DDP's wrapper has none
+    past = PromptCache(config.get_text_config().num_hidden_layers)
+    # A sharded model must come to the end of its pass, or it would not give back the shards that it has gathered.
+    past.reading = not any(isinstance(m, (FullyShardedDataParallel, FSDPModule)) for m in model.modules())
     with contextlib.suppress(PromptRead):
         model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
     past.reading = False
