@@ -1,9 +1,12 @@
 """Chat datasets from the CSVs of a covered-call backtest: a Hugging Face Datasets loading script.
 
-A backtest (the teacher) logs every call option it looked at and the one it sold. Two configs render those rows:
+A backtest (the teacher) logs every call option it looked at and the one it sold. Two configs render those rows for
+imitation, two for learning from outcomes, those of calls that were not sold included:
 
 - ``per_candidate``: one chat a candidate, answered SELL_CALL or SKIP;
-- ``per_decision_ranking``: one chat a decision, answered 1..N or NO_TRADE.
+- ``per_decision_ranking``: one chat a decision, answered 1..N or NO_TRADE;
+- ``preference``: the prompt of a ranking, the answer that brought more and one that brought less;
+- ``q_values``: one row of numbers a candidate, with what selling it brought.
 
 Load them with ``load_dataset("./covered_call_candidates.py", "per_candidate")`` on datasets 3.6, or on any
 version with ``load_candidates("per_candidate")``. As a command, this file exports JSON lines.
@@ -36,6 +39,7 @@ import datasets
 import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.utils import tqdm
+from scipy.special import ndtr
 
 logger = logging.getLogger("covered_call_candidates")
 
@@ -98,12 +102,25 @@ class Outcome(NamedTuple):
     max_drawdown_pct: float | None
 
 
+class Ghost(NamedTuple):
+    """What selling a candidate would have brought, sold or not: P&L vs HODL in USD a unit of underlying, net of the
+    costs that are set. None where unknown; ``until`` is the time of the last price it rests on."""
+
+    pnl_vs_hodl: float | None
+    until: datetime.datetime
+
+
 class LoggedDecision(NamedTuple):
     """A decision with what the teacher did: ``chosen`` is an index into the candidates, None for no trade."""
 
     decision: Decision
     chosen: int | None
     outcomes: tuple[Outcome, ...]
+    ghosts: tuple[Ghost, ...] = ()
+
+    @property
+    def outcome_end(self) -> datetime.datetime:
+        return max((ghost.until for ghost in self.ghosts), default=self.decision.last_expiry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +310,9 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
         logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", skipped)
     if not decisions:
         raise nothing_left(paths, options, present, skipped)
-    return sorted((entry for _, entry in decisions.values()), key=lambda entry: entry.decision.decision_time)
+    return add_ghosts(
+        sorted((entry for _, entry in decisions.values()), key=lambda e: e.decision.decision_time), options
+    )
 
 
 def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
@@ -613,7 +632,244 @@ def present_in_order(logged: LoggedDecision, options) -> LoggedDecision:
         logged.decision._replace(candidates=tuple(candidates[i] for i in order)),
         None if logged.chosen is None else order.index(logged.chosen),
         tuple(logged.outcomes[i] for i in order),
+        tuple(logged.ghosts[i] for i in order) if logged.ghosts else (),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ghosts: the outcome of every candidate, sold or not, from the prices of the files' own later decisions. They are
+# labels and stand in columns; no prompt is rendered from them.
+
+HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
+DAYS_PER_YEAR = 365
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+SECOND = 1_000_000  # microseconds
+DAY = 86_400 * SECOND
+
+
+def black_scholes_call(spot, strike, years, iv):
+    """Value of a European call in USD at interest rate 0 (Black and Scholes 1973); iv as a fraction a year.
+
+    Takes numbers or arrays. Without time or vol it is the intrinsic value.
+    """
+    deviation = np.maximum(iv * np.sqrt(years), 1e-12)
+    d1 = (np.log(spot) - np.log(strike)) / deviation + deviation / 2
+    return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
+
+
+def trading_cost(price: float, spot: float, options) -> float:
+    """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
+
+    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price.
+    """
+    return min(options.fee * spot, options.fee_cap * price) + options.half_spread * price + options.slippage * spot
+
+
+class Market:
+    """Spots and chains by time (in microseconds since 1970), from the decisions of the files themselves."""
+
+    def __init__(self, logged: list[LoggedDecision], options):
+        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
+        spots, self.chains = collections.defaultdict(dict), {}
+        for decision in (entry.decision for entry in logged):
+            time = microseconds(decision.decision_time)
+            if decision.spot > 0:  # a placeholder row may have none
+                spots[decision.underlying][time] = decision.spot
+            self.chains[time, decision.underlying, decision.exit_style] = decision.candidates
+        self.times = {name: np.array(sorted(by_time)) for name, by_time in spots.items()}
+        self.spots = {name: np.array([spots[name][time] for time in times]) for name, times in self.times.items()}
+        # How many gaps, longer than twice the tolerance, lie before each time.
+        self.gaps = {
+            name: np.cumsum(np.diff(times, prepend=times[0]) > 2 * self.tolerance)
+            for name, times in self.times.items()
+        }
+
+    def nearest(self, underlying: str, time: int) -> int | None:
+        """The place of the spot nearest to ``time``; None if none is within the tolerance."""
+        times = self.times.get(underlying, ())
+        place = bisect.bisect_left(times, time)
+        near = min(
+            (p for p in (place - 1, place) if 0 <= p < len(times)), key=lambda p: abs(times[p] - time), default=None
+        )
+        return near if near is not None and abs(times[near] - time) <= self.tolerance else None
+
+
+def microseconds(time: datetime.datetime) -> int:
+    return (time - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def add_ghosts(logged: list[LoggedDecision], options) -> list[LoggedDecision]:
+    """The same decisions with a ghost for each candidate; unknown for other exit styles than the two."""
+    market = Market(logged, options)
+    with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
+        return [
+            entry._replace(ghosts=tuple(ghost(entry.decision, c, market, options) for c in entry.decision.candidates))
+            for entry in tqdm(logged, desc="Outcomes", unit=" decisions", disable=None, leave=False)
+        ]
+
+
+def ghost(decision: Decision, candidate: Candidate, market: Market, options) -> Ghost:
+    """The outcome of selling this candidate, until it expires or until the horizon.
+
+    Unknown where iv is blank, or where the files hold no spot near enough to the end.
+    """
+    life = candidate.dte if options.horizon is None else min(candidate.dte, options.horizon)
+    end = decision.decision_time + datetime.timedelta(days=life)
+    last = market.nearest(decision.underlying, microseconds(end))
+    follow = {HOLD_TO_EXPIRY: hold, TP_AND_ROLL: take_profit_and_roll}.get(decision.exit_style)
+    if candidate.iv is None or last is None or follow is None:
+        return Ghost(None, end)
+    pnl = follow(decision, candidate, life, last, market, options)
+    until = max(end, EPOCH + datetime.timedelta(microseconds=int(market.times[decision.underlying][last])))
+    return Ghost(float(pnl) if pnl is not None and math.isfinite(pnl) else None, until)
+
+
+def hold(decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options) -> float:
+    """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
+
+    At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
+    iv. ``last`` is the place of the spot that is taken for the end.
+    """
+    spot, left = market.spots[decision.underlying][last], candidate.dte - life
+    return open_call(decision.spot, candidate, options) - close_call(spot, candidate, left, options)
+
+
+def premium_of(spot: float, candidate: Candidate) -> float:
+    return black_scholes_call(spot, candidate.strike, candidate.dte / DAYS_PER_YEAR, candidate.iv)
+
+
+def open_call(spot: float, candidate: Candidate, options) -> float:
+    """USD that selling the call brings, net of costs."""
+    premium = premium_of(spot, candidate)
+    return premium - trading_cost(premium, spot, options)
+
+
+def close_call(spot: float, candidate: Candidate, left: float, options) -> float:
+    """USD that buying the call back takes, ``left`` days before its expiry; at expiry it settles without costs."""
+    value = black_scholes_call(spot, candidate.strike, max(0.0, left) / DAYS_PER_YEAR, candidate.iv)
+    return value + (trading_cost(value, spot, options) if left > 0 else 0.0)
+
+
+def take_profit_and_roll(
+    decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options
+) -> float | None:
+    """P&L vs HODL of selling, taking profit early and rolling, by the rule of data/simulate_backtest.py.
+
+    At each later decision time: once ``take_profit`` of its premium is captured, the call is bought back and the
+    candidate of that time nearest to ``roll_delta`` is sold; if there is none, nothing more is. A call still open
+    after ``life`` days is bought back. None where the files leave a gap, or do not price the call to roll into.
+    """
+    name, start = decision.underlying, microseconds(decision.decision_time)
+    times, spots, gaps = market.times[name], market.spots[name], market.gaps[name]
+    place = bisect.bisect_right(times, start)
+    if gaps[last] > gaps[place - 1]:
+        return None
+    sold, spot, expiry = candidate, decision.spot, start + round(candidate.dte * DAY)
+    booked = open_call(spot, sold, options)
+    while True:
+        left = np.maximum(0, expiry - times[place:last]) / DAY
+        values = black_scholes_call(spots[place:last], sold.strike, left / DAYS_PER_YEAR, sold.iv)
+        ends = np.flatnonzero((left == 0) | (values <= (1 - options.take_profit) * premium_of(spot, sold)))
+        if not len(ends):
+            return booked - close_call(spots[last], sold, (expiry - start - round(life * DAY)) / DAY, options)
+        place += int(ends[0])
+        spot = spots[place]
+        booked -= close_call(spot, sold, left[ends[0]], options)
+        chain = market.chains.get((int(times[place]), name, decision.exit_style), ())
+        if left[ends[0]] == 0 or not chain:
+            return booked
+        sold = min(chain, key=lambda other: abs(other.delta - options.roll_delta))
+        if sold.iv is None:
+            return None
+        booked += open_call(spot, sold, options)
+        expiry = int(times[place]) + round(sold.dte * DAY)
+        place += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an answer brought. NO_TRADE brings 0: the coin is held either way.
+
+
+class Net(NamedTuple):
+    """Net outcome in USD a unit of underlying and where it is from, "ghost" or "recorded"; both None where unknown."""
+
+    value: float | None
+    source: str | None
+
+
+class Pair(NamedTuple):
+    """Two answers to one decision (an index into the candidates, None for NO_TRADE) and their outcomes in USD.
+
+    Both outcomes are of one ``source``: a teacher that settles otherwise than the formula of the ghosts would make a
+    recorded outcome minus a ghost look like skill.
+    """
+
+    chosen: int | None
+    rejected: int | None
+    chosen_outcome: float
+    rejected_outcome: float
+    source: str
+
+
+def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
+    """For each candidate its ghost, or else what was recorded."""
+    found = [Net(ghost.pnl_vs_hodl, "ghost") for ghost in logged.ghosts]
+    recorded = recorded_outcome(logged, options)
+    if recorded is not None and found[logged.chosen].value is None:
+        found[logged.chosen] = Net(recorded, "recorded")
+    return [Net(None, None) if net.value is None else net for net in found]
+
+
+def recorded_outcome(logged: LoggedDecision, options) -> float | None:
+    """The recorded P&L vs HODL of the call that was sold; None with costs or a horizon, of which it does not know."""
+    gross = options.fee == options.half_spread == options.slippage == 0
+    if logged.chosen is None or options.horizon is not None or not gross:
+        return None
+    return logged.outcomes[logged.chosen].pnl_vs_hodl
+
+
+def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
+    """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
+
+    Which is best is decided by the ghosts of all candidates or, where one is unknown, between the teacher's call and
+    NO_TRADE. The pair's outcomes are the recorded ones where both have one.
+    """
+    ghosts, recorded = [ghost.pnl_vs_hodl for ghost in logged.ghosts], recorded_outcome(logged, options)
+    as_recorded = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
+    known = as_recorded if None in ghosts else {None: 0.0, **dict(enumerate(ghosts))}
+    best, worst = max(known, key=known.get), min(known, key=known.get)
+    teachers = logged.chosen if logged.chosen in known else best
+    rejected = worst if options.rejected == "worst" or teachers == best else teachers
+    source = "recorded" if recorded is not None and {best, rejected} <= as_recorded.keys() else "ghost"
+    outcomes = as_recorded if source == "recorded" else known
+    pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
+    least = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
+    return pair if pair.chosen_outcome - pair.rejected_outcome > least else None
+
+
+def balance_pairs(entries: list[LoggedDecision], options) -> list[LoggedDecision]:
+    """Decisions with a pair, the commonest chosen answer cut by lot to as many as the second: none dominates.
+
+    Indices count in the prompt's order.
+    """
+    by_label = collections.defaultdict(list)
+    for place, entry in enumerate(entries):
+        by_label[answer_label(preferred_pair(present_in_order(entry, options), options).chosen)].append(place)
+    before = count_labels(by_label)
+    commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
+    if len(commonest) == 2:
+        most, second = (by_label[label] for label in commonest)
+        by_label[commonest[0]] = random.Random(options.seed).sample(most, len(second))
+    logger.warning("Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(by_label), before)
+    return [entries[place] for place in sorted(place for places in by_label.values() for place in places)]
+
+
+def count_labels(by_label: dict[str, list[int]]) -> str:
+    return ", ".join(f"{label} {len(places)}" for label, places in sorted(by_label.items()))
+
+
+def answer_label(pick: int | None) -> str:
+    return NO_TRADE if pick is None else str(pick + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,8 +888,8 @@ def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[Log
     for entry in logged:
         place = bisect.bisect_right(starts, entry.decision.decision_time)
         following = bisect.bisect_left(times, starts[place]) if place < len(starts) else len(times)
-        # An option still alive when the next split begins has its outcome there: keep it out of this one.
-        if options.purge and following < len(times) and entry.decision.last_expiry >= times[following]:
+        # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+        if options.purge and following < len(times) and entry.outcome_end >= times[following]:
             purged[names[place]] += 1
         else:
             splits[names[place]].append(entry)
@@ -669,86 +925,160 @@ def parse_option_time(options, name: str) -> datetime.datetime:
 
 
 def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
-    decision, chosen, outcomes = present_in_order(logged, options)
-    for index, (candidate, outcome) in enumerate(zip(decision.candidates, outcomes, strict=True)):
-        label = SELL_CALL if index == chosen else SKIP
+    logged = present_in_order(logged, options)
+    decision = logged.decision
+    for index, (candidate, outcome) in enumerate(zip(decision.candidates, logged.outcomes, strict=True)):
+        label = SELL_CALL if index == logged.chosen else SKIP
         hindsight = candidate_hindsight(outcome) if options.hindsight else ""
         yield {
-            **shared_columns(decision, chosen, candidate_messages(decision, candidate, hindsight), label),
-            **candidate_columns(decision, candidate, outcome, index == chosen),
+            **shared_columns(decision, logged.chosen, candidate_messages(decision, candidate, hindsight), label),
+            **candidate_columns(logged, index),
         }
 
 
 def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
-    decision, chosen, outcomes = present_in_order(logged, options)
+    logged = present_in_order(logged, options)
+    decision, chosen = logged.decision, logged.chosen
     traded = chosen is not None
-    label = str(chosen + 1) if traded else NO_TRADE
-    hindsight = ranking_hindsight(chosen + 1, outcomes[chosen]) if options.hindsight and traded else ""
+    hindsight = ranking_hindsight(chosen + 1, logged.outcomes[chosen]) if options.hindsight and traded else ""
     yield {
-        **shared_columns(decision, chosen, ranking_messages(decision, hindsight), label),
-        "candidates": [
-            candidate_columns(decision, candidate, outcome, index == chosen)
-            for index, (candidate, outcome) in enumerate(zip(decision.candidates, outcomes, strict=True))
-        ],
+        **shared_columns(decision, chosen, ranking_messages(decision, hindsight), answer_label(chosen)),
+        "candidates": [candidate_columns(logged, index) for index in range(len(decision.candidates))],
         "chosen_index": chosen + 1 if traded else None,
     }
+
+
+def preference_records(logged: LoggedDecision, options) -> Iterator[dict]:
+    logged = present_in_order(logged, options)
+    pair = preferred_pair(logged, options)
+    if pair is None:
+        return
+    decision, sides = logged.decision, {"chosen": pair.chosen, "rejected": pair.rejected}
+    yield {
+        "prompt": ranking_messages(decision),
+        **{name: [{"role": "assistant", "content": answer_label(pick)}] for name, pick in sides.items()},
+        **decision_columns(decision),
+        "spot": decision.spot,
+        **{f"{name}_label": answer_label(pick) for name, pick in sides.items()},
+        "teacher_label": answer_label(logged.chosen),
+        **{name: getattr(pair, name) for name in ("chosen_outcome", "rejected_outcome", "source")},
+    }
+
+
+def q_records(logged: LoggedDecision, options) -> Iterator[dict]:
+    logged = present_in_order(logged, options)
+    for index, net in enumerate(net_outcomes(logged, options)):
+        columns = candidate_columns(logged, index)
+        for name in ("reward", "max_drawdown_pct"):
+            del columns[name]
+        yield {
+            **decision_columns(logged.decision),
+            **columns,
+            "sold": index == logged.chosen,
+            "q_hold": 0.0,
+            "q_sell": net.value,
+            "source": net.source,
+        }
 
 
 def shared_columns(decision: Decision, chosen: int | None, messages: list[dict], label: str) -> dict:
     return {
         "messages": [*messages, {"role": "assistant", "content": label}],
-        "decision_id": decision.decision_id,
-        "decision_time": decision.decision_time,
-        "underlying": decision.underlying,
-        "exit_style": decision.exit_style,
+        **decision_columns(decision),
         "label": label,
         "trade_executed": chosen is not None,
     }
 
 
-def candidate_columns(decision: Decision, candidate: Candidate, outcome: Outcome, sold: bool) -> dict:
-    """The candidate's numbers; its outcome is unknown, so null, unless the teacher sold it."""
-    known = outcome if sold else Outcome(None, None, None)
-    return {**candidate._asdict(), "spot": decision.spot, **known._asdict()}
+def decision_columns(decision: Decision) -> dict:
+    return {
+        "decision_id": decision.decision_id,
+        "decision_time": decision.decision_time,
+        "underlying": decision.underlying,
+        "exit_style": decision.exit_style,
+    }
 
 
-RECORDS = {"per_candidate": candidate_records, "per_decision_ranking": ranking_records}
+def candidate_columns(logged: LoggedDecision, index: int) -> dict:
+    """The candidate's numbers; its recorded outcome is unknown, so null, unless the teacher sold it."""
+    known = logged.outcomes[index] if index == logged.chosen else Outcome(None, None, None)
+    return {
+        **logged.decision.candidates[index]._asdict(),
+        "spot": logged.decision.spot,
+        **known._asdict(),
+        "ghost_pnl_vs_hodl": logged.ghosts[index].pnl_vs_hodl,
+    }
+
+
+RECORDS = {
+    "per_candidate": candidate_records,
+    "per_decision_ranking": ranking_records,
+    "preference": preference_records,
+    "q_values": q_records,
+}
+CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
+
+
+def makes_record(logged: LoggedDecision, options) -> bool:
+    if options.name == "preference":
+        return preferred_pair(present_in_order(logged, options), options) is not None
+    return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The builder.
 
+MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+DECISION_FEATURES = {
+    "decision_id": datasets.Value("string"),
+    "decision_time": datasets.Value("timestamp[us, tz=UTC]"),
+    "underlying": datasets.Value("string"),
+    "exit_style": datasets.Value("string"),
+}
 CANDIDATE_FEATURES = {
     "instrument": datasets.Value("string"),
     **{
         name: datasets.Value("float64")
         for name in (
             "strike", "dte", "delta", "score", "iv", "ivrv_ratio", "spot", "reward", "pnl_vs_hodl", "max_drawdown_pct",
+            "ghost_pnl_vs_hodl",
         )
     },
 }  # fmt: skip
-SHARED_FEATURES = {
-    "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-    "decision_id": datasets.Value("string"),
-    "decision_time": datasets.Value("timestamp[us, tz=UTC]"),
-    "underlying": datasets.Value("string"),
-    "exit_style": datasets.Value("string"),
+CHAT_FEATURES = {
+    "messages": MESSAGES,
+    **DECISION_FEATURES,
     "label": datasets.Value("string"),
     "trade_executed": datasets.Value("bool"),
 }
 FEATURES = {
-    "per_candidate": {**SHARED_FEATURES, **CANDIDATE_FEATURES},
+    "per_candidate": {**CHAT_FEATURES, **CANDIDATE_FEATURES},
     "per_decision_ranking": {
-        **SHARED_FEATURES,
+        **CHAT_FEATURES,
         "candidates": [CANDIDATE_FEATURES],
         "chosen_index": datasets.Value("int32"),
+    },
+    "preference": {
+        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+        **DECISION_FEATURES,
+        "spot": datasets.Value("float64"),
+        **dict.fromkeys(("chosen_label", "rejected_label", "teacher_label"), datasets.Value("string")),
+        **dict.fromkeys(("chosen_outcome", "rejected_outcome"), datasets.Value("float64")),
+        "source": datasets.Value("string"),
+    },
+    "q_values": {
+        **DECISION_FEATURES,
+        **{name: kind for name, kind in CANDIDATE_FEATURES.items() if name not in ("reward", "max_drawdown_pct")},
+        "sold": datasets.Value("bool"),
+        **dict.fromkeys(("q_hold", "q_sell"), datasets.Value("float64")),
+        "source": datasets.Value("string"),
     },
 }
 
 
 @dataclass
 class CoveredCallCandidatesConfig(datasets.BuilderConfig):
-    """Options of both configs.
+    """Options of all configs.
 
     Args:
         underlying, exit_style: keep only these rows; None keeps all.
@@ -757,9 +1087,18 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         seed: of the shuffle.
         splits: fractions of the distinct decision times for train, validation and test; "train" for one split.
         validation_from, test_from: dates (UTC) from which these splits begin, in place of the fractions.
-        purge: leave out decisions whose options outlive their split.
+        purge: leave out decisions whose outcomes end after the next split has begun.
         duplicates: the same decision in two files is an "error", or the "latest" file's is kept.
         on_bad_rows: "error", or "skip" the whole decision, counted.
+        fee, fee_cap: fee of a trade as a share of the underlying (Deribit: 0.0003), and the most it is as a share of
+            the option's price. Fees, spread and slippage are taken off ghosts, at each trade.
+        half_spread: what a trade loses to the spread, as a share of the option's price.
+        slippage: what a trade loses beside it, as a share of the underlying.
+        expiry_tolerance: hours that the spot taken for an expiry may be away from it. Half a day: in a daily file
+            without gaps no expiry is farther from a decision, and more would add noise of its own to a week's outcome.
+        horizon: days after which a ghost's call is bought back; None for its expiry.
+        take_profit, roll_delta: of the ghosts of tp_and_roll: the share of the premium at which a call is bought back,
+            and the delta of the one it is rolled into.
     """
 
     underlying: str | None = None
@@ -773,6 +1112,14 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
     purge: bool = True
     duplicates: str = "error"
     on_bad_rows: str = "error"
+    fee: float = 0.0
+    fee_cap: float = 0.125
+    half_spread: float = 0.0
+    slippage: float = 0.0
+    expiry_tolerance: float = 12.0
+    horizon: float | None = None
+    take_profit: float = 0.70
+    roll_delta: float = 0.25
 
     def check(self) -> None:
         """Raises CandidatesError for a value that no option takes."""
@@ -786,6 +1133,14 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         for name in ("hindsight", "purge"):
             if not isinstance(getattr(self, name), bool):
                 raise CandidatesError(f"{name}={getattr(self, name)!r}: give True or False.")
+        if self.hindsight and self.name in ("preference", "q_values"):
+            raise CandidatesError(f"hindsight is not for {self.name}: there, outcomes are what is to be learnt.")
+        for name, high in LIMITS.items():
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+                raise CandidatesError(f"{name}={value!r}: give a number from 0 to {high:g}.")
         self.check_splits()
 
     def check_splits(self) -> None:
@@ -806,8 +1161,36 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             )
 
 
+# The largest value of each option that is a number from 0.
+LIMITS = {
+    "fee": 1, "fee_cap": 1, "half_spread": 1, "slippage": 1, "expiry_tolerance": 24 * MAX_DTE, "horizon": MAX_DTE,
+    "take_profit": 1, "roll_delta": 1, "min_edge": math.inf, "min_edge_pct": 100,
+}  # fmt: skip
+
+
+@dataclass
+class PreferenceConfig(CoveredCallCandidatesConfig):
+    """Options of ``preference`` beside those of all configs.
+
+    Args:
+        rejected: "teacher" sets the best answer against the teacher's (against the worst, where the teacher's is the
+            best), "worst" always against the worst.
+        min_edge, min_edge_pct: a pair is left out unless its outcomes differ by more than this, in USD and in percent
+            of spot.
+    """
+
+    rejected: str = "teacher"
+    min_edge: float = 0.0
+    min_edge_pct: float = 0.1
+
+    def check(self) -> None:
+        super().check()
+        if self.rejected not in ("teacher", "worst"):
+            raise CandidatesError(f"rejected={self.rejected!r}: choose one of teacher, worst.")
+
+
 class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
-    """Builds the two chat datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
+    """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
@@ -820,6 +1203,16 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             name="per_decision_ranking",
             version=datasets.Version("1.0.0"),
             description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
+        ),
+        PreferenceConfig(
+            name="preference",
+            version=datasets.Version("1.0.0"),
+            description="One pair of answers a decision: the one that brought most, and a worse one.",
+        ),
+        CoveredCallCandidatesConfig(
+            name="q_values",
+            version=datasets.Version("1.0.0"),
+            description="One row of numbers a candidate option, with what selling it brought.",
         ),
     ]
     DEFAULT_CONFIG_NAME = "per_candidate"
@@ -846,14 +1239,17 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
         logged = read_candidates(list(self.config.data_files["train"]), self.config)
         generators = []
         for name, entries in split_decisions(logged, self.config).items():
-            if self.config.name == "per_candidate":  # a step without candidates makes no record there
-                entries = [entry for entry in entries if entry.decision.candidates]
+            entries = [entry for entry in entries if makes_record(entry, self.config)]
+            if self.config.name == "preference" and name == "train":
+                entries = balance_pairs(entries, self.config)
             if entries:
                 generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
             else:  # datasets cannot hold a split without rows
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
-            raise CandidatesError("No split has a record: there is no candidate in the files, or the purge took all.")
+            raise CandidatesError(
+                "No split has a record: the files hold no candidate, or no outcome is known, or the purge took all."
+            )
         return generators
 
     def _generate_examples(self, shards):
@@ -917,13 +1313,13 @@ def load_candidates(
     """Loads a config on any datasets version, with no trust flag.
 
     Args:
-        name: "per_candidate" or "per_decision_ranking".
+        name: "per_candidate", "per_decision_ranking", "preference" or "q_values".
         data_files: a path, a glob or a list of them; default ``data/training_candidates_*.csv`` beside this script,
             else the simulated sample.
         cache_dir: where the Arrow files go, default the Hugging Face cache.
         streaming: render while iterating, without a cache.
         num_proc: processes that render.
-        options: ``data_dir``, and those of CoveredCallCandidatesConfig.
+        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference").
 
     Raises:
         CandidatesError: for files or options that cannot be used.
@@ -963,7 +1359,7 @@ def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCand
 def export_paths(source: str, output_dir: str | None) -> dict[str, str]:
     stem = re.sub(r"\.csv(\.gz)?$", "", os.path.basename(source))
     folder = os.path.abspath(output_dir or os.path.dirname(source))
-    return {name: os.path.join(folder, f"{stem}_{name}.jsonl") for name in RECORDS}
+    return {name: os.path.join(folder, f"{stem}_{name}.jsonl") for name in CHATS}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

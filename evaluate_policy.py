@@ -10,7 +10,6 @@ mean different things.
 """
 
 import argparse
-import bisect
 import collections
 import copy
 import datetime
@@ -27,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure as Plot
-from scipy.special import ndtr
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -35,6 +33,8 @@ from sklearn.pipeline import make_pipeline
 import metrics
 from baselines import Pick, Policy, fit_baselines, fit_threshold, highest, never_sell, scores
 from covered_call_candidates import (
+    CHATS,
+    HOLD_TO_EXPIRY,
     NO_TRADE,
     RECORDS,
     SELL_CALL,
@@ -42,6 +42,7 @@ from covered_call_candidates import (
     CandidatesError,
     CoveredCallCandidatesConfig,
     Decision,
+    Ghost,
     LoggedDecision,
     Outcome,
     find_csvs,
@@ -56,11 +57,6 @@ from metrics import METRICS, Figure, Played
 logger = logging.getLogger("evaluate_policy")
 
 SPLITS = ("train", "validation", "test")
-HOLD_TO_EXPIRY = "hold_to_expiry"
-DAYS_PER_YEAR = 365
-# The spot at expiry is that of the nearest decision, if it is at most so far away. Half a day: no expiry within a
-# daily file without gaps is farther from one, and a longer time would add noise of its own to a week's outcome.
-SPOT_TOLERANCE = datetime.timedelta(hours=12)
 SHUFFLES = 4
 LEAST_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
 
@@ -87,50 +83,9 @@ class Case(NamedTuple):
     best: float
 
 
-def black_scholes_call(spot: float, strike: float, years: float, iv: float) -> float:
-    """Value of a European call in USD at interest rate 0 (Black and Scholes 1973); iv as a fraction a year."""
-    deviation = iv * math.sqrt(years)
-    if deviation <= 0:
-        return max(0.0, spot - strike)
-    d1 = math.log(spot / strike) / deviation + deviation / 2
-    return float(spot * ndtr(d1) - strike * ndtr(d1 - deviation))
-
-
-class Spots:
-    """Spot prices by time, from the decisions of the files themselves."""
-
-    def __init__(self, logged: list[LoggedDecision]):
-        self.by_underlying = collections.defaultdict(dict)
-        for decision in (entry.decision for entry in logged):
-            if decision.spot > 0:  # a placeholder row may have none
-                self.by_underlying[decision.underlying][decision.decision_time] = decision.spot
-        self.times = {name: sorted(spots) for name, spots in self.by_underlying.items()}
-
-    def at(self, underlying: str, time: datetime.datetime) -> float | None:
-        """The spot of the decision nearest to ``time``; None if none is within SPOT_TOLERANCE."""
-        times = self.times.get(underlying, [])
-        place = bisect.bisect_left(times, time)
-        near = min(times[max(0, place - 1) : place + 1], key=lambda other: abs(other - time), default=None)
-        if near is None or abs(near - time) > SPOT_TOLERANCE:
-            return None
-        return self.by_underlying[underlying][near]
-
-
-def computed_pnl(decision: Decision, index: int, spots: Spots) -> float | None:
-    """P&L vs HODL of selling a candidate and holding it: Black-Scholes premium less what it pays at expiry.
-
-    None where iv is blank, or the spot at expiry is not in the files.
-    """
-    c = decision.candidates[index]
-    at_expiry = spots.at(decision.underlying, decision.decision_time + datetime.timedelta(days=c.dte))
-    if c.iv is None or at_expiry is None:
-        return None
-    return black_scholes_call(decision.spot, c.strike, c.dte / DAYS_PER_YEAR, c.iv) - max(0.0, at_expiry - c.strike)
-
-
 def make_cases(logged: list[LoggedDecision]) -> list[Case]:
-    """A case for each decision, with spots and the extremes of recorded outcomes from all of them."""
-    spots, recorded = Spots(logged), collections.defaultdict(list)
+    """A case for each decision, with the extremes of recorded outcomes from all of them."""
+    recorded = collections.defaultdict(list)
     for entry in logged:
         if recorded_pnl(entry) is not None:
             for market in markets(entry.decision):
@@ -138,11 +93,7 @@ def make_cases(logged: list[LoggedDecision]) -> list[Case]:
     cases = []
     for entry in logged:
         outcomes = next((recorded[market] for market in markets(entry.decision) if market in recorded), [math.nan])
-        holds = entry.decision.exit_style == HOLD_TO_EXPIRY
-        computed = tuple(
-            computed_pnl(entry.decision, index, spots) if holds else None
-            for index in range(len(entry.decision.candidates))
-        )
+        computed = tuple(ghost.pnl_vs_hodl for ghost in entry.ghosts)
         cases.append(Case(entry.decision, entry.chosen, recorded_pnl(entry), computed, min(outcomes), max(outcomes)))
     return cases
 
@@ -193,7 +144,7 @@ def difference(case: Case, pick: Pick, other: Pick) -> tuple[float, float]:
 
 def regret(case: Case, pick: Pick) -> float:
     """What the best answer, no trade included, would have added, all as computed; NaN where one is unknown."""
-    if case.decision.exit_style != HOLD_TO_EXPIRY or None in case.computed:
+    if None in case.computed:
         return math.nan
     return max([0.0, *case.computed]) - (0.0 if pick is None else case.computed[pick])
 
@@ -207,17 +158,24 @@ class Validation(NamedTuple):
     median_outcome: float
     mean_error: float
 
-    def sentence(self) -> str:
+    @property
+    def follows(self) -> bool:
+        return self.correlation >= LEAST_CORRELATION
+
+    def sentence(self, style: str) -> str:
         if not self.trades:
-            return "No recorded hold_to_expiry trade has a computed outcome beside it: the formula is unchecked here."
+            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
         text = (
-            f"Computed against recorded outcomes on {self.trades:,} hold_to_expiry trades: correlation "
+            f"Computed against recorded outcomes on {self.trades:,} {style} trades: correlation "
             f"{self.correlation:.4f}, median absolute error {self.median_error:,.2f} USD (median outcome "
             f"{self.median_outcome:,.2f}), computed minus recorded on average {self.mean_error:+,.2f}."
         )
-        if not self.correlation >= LEAST_CORRELATION:
-            text += f" WARNING: the correlation is below {LEAST_CORRELATION}: do not trust computed outcomes."
-        return text
+        if self.follows:
+            return text
+        below = f"the correlation is below {LEAST_CORRELATION}"
+        if style == HOLD_TO_EXPIRY:
+            return f"{text} WARNING: {below}: do not trust computed outcomes."
+        return f"{text} Since {below}, they count as unknown."
 
 
 def validate(cases: list[Case]) -> Validation:
@@ -231,6 +189,24 @@ def validate(cases: list[Case]) -> Validation:
     error = computed - recorded
     middle = [float(np.median(abs(values))) for values in (error, recorded)]
     return Validation(len(pairs), float(correlation), *middle, float(error.mean()))
+
+
+def validate_styles(cases: list[Case]) -> dict[str, Validation]:
+    styles = sorted({case.decision.exit_style for case in cases})
+    return {style: validate([case for case in cases if case.decision.exit_style == style]) for style in styles}
+
+
+def trusted(cases: list[Case], found: dict[str, Validation]) -> list[Case]:
+    """The cases without the computed outcomes of exit styles whose replay does not follow the recorded ones.
+
+    Those of hold_to_expiry stay, flagged: there the formula is what a settlement is, not a guess at a backtest's rule.
+    """
+    return [
+        case
+        if case.decision.exit_style == HOLD_TO_EXPIRY or found[case.decision.exit_style].follows
+        else case._replace(computed=(None,) * len(case.computed))
+        for case in cases
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,16 +370,18 @@ def evaluate(asked: argparse.Namespace) -> int:
     entries = splits.get(asked.split)
     if not entries:
         raise CandidatesError(f"The {asked.split} split is empty: give more data, or set splits, or test_from.")
-    everything = {case.decision[:3]: case for case in make_cases(logged)}
+    cases = make_cases(logged)
+    found = validate_styles(cases)
+    everything = {case.decision[:3]: case for case in trusted(cases, found)}
     cases = [everything[entry.decision[:3]] for entry in entries]
     rows = make_rows(splits["train"], entries, model)
     rule = best_rule(rows, entries)
     results = [judge(rows, rule, cases, group) for group in make_groups(cases, cutoff)]
     warnings = warn(asked, entries, results, model)
-    checked = validate(list(everything.values())).sentence()
+    checked = [validation.sentence(style) for style, validation in found.items()]
     print(terminal_table(asked.split, results, rule.name))
-    print("\n".join([checked, *warnings]))
-    write_report(Path(asked.output_dir), asked, files, results, rows, rule, cases, [checked, *warnings])
+    print("\n".join([*checked, *warnings]))
+    write_report(Path(asked.output_dir), asked, files, results, rows, rule, cases, [*checked, *warnings])
     print(f"Report in {asked.output_dir}")
     return 0
 
@@ -529,12 +507,14 @@ MONEY = [
 DIFFERENCES = ["minus_teacher", "minus_best_rule"]
 HOW = """\
 P&L is in USD for each unit of underlying, against holding it (HODL = 0), at the time of the decision. Where a policy \
-did as the teacher, its outcome is the recorded one. Where it sold another call, the outcome is computed for \
-hold_to_expiry (Black-Scholes premium less what the call pays at the spot at expiry, which is that of the decision \
-nearest to it, at most {tolerance:g} hours away), and unknown for any other exit style, or where iv or that spot is \
-missing. An unknown outcome never counts as zero: totals, means, worst month and drawdown are then bounds, `a to b`, \
-with the unknown ones replaced by the worst and by the best outcome that the teacher recorded in that year (in all \
-years, if there is none in that one). These \
+did as the teacher, its outcome is the recorded one. Where it sold another call, the outcome is computed: for \
+hold_to_expiry the Black-Scholes premium less what the call pays at the spot at expiry, which is that of the decision \
+nearest to it, at most {tolerance:g} hours away; for tp_and_roll a replay, {take_profit:.0%} of the premium taken as \
+profit and then a roll into the call nearest to delta {roll_delta:g}. It is unknown where iv or that spot is missing, \
+for any other exit style, and for tp_and_roll unless the replay follows the recorded trades (correlation at least \
+{correlation:g}). An unknown outcome never counts as zero: totals, means, worst month and drawdown are then bounds, \
+`a to b`, with the unknown ones replaced by the worst and by the best outcome that the teacher recorded in that year \
+(in all years, if there is none in that one). These \
 bounds hold if no other call did worse, or better, than all of those. `mean pnl known` and `hit rate` leave the \
 unknown ones out. Differences and regret \
 compare like with like: a computed outcome with a computed one.
@@ -576,9 +556,11 @@ def report_text(asked, files, results: list[Result], rule: Row, notes: list[str]
         else:
             parts += [f"### {title}", markdown_table(figures, ["accuracy", "coverage", "mean_pnl", *DIFFERENCES])]
     parts += [f"![{plot}]({plot})" for plot in plots if plot == CALIBRATION]
+    defaults = CoveredCallCandidatesConfig
     how = HOW.format(
-        tolerance=SPOT_TOLERANCE.total_seconds() / 3600, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS
-    )
+        tolerance=defaults.expiry_tolerance, take_profit=defaults.take_profit, roll_delta=defaults.roll_delta,
+        correlation=LEAST_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
+    )  # fmt: skip
     parts += ["## How it is measured", how]
     meanings = [f"| {name.replace('_', ' ')} | {m.better or 'neither'} | {m.meaning} |" for name, m in METRICS.items()]
     parts += ["\n".join([f"| metric (version {metrics.VERSION}) | better | |", "|---|---|---|", *meanings])]
@@ -700,7 +682,7 @@ def audit(asked: argparse.Namespace) -> int:
     files, config = data_options(asked, {})
     _, splits = read_splits(files, config)
     leaks, only_score = [], []
-    for task in RECORDS:
+    for task in CHATS:
         config.name = task
         corpora = {name: render(entries, config) for name, entries in splits.items() if entries}
         readers = make_readers(task, corpora["train"])
@@ -798,7 +780,8 @@ def find_leaks(task: str, corpora: dict[str, Corpus], config: CoveredCallCandida
 def relabel(entry: LoggedDecision) -> LoggedDecision:
     """The same decision with another label and other outcomes."""
     chosen = 0 if entry.chosen is None else None
-    return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes))
+    ghosts = tuple(Ghost(1.0, ghost.until) for ghost in entry.ghosts)
+    return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes), ghosts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import evaluate_policy
 import metrics
 from baselines import fit_baselines, fit_threshold, highest, scores
 from covered_call_candidates import CandidatesError, CoveredCallCandidatesConfig, read_candidates
-from evaluate_policy import Case, black_scholes_call, difference, make_cases, outcome, regret, validate
+from evaluate_policy import Case, difference, make_cases, outcome, regret, trusted, validate, validate_styles
 from metrics import METRICS, Played
 
 NAN = math.nan
@@ -179,42 +179,23 @@ def hold(number: float, spot: float, sold=None, **cells) -> list[dict]:
     return decision(number, sold, **cells)
 
 
-def test_computed_outcome_by_hand(tmp_path):
-    first, _ = make_cases(logged(hold(0, 100.0) + hold(7, 108.0), tmp_path))
-    # At the money: premium = spot * (2 N(sd / 2) - 1), sd = 0.5 * sqrt(7 / 365).
-    deviation = 0.5 * math.sqrt(7 / 365)
-    premium = 100 * math.erf(deviation / 2 / math.sqrt(2))
-    assert first.computed[0] == pytest.approx(premium - 8.0)
-    assert first.computed[1] == pytest.approx(black_scholes_call(100, 110, 7 / 365, 0.5))
-    assert 0 < first.computed[1] < premium
-
-
-def test_a_call_without_time_or_vol_is_worth_its_intrinsic_value():
-    assert black_scholes_call(105.0, 100.0, 0.0, 0.5) == black_scholes_call(105.0, 100.0, 0.1, 0.0) == 5.0
-
-
-@pytest.mark.parametrize("gap, known", [(0.5, True), (-0.5, True), (0.51, False), (-0.51, False)])
-def test_the_spot_at_expiry_is_at_most_half_a_day_away(tmp_path, gap, known):
-    first = make_cases(logged(hold(0, 100.0) + hold(7 + gap, 108.0), tmp_path))[0]
-    assert (first.computed[0] is not None) == known
-
-
-def test_the_spot_at_expiry_is_of_the_same_underlying_and_never_of_a_placeholder_without_one(tmp_path):
-    rows = hold(0, 100.0) + hold(7, 9.0, underlying="ETH") + [no_candidates(7.1, spot=0, exit_style="hold_to_expiry")]
-    assert make_cases(logged(rows, tmp_path))[0].computed == (None, None)
-
-
-def test_a_placeholder_gives_the_spot_of_its_day(tmp_path):
-    rows = hold(0, 100.0) + [no_candidates(7, spot=90.0, exit_style="hold_to_expiry")]
-    assert make_cases(logged(rows, tmp_path))[0].computed[0] > 0
-
-
-@pytest.mark.parametrize("cells", [{"iv": ""}, {"exit_style": "tp_and_roll"}])
-def test_without_iv_or_for_another_exit_style_an_untaken_call_is_unknown(tmp_path, cells):
-    rows = hold(0, 100.0, 0, pnl_vs_hodl=0.0, **cells) + hold(7, 108.0, **cells)
+def test_without_iv_an_untaken_call_is_unknown(tmp_path):
+    rows = hold(0, 100.0, 0, pnl_vs_hodl=0.0, iv="") + hold(7, 108.0, iv="")
     rows[0]["pnl_vs_hodl"] = "3.5"
     case = make_cases(logged(rows, tmp_path))[0]
     assert (outcome(case, 0), outcome(case, 1), outcome(case, None)) == (3.5, None, 0.0)
+
+
+@pytest.mark.parametrize("style", ["tp_and_roll", "hold_to_expiry"])
+@pytest.mark.parametrize("off", [1.0, -1.0])
+def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
+    """Settling at expiry is no guess at a rule: there, a bad correlation is flagged, and the outcomes stay."""
+    cases = [case(0, value, (off * value, 2.0), style=style) for value in (1.0, 5.0, -9.0)]
+    found = validate_styles(cases)
+    kept = trusted(cases, found)[0].computed
+    assert kept == ((None, None) if off < 0 and style == "tp_and_roll" else (off, 2.0))
+    assert ("count as unknown" in found[style].sentence(style)) == (kept == (None, None))
+    assert ("WARNING" in found[style].sentence(style)) == (off < 0 and style == "hold_to_expiry")
 
 
 def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):
@@ -259,7 +240,6 @@ def test_regret_is_against_the_best_answer_and_unknown_where_one_is():
     assert regret(case(0, 10.0, (12.0, 30.0)), None) == 30.0
     assert regret(case(0, 10.0, (-12.0, -30.0)), 1) == 30.0
     assert math.isnan(regret(case(0, 10.0, (12.0, None)), 0))
-    assert math.isnan(regret(case(None, None, (), style="tp_and_roll"), None))
     assert regret(case(None, None, ()), None) == 0.0
 
 
@@ -268,11 +248,11 @@ def test_the_formula_is_validated_and_a_bad_one_flagged():
     found = validate(good)
     assert (found.trades, found.median_error, found.median_outcome) == (3, 1.0, 5.0)
     assert found.mean_error == pytest.approx(1.0) and found.correlation == pytest.approx(1.0)
-    assert "WARNING" not in found.sentence()
+    assert "WARNING" not in found.sentence("hold_to_expiry")
     bad = [case(0, value, (other,)) for value, other in ((1.0, 5.0), (5.0, 1.0), (2.0, 2.0))]
-    assert "WARNING: the correlation is below 0.95" in validate(bad).sentence()
-    assert "WARNING" in validate(good[:1]).sentence()  # one trade shows nothing
-    assert "unchecked" in validate([case(None, None, ())]).sentence()
+    assert "WARNING: the correlation is below 0.95" in validate(bad).sentence("hold_to_expiry")
+    assert "WARNING" in validate(good[:1]).sentence("hold_to_expiry")  # one trade shows nothing
+    assert "unchecked" in validate([case(None, None, ())]).sentence("hold_to_expiry")
 
 
 # Intervals
@@ -554,8 +534,9 @@ def test_real_trades_are_copied_by_the_score_rule_and_recomputed_by_the_formula(
     rule = fit_baselines(entries)["score rule"]
     assert rule([entry.decision for entry in trades]) == [entry.chosen for entry in trades]
     assert len(trades) >= 2 * 122
-    found = validate(make_cases(entries))
-    assert found.correlation >= 0.98
+    found = validate_styles(make_cases(entries))
+    assert found["hold_to_expiry"].correlation >= 0.98
+    assert not found["tp_and_roll"].follows  # that backtest rolls by another rule than the replay
 
 
 @needs_real_data

@@ -125,9 +125,10 @@ def test_train_alone_is_everything(load, tmp_path):
     assert list(splits) == ["train"] and days(splits["train"]) == list(range(10))
 
 
-# Forty days: train is days 0 to 31, validation 32 to 35, test 36 to 39.
-@pytest.mark.parametrize("dte, train, validation", [(0.999, 32, 4), (1.0, 31, 3), (1.001, 31, 3), (2.0, 30, 2)])
-def test_an_option_that_expires_at_the_next_splits_first_decision_is_purged(load, tmp_path, dte, train, validation):
+# Forty days: train is days 0 to 31, validation 32 to 35, test 36 to 39. The spot at expiry is that of the nearest
+# decision: an option that expires at 0.999 is settled at the price of day 1, which the next split shows.
+@pytest.mark.parametrize("dte, train, validation", [(0.499, 32, 4), (0.999, 31, 3), (1.0, 31, 3), (2.0, 30, 2)])
+def test_an_option_settled_at_the_next_splits_first_decision_is_purged(load, tmp_path, dte, train, validation):
     splits = load(data_files=daily(tmp_path / "a.csv", range(40), dte=dte))
     assert [len(days(splits[name])) for name in NAMES] == [train, validation, 4]
 
