@@ -320,7 +320,7 @@ def test_the_labels_of_a_pair_point_into_the_prompts_order(tmp_path, order):
 def test_no_answer_is_preferred_more_often_than_any_other_in_training(load, tmp_path, caplog):
     """On a falling path the lowest strike always brings most; on a rising one, nothing does."""
     falling_then_rising = week(
-        200, lambda day: 300.0 - day if day < 120 else 180 * 1.03 ** (day - 120), strikes=(0.9, 1.0, 1.1)
+        200, lambda day: 300.0 - day if day < 120 else 180 * 1.03 ** (day - 120), sold=None, strikes=(0.9, 1.0, 1.1)
     )
     for one in falling_then_rising:
         one["strike"] = float(one["spot"]) * float(one["strike"])
