@@ -5,6 +5,8 @@ import re
 from conftest import SCRIPT
 from huggingface_hub import DatasetCard
 
+from covered_call_candidates import RECORDS
+
 SAMPLE = str(SCRIPT.parent / "data" / "sample" / "*.csv")
 CARD = (SCRIPT.parent / "dataset_card.md").read_text(encoding="utf-8")
 
@@ -21,7 +23,7 @@ def test_the_split_table_is_that_of_the_sample(load, caplog):
 
 
 def test_every_field_is_described(load):
-    for name in ("per_candidate", "per_decision_ranking"):
+    for name in RECORDS:
         for field in load(name, data_files=SAMPLE)["test"].features:
             assert f"`{field}`" in CARD
 
