@@ -125,7 +125,9 @@ def columns(numbers):
 
 def classifier(model, train: list[LoggedDecision], sold: list[bool]) -> Policy:
     """Sells the candidate that is likeliest to be one the teacher sells, above a threshold fitted on train too."""
-    model.fit(features([entry.decision for entry in train]), sold)
+    known = features([entry.decision for entry in train])
+    empty = [name for name in NUMBERS if known[name].isna().all()]
+    model.fit(known.fillna(dict.fromkeys(empty, 0.0)), sold)  # trees fail on a column without a number
 
     def likelihoods(decisions: list[Decision]) -> list[np.ndarray]:
         rows = features(decisions)

@@ -822,10 +822,14 @@ def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
 
 def recorded_outcome(logged: LoggedDecision, options) -> float | None:
     """The recorded P&L vs HODL of the call that was sold; None with costs or a horizon, of which it does not know."""
-    gross = options.fee == options.half_spread == options.slippage == 0
-    if logged.chosen is None or options.horizon is not None or not gross:
+    if logged.chosen is None or not as_recorded(options):
         return None
     return logged.outcomes[logged.chosen].pnl_vs_hodl
+
+
+def as_recorded(options) -> bool:
+    """Whether ghosts mean what the recorded outcomes do: until the exit, before costs."""
+    return options.horizon is None and options.fee == options.half_spread == options.slippage == 0
 
 
 def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
@@ -835,13 +839,13 @@ def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
     NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
     ghosts, recorded = [ghost.pnl_vs_hodl for ghost in logged.ghosts], recorded_outcome(logged, options)
-    as_recorded = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known = as_recorded if None in ghosts else {None: 0.0, **dict(enumerate(ghosts))}
+    logged_ones = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
+    known = logged_ones if None in ghosts else {None: 0.0, **dict(enumerate(ghosts))}
     best, worst = max(known, key=known.get), min(known, key=known.get)
     teachers = logged.chosen if logged.chosen in known else best
     rejected = worst if options.rejected == "worst" or teachers == best else teachers
-    source = "recorded" if recorded is not None and {best, rejected} <= as_recorded.keys() else "ghost"
-    outcomes = as_recorded if source == "recorded" else known
+    source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "ghost"
+    outcomes = logged_ones if source == "recorded" else known
     pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
     least = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
     return pair if pair.chosen_outcome - pair.rejected_outcome > least else None

@@ -2,6 +2,7 @@
 
     python evaluate_policy.py --model out/ranking --output_dir report
     python evaluate_policy.py --baselines-only --data_files 'runs/*.csv'
+    python evaluate_policy.py --baselines-only --q_scorer out/q_scorer/q_scorer.zip   # the one that q_scorer.py saved
     python evaluate_policy.py --audit               # could the answer be read from the prompt?
     python evaluate_policy.py --audit --hindsight   # it can: exit status 1
 
@@ -31,6 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import metrics
+import q_scorer
 from baselines import Pick, Policy, fit_baselines, fit_threshold, highest, never_sell, scores
 from covered_call_candidates import (
     CHATS,
@@ -45,6 +47,7 @@ from covered_call_candidates import (
     Ghost,
     LoggedDecision,
     Outcome,
+    as_recorded,
     find_csvs,
     iso_time,
     present_in_order,
@@ -53,6 +56,7 @@ from covered_call_candidates import (
     utc,
 )
 from metrics import METRICS, Figure, Played
+from q_scorer import QScorer, QScorerError
 
 logger = logging.getLogger("evaluate_policy")
 
@@ -61,6 +65,7 @@ SHUFFLES = 4
 LEAST_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
 
 MODEL, TEACHER, HODL, RANDOM = "model", "teacher", "never sell (HODL)", "random (expected)"
+Q_SCORER = "Q-scorer"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +152,11 @@ def regret(case: Case, pick: Pick) -> float:
     if None in case.computed:
         return math.nan
     return max([0.0, *case.computed]) - (0.0 if pick is None else case.computed[pick])
+
+
+def comparable(cases: list[Case], config: CoveredCallCandidatesConfig) -> list[Case]:
+    """The cases, without their recorded outcomes where costs or a horizon are set, of which those do not know."""
+    return cases if as_recorded(config) else [case._replace(recorded=None) for case in cases]
 
 
 class Validation(NamedTuple):
@@ -243,12 +253,14 @@ def instruments(entries: list[LoggedDecision], picks: list[Pick]) -> list[str | 
     return [None if p is None else e.decision.candidates[p].instrument for e, p in zip(entries, picks, strict=True)]
 
 
-def make_rows(train: list[LoggedDecision], entries: list[LoggedDecision], model) -> list[Row]:
-    """The teacher, never selling, the baselines and, if there is one, the model."""
+def make_rows(train: list[LoggedDecision], entries: list[LoggedDecision], scorer: QScorer | None, model) -> list[Row]:
+    """The teacher, never selling, the baselines and, if there are such, the Q-scorer and the model."""
     unknown = [math.nan] * len(entries)
     rows = [Row(TEACHER, [entry.chosen for entry in entries], unknown, unknown)]
     rows += [make_row(HODL, never_sell, entries), Row(RANDOM, None, unknown, unknown)]
     rows += [make_row(name, policy, entries) for name, policy in fit_baselines(train).items()]
+    if scorer:
+        rows.append(make_row(Q_SCORER, lambda decisions: list(map(pick_of, scorer.decide(decisions))), entries))
     return [*rows, model_row(model, entries)] if model else rows
 
 
@@ -273,7 +285,7 @@ def pick_of(answer) -> Pick:
 
 def best_rule(rows: list[Row], entries: list[LoggedDecision]) -> Row:
     """The baseline that agrees most with the teacher on the evaluated decisions; of equals the simplest."""
-    rules = [row for row in rows if row.name not in (TEACHER, HODL, RANDOM, MODEL)]
+    rules = [row for row in rows if row.name not in (TEACHER, HODL, RANDOM, Q_SCORER, MODEL)]
     return max(rules, key=lambda row: sum(p == e.chosen for p, e in zip(row.picks, entries, strict=True)))
 
 
@@ -372,16 +384,24 @@ def evaluate(asked: argparse.Namespace) -> int:
         raise CandidatesError(f"The {asked.split} split is empty: give more data, or set splits, or test_from.")
     cases = make_cases(logged)
     found = validate_styles(cases)
-    everything = {case.decision[:3]: case for case in trusted(cases, found)}
+    everything = {case.decision[:3]: case for case in comparable(trusted(cases, found), config)}
     cases = [everything[entry.decision[:3]] for entry in entries]
-    rows = make_rows(splits["train"], entries, model)
+    scorer, trouble = find_scorer(asked, splits, config)
+    rows = make_rows(splits["train"], entries, scorer, model)
     rule = best_rule(rows, entries)
     results = [judge(rows, rule, cases, group) for group in make_groups(cases, cutoff)]
-    warnings = warn(asked, entries, results, model)
+    warnings = [*trouble, *warn(asked, entries, results, model)]
+    if not as_recorded(config):
+        warnings.append("Costs or a horizon are set: all outcomes, the teacher's too, are computed and net of them.")
+    learnt = study(scorer, entries, config, found) if scorer else None
     checked = [validation.sentence(style) for style, validation in found.items()]
     print(terminal_table(asked.split, results, rule.name))
-    print("\n".join([*checked, *warnings]))
-    write_report(Path(asked.output_dir), asked, files, results, rows, rule, cases, [*checked, *warnings])
+    print("\n".join([*checked, *(learnt.sentences() if learnt else ()), *warnings]))
+    how = HOW.format(
+        tolerance=config.expiry_tolerance, take_profit=config.take_profit, roll_delta=config.roll_delta,
+        correlation=LEAST_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
+    )  # fmt: skip
+    write_report(Path(asked.output_dir), asked, files, results, rows, rule, cases, [*checked, *warnings], how, learnt)
     print(f"Report in {asked.output_dir}")
     return 0
 
@@ -390,6 +410,69 @@ def load_model(folder: str):
     from policy import Policy as TunedPolicy  # only here: the baselines need no torch
 
     return TunedPolicy.load(folder)
+
+
+def find_scorer(asked: argparse.Namespace, splits: dict, config) -> tuple[QScorer | None, list[str]]:
+    """The saved Q-scorer, or one fitted on train and calibrated on validation; and what to know of it.
+
+    Raises:
+        QScorerError: for a saved one that cannot be used. Data on which none can be fitted only go without.
+    """
+    if asked.q_scorer:
+        scorer = QScorer.load(asked.q_scorer, check_every=math.inf)
+        return scorer, warn_of_scorer(scorer.fitted.metadata, splits[asked.split], config)
+    try:
+        scorer = QScorer(q_scorer.fit(splits["train"], splits.get("validation", []), config))
+    except QScorerError as error:
+        return None, [f"There is no {Q_SCORER}. {error}"]
+    return scorer, warn_of_scorer(scorer.fitted.metadata, splits[asked.split], config)
+
+
+def warn_of_scorer(metadata: dict, entries: list[LoggedDecision], config) -> list[str]:
+    warnings = []
+    for split, what in (("train", " learnt from"), ("validation", "'s offset, and perhaps its gates, were fitted on")):
+        first, last = (datetime.datetime.fromisoformat(metadata[split][end]) for end in ("from", "to"))
+        seen = sum(first <= entry.decision.decision_time <= last for entry in entries)
+        if seen:
+            warnings.append(
+                f"WARNING: {seen} of these {len(entries)} decisions are of the time that the {Q_SCORER}{what}: "
+                f"{first.date()} to {last.date()}."
+            )
+    its, ours = metadata["outcome_options"], {name: getattr(config, name) for name in q_scorer.OUTCOME_OPTIONS}
+    other = [f"{name} {its[name]} (here {ours[name]})" for name in ours if its[name] != ours[name]]
+    if other:
+        warnings.append(f"WARNING: the {Q_SCORER} learnt outcomes with other options: {', '.join(other)}.")
+    return warnings
+
+
+class Study(NamedTuple):
+    """What the Q-scorer predicted beside what came, by exit style: see q_scorer.compare and candidate_pairs.
+
+    ``doubtful`` are the exit styles whose computed outcomes do not follow the recorded ones.
+    """
+
+    metadata: dict
+    doubtful: list[str]
+    compared: dict[str, q_scorer.Comparison]
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def sentences(self) -> list[str]:
+        doubt = " WARNING: these are computed outcomes, which do not follow the recorded ones here."
+        return [
+            f"{Q_SCORER}, {style}: {compared.sentence()}{doubt if style in self.doubtful else ''}"
+            for style, compared in self.compared.items()
+        ]
+
+
+def study(scorer: QScorer, entries: list[LoggedDecision], config, found: dict[str, Validation]) -> Study:
+    compared, pairs = {}, {}
+    for style in sorted({entry.decision.exit_style for entry in entries}):
+        its = [entry for entry in entries if entry.decision.exit_style == style]
+        answers = scorer.decide([entry.decision for entry in its])
+        compared[style] = q_scorer.compare(answers, its, config)
+        pairs[style] = q_scorer.candidate_pairs(answers, its, config)
+    doubtful = [style for style in compared if found[style].trades and not found[style].follows]
+    return Study(scorer.fitted.metadata, doubtful, compared, pairs)
 
 
 def parse_cutoff(text: str) -> datetime.datetime:
@@ -524,15 +607,18 @@ the longest option's life; bounds have the interval of both ends. There is none 
 {blocks} blocks. The random policy is an expectation: each answer with the same probability."""
 
 
-def write_report(folder: Path, asked, files, results, rows, rule, cases, notes) -> None:
+def write_report(folder: Path, asked, files, results, rows, rule, cases, notes, how, learnt: Study | None) -> None:
     """metrics.json, report.md and plots: made in a folder of their own, and moved when all are whole."""
     unfinished = folder / f"unfinished.{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
         plots = draw(unfinished, results, rows, rule, cases)
-        text = report_text(asked, files, results, rule, notes, plots)
+        if learnt:
+            q_scorer.draw_reliability(unfinished / RELIABILITY, learnt.pairs)
+        text = report_text(asked, files, results, rule, notes, plots, how, learnt)
         (unfinished / "report.md").write_text(text, encoding="utf-8")
-        found = json.dumps(as_json(asked, files, results, rule, notes), indent=2, allow_nan=False)
+        figures = as_json(asked, files, results, rule, notes) | {"q_scorer": study_json(learnt)}
+        found = json.dumps(figures, indent=2, allow_nan=False)
         (unfinished / "metrics.json").write_text(found, encoding="utf-8")
         for path in unfinished.iterdir():
             os.replace(path, folder / path.name)
@@ -542,7 +628,9 @@ def write_report(folder: Path, asked, files, results, rows, rule, cases, notes) 
         unfinished.rmdir()
 
 
-def report_text(asked, files, results: list[Result], rule: Row, notes: list[str], plots: list[str]) -> str:
+def report_text(
+    asked, files, results: list[Result], rule: Row, notes: list[str], plots: list[str], how: str, learnt: Study | None
+) -> str:
     parts = [f"# {asked.model or 'Baselines'}, {asked.split} split"]
     parts += ["Read from " + ", ".join(f"`{os.path.basename(path)}`" for path in files) + "."]
     parts += [f"The best rule, the baseline that agrees most with the teacher here, is: {rule.name}."]
@@ -556,15 +644,34 @@ def report_text(asked, files, results: list[Result], rule: Row, notes: list[str]
         else:
             parts += [f"### {title}", markdown_table(figures, ["accuracy", "coverage", "mean_pnl", *DIFFERENCES])]
     parts += [f"![{plot}]({plot})" for plot in plots if plot == CALIBRATION]
-    defaults = CoveredCallCandidatesConfig
-    how = HOW.format(
-        tolerance=defaults.expiry_tolerance, take_profit=defaults.take_profit, roll_delta=defaults.roll_delta,
-        correlation=LEAST_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
-    )  # fmt: skip
+    if learnt:
+        parts += [f"## {Q_SCORER}", *study_text(learnt), f"![{RELIABILITY}]({RELIABILITY})"]
     parts += ["## How it is measured", how]
     meanings = [f"| {name.replace('_', ' ')} | {m.better or 'neither'} | {m.meaning} |" for name, m in METRICS.items()]
     parts += ["\n".join([f"| metric (version {metrics.VERSION}) | better | |", "|---|---|---|", *meanings])]
     return "\n\n".join(parts) + "\n"
+
+
+RELIABILITY = "q_scorer.png"
+
+
+def study_text(learnt: Study) -> list[str]:
+    meta = learnt.metadata
+    fitted = (
+        f"Learnt from {meta['train']['known']:,} known outcomes, {meta['train']['from'][:10]} to "
+        f"{meta['train']['to'][:10]}; calibrated by {100 * meta['offset']:+.3f} % of spot on "
+        f"{meta['validation']['known']:,}, {meta['validation']['from'][:10]} to {meta['validation']['to'][:10]}; "
+        f"{q_scorer.gates_text(q_scorer.Gates(**meta['gates']))}."
+    )
+    return [fitted, "\n".join(f"- {sentence}" for sentence in learnt.sentences())]
+
+
+def study_json(learnt: Study | None) -> dict | None:
+    """None where there is no Q-scorer; figures that are not defined are null."""
+    if learnt is None:
+        return None
+    compared = {style: q_scorer.comparison_json(found) for style, found in learnt.compared.items()}
+    return {"fitted": learnt.metadata, "by_exit_style": compared}
 
 
 def as_json(asked, files, results: list[Result], rule: Row, notes: list[str]) -> dict:
@@ -622,8 +729,12 @@ def draw_equity(path: Path, result: Result, rows: list[Row], rule: Row, cases: l
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1, label="HODL")
     teacher = rows[0]
-    styles = {TEACHER: {"color": "tab:grey", "linewidth": 4, "alpha": 0.5}, MODEL: {"color": "tab:blue"}}
-    for row in [teacher, rule, *(row for row in rows if row.name == MODEL)]:
+    styles = {
+        TEACHER: {"color": "tab:grey", "linewidth": 4, "alpha": 0.5},
+        Q_SCORER: {"color": "tab:green"},
+        MODEL: {"color": "tab:blue"},
+    }
+    for row in [teacher, rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
         style = styles.get(row.name, {"color": "tab:orange", "linestyle": "--"})
         played = play(row, rule, cases, result.group.places, result.times)
         low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in played.pnl.T)
@@ -789,7 +900,7 @@ def relabel(entry: LoggedDecision) -> LoggedDecision:
 
 DATA_OPTIONS = (
     "underlying", "exit_style", "candidate_order", "splits", "validation_from", "test_from", "purge", "duplicates",
-    "on_bad_rows",
+    "on_bad_rows", *q_scorer.OUTCOME_OPTIONS,
 )  # fmt: skip
 
 
@@ -822,14 +933,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", choices=SPLITS, default="test", help="default: %(default)s")
     add("--cutoff", metavar="DATE", help="the model's knowledge cutoff: decisions after it are also judged apart")
     add("--output_dir", "--output-dir", metavar="DIR", default="report", help="default: %(default)s")
-    data = parser.add_argument_group("data", "as for train_sft.py; default: as the model was tuned")
-    for name in ("data_files", "data_dir", *DATA_OPTIONS):
-        flags = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
-        data.add_argument(*flags, **{"data_files": {"nargs": "+"}, "splits": {"nargs": "+"}}.get(name, {}))
+    add("--q_scorer", "--q-scorer", metavar="FILE", help="that q_scorer.py saved; default: fitted here, on train")
+    add_data_options(parser, "as for train_sft.py; default: as the model was tuned")
     asked = parser.parse_args(arguments)
     if asked.hindsight and not asked.audit:
         parser.error("--hindsight goes with --audit: a model is judged on prompts that do not name the answer.")
     return typed(parser, asked)
+
+
+def add_data_options(parser: argparse.ArgumentParser, description: str) -> None:
+    data = parser.add_argument_group("data", description)
+    types = {name: {"type": float} for name in q_scorer.OUTCOME_OPTIONS}
+    types |= {"data_files": {"nargs": "+"}, "splits": {"nargs": "+"}}
+    for name in ("data_files", "data_dir", *DATA_OPTIONS):
+        flags = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+        data.add_argument(*flags, **types.get(name, {}))
 
 
 def typed(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> argparse.Namespace:

@@ -188,7 +188,7 @@ def table(played: dict[str, Played], block: int) -> str:
         [
             *lines,
             f"\nMean P&L vs HODL a decision, USD a unit of underlying, on {len(entries):,} decisions ({counts}); "
-            f"{unknown} more with an unknown outcome are left out. 95 % intervals by blocks of {block} decision times.",
+            f"{unknown} more with an unknown outcome are left out. 95 % intervals by blocks of {block} decisions.",
         ]
     )
 

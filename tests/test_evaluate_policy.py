@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,17 @@ import evaluate_policy
 import metrics
 from baselines import fit_baselines, fit_threshold, highest, scores
 from covered_call_candidates import CandidatesError, CoveredCallCandidatesConfig, read_candidates
-from evaluate_policy import Case, difference, make_cases, outcome, regret, trusted, validate, validate_styles
+from evaluate_policy import (
+    Case,
+    comparable,
+    difference,
+    make_cases,
+    outcome,
+    regret,
+    trusted,
+    validate,
+    validate_styles,
+)
 from metrics import METRICS, Played
 
 NAN = math.nan
@@ -198,6 +209,13 @@ def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
     assert ("WARNING" in found[style].sentence(style)) == (off < 0 and style == "hold_to_expiry")
 
 
+def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
+    """A recorded outcome knows of no cost: beside net ones, the teacher would look better than it is."""
+    entries = logged(hold(0, 100.0, 0) + hold(7, 108.0, 0), tmp_path)
+    gross, net = comparable(make_cases(entries), OPTIONS), comparable(make_cases(entries), replace(OPTIONS, fee=0.001))
+    assert (outcome(gross[0], 0), outcome(net[0], 0)) == (744.26, entries[0].ghosts[0].pnl_vs_hodl)
+
+
 def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):
     rows = []
     for number, pnl in ((0, -7.0), (1, 5.0), (130, 9.0)):  # two in 2024, one in 2025
@@ -327,6 +345,11 @@ def test_without_a_trade_to_learn_from_baselines_say_so(tmp_path):
         fit_baselines(logged(decision(0), tmp_path))
 
 
+def test_a_column_that_is_blank_throughout_is_no_obstacle(tmp_path):
+    entries = logged([row for number in range(9) for row in decision(number, 0, iv="", ivrv_ratio="")], tmp_path)
+    assert fit_baselines(entries)["gradient boosting"]([entry.decision for entry in entries]) == [0] * 9
+
+
 # The command
 
 
@@ -403,7 +426,7 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
         names = list(group["rows"])
         assert set(names) == {
             "model", "teacher", "never sell (HODL)", "random (expected)", "majority answer", "first candidate",
-            "highest score", "score rule", "logistic regression", "gradient boosting",
+            "highest score", "score rule", "logistic regression", "gradient boosting", "Q-scorer",
         }  # fmt: skip
         accuracies = [group["rows"][name]["accuracy"]["value"] for name in names[:-2]]
         assert accuracies == sorted(accuracies, reverse=True)
@@ -415,7 +438,8 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
     for plot in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.png", "equity_hold_to_expiry.png", "equity_tp_and_roll.png", "metrics.json", "report.md",
+        "calibration.png", "equity_hold_to_expiry.png", "equity_tp_and_roll.png", "metrics.json", "q_scorer.png",
+        "report.md",
     ]  # fmt: skip
 
 
