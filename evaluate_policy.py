@@ -13,6 +13,7 @@ mean different things.
 import argparse
 import collections
 import copy
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -36,6 +37,7 @@ import q_scorer
 from baselines import Pick, Policy, fit_baselines, fit_threshold, highest, never_sell, scores
 from covered_call_candidates import (
     CHATS,
+    FEATURES,
     HOLD_TO_EXPIRY,
     NO_TRADE,
     RECORDS,
@@ -47,6 +49,7 @@ from covered_call_candidates import (
     Ghost,
     LoggedDecision,
     Outcome,
+    PreferenceConfig,
     as_recorded,
     find_csvs,
     iso_time,
@@ -776,6 +779,7 @@ def draw_calibration(path: Path, results: list[Result], row: Row, rule: Row, cas
 # ---------------------------------------------------------------------------------------------------------------------
 # Audit: can the answer be read from the prompt, or from something as simple as the order or the score?
 
+PROMPTED = tuple(name for name, features in FEATURES.items() if {"messages", "prompt"} & features.keys())
 CHOSEN_INDEX = re.compile(r"Chosen candidate index: (\d+)")
 REWARD = re.compile(r"Reward \(USD\): (\S+)")
 
@@ -793,9 +797,11 @@ def audit(asked: argparse.Namespace) -> int:
     files, config = data_options(asked, {})
     _, splits = read_splits(files, config)
     leaks, only_score = [], []
-    for task in CHATS:
-        config.name = task
-        corpora = {name: render(entries, config) for name, entries in splits.items() if entries}
+    for task in PROMPTED:
+        corpora = render_splits(splits, config := config_of(task, config))
+        leaks += find_leaks(corpora, config)
+        if task not in CHATS:  # pairs to prefer between: there is no one answer to guess
+            continue
         readers = make_readers(task, corpora["train"])
         cells = [[task, *corpora]]
         for name, read in readers.items():
@@ -806,7 +812,6 @@ def audit(asked: argparse.Namespace) -> int:
         cells.append([f"{SCORE_RULE}, on trades", *(f"{share:.3f}" for share in right)])
         only_score.append(all(share == 1.0 for share in right))
         print(f"\n{align(cells)}")
-        leaks += find_leaks(task, corpora, config)
     print()
     if all(only_score):
         print(
@@ -825,10 +830,30 @@ def share_right(read: Callable[[Corpus], list[str]], corpus: Corpus) -> float:
     )
 
 
+def config_of(task: str, config: CoveredCallCandidatesConfig) -> CoveredCallCandidatesConfig:
+    """The same options for another config; of preferences all pairs, however little their outcomes differ."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(CoveredCallCandidatesConfig)}
+    if task == "preference":
+        return PreferenceConfig(**shared | {"name": task, "min_edge_pct": 0.0})
+    return CoveredCallCandidatesConfig(**shared | {"name": task})
+
+
+def render_splits(splits: dict[str, list[LoggedDecision]], config: CoveredCallCandidatesConfig) -> dict[str, Corpus]:
+    return {name: render(entries, config) for name, entries in splits.items() if entries}
+
+
 def render(entries: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> Corpus:
     entries = [entry for entry in entries if entry.decision.candidates]
     records = [record for entry in entries for record in RECORDS[config.name](entry, config)]
-    return Corpus([r["messages"][1]["content"] for r in records], [r["label"] for r in records], entries)
+    return Corpus([prompt_of(record) for record in records], [record.get("label") for record in records], entries)
+
+
+def prompt_of(record: dict) -> str:
+    """What the user asks in a record: of a chat, or of a prompt with the replies to prefer between."""
+    prompt = record["messages"] if "messages" in record else record["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message["content"] for message in prompt if message["role"] == "user")
 
 
 SCORE_RULE = "score rule"
@@ -875,22 +900,30 @@ def read_hindsight(task: str, prompt: str) -> str:
     return SELL_CALL if found and found[1] not in ("0.00", "-0.00", "n/a") else SKIP
 
 
-def find_leaks(task: str, corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) -> list[str]:
-    """One line for each way in which prompts name the answer."""
+def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) -> list[str]:
+    """One line for each way in which the prompts of ``config.name`` name the answer."""
     prompts = [prompt for corpus in corpora.values() for prompt in corpus.prompts]
-    entries = [entry for corpus in corpora.values() for entry in corpus.entries]
     named = sum(bool(CHOSEN_INDEX.search(prompt) or REWARD.search(prompt)) for prompt in prompts)
     # Whatever its words, a prompt that names the answer changes when the answer does, and nothing else.
-    changed = sum(
-        old != new for old, new in zip(prompts, render(list(map(relabel, entries)), config).prompts, strict=True)
-    )
+    changed = sum(changed_prompts(entry, config) for corpus in corpora.values() for entry in corpus.entries)
     leaks = {"hold the block of hindsight": named, "change when labels and outcomes do": changed}
+    task = config.name
     return [f"FAILED: {count:,} of {len(prompts):,} {task} prompts {what}." for what, count in leaks.items() if count]
 
 
-def relabel(entry: LoggedDecision) -> LoggedDecision:
+def changed_prompts(entry: LoggedDecision, config: CoveredCallCandidatesConfig) -> int:
+    """How many of a decision's prompts another label and other outcomes change."""
+    prompts = render([entry], config).prompts
+    traded, another = 0 if entry.chosen is None else None, ((entry.chosen or 0) + 1) % len(entry.outcomes)
+    for chosen in (traded, another):
+        others = render([relabel(entry, chosen)], config).prompts
+        if others:  # a label may also decide whether there is a record at all: that is no leak of a prompt's text
+            return sum(prompt not in others for prompt in prompts)
+    return 0
+
+
+def relabel(entry: LoggedDecision, chosen: Pick) -> LoggedDecision:
     """The same decision with another label and other outcomes."""
-    chosen = 0 if entry.chosen is None else None
     ghosts = tuple(Ghost(1.0, ghost.until) for ghost in entry.ghosts)
     return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes), ghosts)
 
@@ -942,6 +975,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def add_data_options(parser: argparse.ArgumentParser, description: str) -> None:
+    """Options for data_options; typed turns what was given into what it takes."""
     data = parser.add_argument_group("data", description)
     types = {name: {"type": float} for name in q_scorer.OUTCOME_OPTIONS}
     types |= {"data_files": {"nargs": "+"}, "splits": {"nargs": "+"}}

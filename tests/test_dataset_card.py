@@ -1,25 +1,35 @@
-"""The card's figures are those of the sample as it is built, and its head is what the Hub asks for."""
+"""The card is the one that is published for the sample, and its head is what the Hub asks for."""
 
 import re
 
 from conftest import SCRIPT
 from huggingface_hub import DatasetCard
 
+import publish
 from covered_call_candidates import RECORDS
 
 SAMPLE = str(SCRIPT.parent / "data" / "sample" / "*.csv")
 CARD = (SCRIPT.parent / "dataset_card.md").read_text(encoding="utf-8")
 
 
-def test_the_split_table_is_that_of_the_sample(load, caplog):
-    candidates, decisions = load("per_candidate", data_files=SAMPLE), load("per_decision_ranking", data_files=SAMPLE)
-    for name, rows in candidates.items():
-        times, number = decisions[name]["decision_time"], len(decisions[name])
-        sold = rows["label"][:].count("SELL_CALL") / len(rows)
-        line = f"| {name} | {min(times):%Y-%m-%d} to {max(times):%Y-%m-%d} | {number:,} | {len(rows):,} | "
-        assert line + f"{sold:.1%}".replace("%", " %") + f" | {number:,} |\n" in CARD
-    purged = re.search(r"Purged (\d+) decision\(s\).*: (\d+) from train, (\d+) from validation", caplog.text)
-    assert "{} decisions are purged, {} from train and {} from validation".format(*purged.groups()) in CARD
+def test_its_figures_and_configs_are_those_that_publish_fills_in_for_the_sample(capsys):
+    publish.main(["user/data", "--dry-run", "--data_files", SAMPLE])
+    published = capsys.readouterr().out.split("\n---\n", 1)[1]
+    figures = re.search("<!-- statistics -->.*<!-- /statistics -->", published, re.DOTALL)
+    assert figures[0] in CARD, f"dataset_card.md must hold this:\n{figures[0]}"
+    filled, card = DatasetCard(f"---\n{published}").data, DatasetCard(CARD).data
+    assert card["configs"] == filled["configs"] and card["size_categories"] == filled["size_categories"]
+
+
+def test_the_published_card_is_this_one_but_for_what_is_filled_in(capsys):
+    publish.main(["user/data", "--dry-run", "--data_files", SAMPLE])
+    published = DatasetCard("---\n" + capsys.readouterr().out.split("\n---\n", 1)[1])
+    loading = "<!-- loading -->.*<!-- /loading -->"
+    kept = [re.sub(loading, "", card.text, flags=re.DOTALL).strip() for card in (published, DatasetCard(CARD))]
+    assert kept[0] == kept[1]
+    assert 'load_dataset("user/data", "per_candidate")' in published.text and "trust_remote_code" not in published.text
+    published.data.pop("dataset_info")
+    assert published.data.to_dict() == DatasetCard(CARD).data.to_dict()
 
 
 def test_every_field_is_described(load):
