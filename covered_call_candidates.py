@@ -1138,7 +1138,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             if not isinstance(getattr(self, name), bool):
                 raise CandidatesError(f"{name}={getattr(self, name)!r}: give True or False.")
         if self.hindsight and self.name in ("preference", "q_values"):
-            raise CandidatesError(f"hindsight is not for {self.name}: there, outcomes are what is to be learnt.")
+            raise CandidatesError(
+                f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
+            )
         for name, high in LIMITS.items():
             value = getattr(self, name, None)
             if value is None:
@@ -1252,7 +1254,8 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
             raise CandidatesError(
-                "No split has a record: the files hold no candidate, or no outcome is known, or the purge took all."
+                f"No split of {self.config.name} has a record: the files hold no candidate, or no outcome is known, "
+                "or the purge took all."
             )
         return generators
 

@@ -208,12 +208,19 @@ def load_tuned(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not manifest["adapter"]:
         return load_base(str(folder), quantization, dtype, {"": device}).eval(), tokenizer, manifest
-    name, revision = manifest["base_model"], manifest["base_revision"]
-    local = os.path.isdir(name)
-    if local and base_revision(name) != revision:
-        raise PolicyError(f"The model in {name} is not the one that {folder} was tuned on: its weights have changed.")
-    base = load_base(name, quantization, dtype, {"": device}, revision=None if local else revision)
+    revision = pinned_revision(folder, manifest)
+    base = load_base(manifest["base_model"], quantization, dtype, {"": device}, revision)
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, manifest
+
+
+def pinned_revision(folder: str | os.PathLike, manifest: dict) -> str | None:
+    """The commit of the base that an adapter was tuned on; None for a folder, whose weights must still be the same."""
+    name, revision = manifest["base_model"], manifest["base_revision"]
+    if not os.path.isdir(name):
+        return revision
+    if base_revision(name) != revision:
+        raise PolicyError(f"The model in {name} is not the one that {folder} was tuned on: its weights have changed.")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,7 +465,7 @@ class Policy:
             present_in_order(LoggedDecision(decision, None, range(len(decision.candidates))), options)
             for decision in decisions
         ]
-        asked = [self._prompts(decision) for decision, _, _ in shown]
+        asked = [self._prompts(entry.decision) for entry in shown]
         found = iter(self._score_prompts([prompt for prompts in asked for prompt in prompts], batch_size))
         return [
             self._in_callers_order(torch.tensor([next(found) for _ in prompts], dtype=torch.float64), entry.outcomes)
@@ -537,13 +544,13 @@ def calibrate(policy: Policy, logged: Sequence[LoggedDecision], batch_size: int 
         PolicyError: if no decision has a candidate.
     """
     scores, targets = [], []
-    for (_, chosen, _), rows in zip(logged, policy.score([one.decision for one in logged], batch_size), strict=True):
+    for entry, rows in zip(logged, policy.score([one.decision for one in logged], batch_size), strict=True):
         for index, row in enumerate(rows):
             scores.append(row)
             if policy.task == "per_candidate":
-                targets.append(0 if index == chosen else 1)
+                targets.append(0 if index == entry.chosen else 1)
             else:
-                targets.append(len(row) - 1 if chosen is None else chosen)
+                targets.append(len(row) - 1 if entry.chosen is None else entry.chosen)
     if not scores:
         raise PolicyError("None of the decisions to calibrate on has a candidate: give the validation split.")
     fitted = fit_temperature(scores, targets)

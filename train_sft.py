@@ -21,11 +21,11 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ import yaml
 from accelerate import init_empty_weights
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, recall_score
@@ -74,6 +73,7 @@ from policy import (
     score_answers,
     write_text,
 )
+from publish import PublishError, check_login, push_model
 from tiny_phi3 import build_tiny_base, tiny_base_path
 
 logger = logging.getLogger("train_sft")
@@ -183,8 +183,11 @@ REFUSED = {
 
 
 @dataclass
-class TrainingArguments(SFTConfig):
-    """TRL's SFTConfig; a GPU is asked for unless use_cpu is set."""
+class RunArguments:
+    """Mixed into TRL's arguments: what a recipe can say beside them. A GPU is asked for unless use_cpu is set."""
+
+    refused: ClassVar[dict[str, str]] = {}
+    tiny_recipe: ClassVar[str] = "tiny"
 
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the preflight, train nothing."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the run in output_dir first."})
@@ -194,8 +197,8 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
-        for key, reason in REFUSED.items():
-            default = next(f.default for f in fields(SFTConfig) if f.name == key)
+        for key, reason in self.refused.items():
+            default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) not in (default, key == "completion_only_loss"):
                 raise RecipeError(f"{key}: {getattr(self, key)!r} cannot be set: {reason}. Remove it.")
         if not self.use_cpu and not torch.cuda.is_available():
@@ -203,7 +206,7 @@ class TrainingArguments(SFTConfig):
                 raise RecipeError(
                     "This recipe needs a CUDA GPU and there is none here. Run it on a machine with one (6 GB for "
                     "int4, 8 GB for int8), check it with --dry_run, or try the whole path on this CPU with --config "
-                    "tiny."
+                    f"{self.tiny_recipe}."
                 )
             self.use_cpu = True
         if self.bf16 and not self.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -211,11 +214,38 @@ class TrainingArguments(SFTConfig):
             self.bf16, self.fp16 = False, True
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        self.dataset_kwargs = {"skip_prepare_dataset": True}  # records come tokenised, as the preflight checked them
         super().__post_init__()
         # On several processes, the few records that do not fill a last batch wait for another epoch's shuffle; the
         # alternative would be to train some twice.
         self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
+
+
+@dataclass
+class TrainingArguments(RunArguments, SFTConfig):
+    """TRL's SFTConfig."""
+
+    refused: ClassVar[dict[str, str]] = REFUSED
+
+    def __post_init__(self):
+        self.dataset_kwargs = {"skip_prepare_dataset": True}  # records come tokenised, as the preflight checked them
+        super().__post_init__()
+
+
+class Script(NamedTuple):
+    """A command that takes a recipe: what it is called, its help, its own recipes, and their keys."""
+
+    name: str
+    description: str
+    recipes: tuple[str, ...]
+    parts: tuple[type, ...]
+
+
+SFT = Script(
+    "train_sft.py",
+    __doc__,
+    ("per_candidate", "ranking", "tiny"),
+    (ModelArguments, DataArguments, TrainingArguments),
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -223,7 +253,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parse_recipe(
-    arguments: list[str],
+    arguments: list[str], script: Script = SFT
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, dict]:
     """Recipe and command line as dataclasses, and the keys given in either with their parsed values.
 
@@ -231,13 +261,13 @@ def parse_recipe(
         RecipeError: for an unknown key (it names the nearest) or a value that no key takes.
     """
     parser = TrlParser(
-        (ModelArguments, DataArguments, TrainingArguments),
-        description=__doc__,
-        usage="train_sft.py --config NAME [--KEY VALUE ...]",
+        script.parts,
+        description=script.description,
+        usage=f"{script.name} --config NAME [--KEY VALUE ...]",
         formatter_class=Help,
         allow_abbrev=False,
     )
-    arguments = with_recipe_path(arguments)
+    arguments = with_recipe_path(arguments, script.recipes)
     given = []
     if arguments[0] == "--config":
         given = check_keys(arguments, [action.dest for action in parser._actions])
@@ -263,19 +293,18 @@ def plain(value):
     return value.value if isinstance(value, Enum) else value
 
 
-def with_recipe_path(arguments: list[str]) -> list[str]:
-    """The command line with --config first and its NAME as the path of a file."""
+def with_recipe_path(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """The command line with --config first and its NAME, one of ``names`` or a path, as the path of a file."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     known, rest = first.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
         return rest
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if known.config is None:
         raise RecipeError(f"Say which recipe: --config NAME, one of {', '.join(names)}, or a path.")
-    for path in (Path(known.config), RECIPES / f"{known.config}.yaml"):
-        if path.is_file():
-            return ["--config", str(path), *rest]
+    path = RECIPES / f"{known.config}.yaml" if known.config in names else Path(known.config)
+    if path.is_file():
+        return ["--config", str(path), *rest]
     raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
 
 
@@ -346,27 +375,30 @@ def build_base_if_tiny(model: ModelArguments, train: Dataset, training: Training
 
 
 def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids of each chat, with labels on its answer alone, and the answers it could have."""
+    """Token ids of each chat, with labels on its answer alone, and the answers it could have, unless given."""
 
     def tokens(rows: dict) -> dict:
         encoded = encode(tokenizer, rows["messages"])
+        answers = rows.get("answers") or [
+            admissible_answers(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)
+        ]
         return {
             "input_ids": [prompt + answer for prompt, answer in encoded],
             "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in encoded],
-            "answers": [
-                admissible_answers(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)
-            ],
+            "answers": answers,
         }
 
-    unused = set(split.column_names) - {"label", "decision_id", "decision_time"}
+    unused = set(split.column_names) - {"label", "decision_id", "decision_time", "answers"}
     return split.map(tokens, batched=True, remove_columns=list(unused), desc="Tokenising")
 
 
-def load_model(model: ModelArguments, training: TrainingArguments) -> tuple[PreTrainedModel, LoraConfig | None]:
+def load_model(
+    model: ModelArguments, training: TrainingArguments, revision: str | None = None
+) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The base, quantised as asked, and the adapter to attach."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     device_map = None if is_fsdp_enabled() else {"": training.device}
-    return load_base(model.model_name_or_path, model.quantization, dtype, device_map), lora_config(model)
+    return load_base(model.model_name_or_path, model.quantization, dtype, device_map, revision), lora_config(model)
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:
@@ -407,21 +439,52 @@ def preflight(
     config = AutoConfig.from_pretrained(model.model_name_or_path)
     lengths = {name: check_records(name, split, answers) for name, split in splits.items()}
     check_lengths(splits, lengths, training.max_length, config)
-    prompts = np.concatenate([total - answer for total, answer in lengths.values()])
-    longest = int(max(total.max() for total, _ in lengths.values()))
+    longest = longest_record(lengths)
     longest_answer = max(map(len, answers.values()))
-    endings = {tokenizer.convert_ids_to_tokens(tokens[-1]) for tokens in answers.values()}
-    steps, epochs = count_steps(training, len(sampler))
     size = count_parameters(config, model)
     memory = estimate_memory(
         config, size, model, training, longest, min(longest, longest_answer * training.per_device_train_batch_size)
     )
     facts = {
-        "tokens": f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
-        f"{longest_answer}; record at most {longest}, and none is over max_length {training.max_length}",
-        "answers": f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}, on which alone "
-        f"each record's loss is; the pad token is {tokenizer.pad_token}",
+        "tokens": describe_tokens(lengths, longest_answer, training.max_length),
+        "answers": describe_answers(tokenizer, answers),
         "balance": f"{data.balance}: an epoch takes {sampler}",
+        **describe_work(training, size, memory, len(sampler)),
+    }
+    shown = {**splits, "train": splits["train"].select(range(sampler.records))}
+    return lay_out_preflight(
+        f"{data.dataset_config} on {model.model_name_or_path}, {model.quantization}", shown, facts
+    )
+
+
+def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
+    return int(max(total.max() for total, _ in lengths.values()))
+
+
+def describe_tokens(
+    lengths: dict[str, tuple[np.ndarray, np.ndarray]], longest_answer: int, max_length: int | None
+) -> str:
+    prompts = np.concatenate([total - answer for total, answer in lengths.values()])
+    return (
+        f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
+        f"{longest_answer}; record at most {longest_record(lengths)}, and none is over max_length {max_length}"
+    )
+
+
+def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tuple[int, ...]]) -> str:
+    endings = {tokenizer.convert_ids_to_tokens(tokens[-1]) for tokens in answers.values()}
+    return (
+        f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}, on which alone each "
+        f"record's loss is; the pad token is {tokenizer.pad_token}"
+    )
+
+
+def describe_work(
+    training: "RunArguments", size: "ModelSize", memory: dict[str, float], records: int
+) -> dict[str, str]:
+    """What is trained, in how much memory, for how long; an epoch takes so many records."""
+    steps, epochs = count_steps(training, records)
+    return {
         "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
         "memory": f"about {sum(memory.values()):.1f} GiB at the peak of a step, estimated, not measured ("
         + ", ".join(f"{part} {gib:.1f}" for part, gib in memory.items())
@@ -429,12 +492,14 @@ def preflight(
         + warn_of_memory(sum(memory.values())),
         "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs",
     }
+
+
+def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, str]) -> str:
     return "\n".join(
         [
-            f"\nPreflight of {data.dataset_config} on {model.model_name_or_path}, {model.quantization}\n",
+            f"\nPreflight of {what}\n",
             f"{'split':<11}{'records':>8}{'decisions':>10}  {'from':<11}{'to':<11}{'trades':>7}  answers",
-            describe_split("train", splits["train"].select(range(sampler.records))),
-            *(describe_split(name, split) for name, split in splits.items() if name != "train"),
+            *(describe_split(name, split) for name, split in splits.items()),
             "",
             *(f"{what:<11}{fact}" for what, fact in facts.items()),
             "",
@@ -450,14 +515,18 @@ def warn_of_memory(gib: float) -> str:
 
 
 def describe_split(name: str, split: Dataset) -> str:
-    counts, times = Counter(split["label"]), split["decision_time"]
-    most = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(6))
-    rest = f", {len(counts) - 6} more" if len(counts) > 6 else ""
-    share = sum(count for label, count in counts.items() if is_trade(label)) / len(split)
+    times = split["decision_time"]
+    share = sum(map(is_trade, split["label"])) / len(split)
     return (
         f"{name:<11}{len(split):>8,}{len(set(split['decision_id'])):>10,}  {min(times).date()!s:<11}"
-        f"{max(times).date()!s:<11}{share:>7.1%}  {most}{rest}"
+        f"{max(times).date()!s:<11}{share:>7.1%}  {count_labels(split['label'])}"
     )
+
+
+def count_labels(labels: list[str]) -> str:
+    counts = Counter(labels)
+    most = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(6))
+    return most + (f", {len(counts) - 6} more" if len(counts) > 6 else "")
 
 
 def is_trade(label: str) -> bool:
@@ -623,8 +692,8 @@ class EpochSampler(torch.utils.data.Sampler):
         )
 
 
-class AnswerTrainer(SFTTrainer):
-    """SFTTrainer with logits only where there are labels, evaluated by scoring answers.
+class ScoringTrainer:
+    """Mixed into a trainer of TRL's: evaluated by scoring answers, in an order of records that can be resumed.
 
     Args:
         sampler: of the training records.
@@ -633,8 +702,6 @@ class AnswerTrainer(SFTTrainer):
 
     def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
         self.sampler, self.answers = sampler, answers
-        trade, other = sampler.weights()
-        self.weights = {tokens: trade if is_trade(answer) else other for answer, tokens in answers.items()}
         super().__init__(*args, callbacks=[StopOnTrouble()], **kwargs)
         if not self.is_fsdp_enabled:
             # TRL keeps a quantised model's adapter in bfloat16, whose 8 bits swallow small steps, which float16
@@ -645,6 +712,49 @@ class AnswerTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return self.sampler
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingStopped(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower learning_rate, or train in "
+                "bfloat16. The last checkpoint is kept."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Metrics of the scores of the admissible answers; see ``measure``."""
+        split = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = self.measure(split, self.score(split))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
+        return answer_metrics(split, scored)
+
+    def score(self, split: Dataset) -> list[Scored]:
+        """The scores of each record's admissible answers, every process taking its share of the records."""
+        processes, last = self.accelerator.num_processes, len(split) - 1
+        share = math.ceil(len(split) / processes)
+        start = share * self.accelerator.process_index
+        prompts, answers = [], []
+        # All take equally many, for a sharded model needs all processes at each step: the last record fills up.
+        for row in split.select([min(i, last) for i in range(start, start + share)]):
+            prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
+            answers.append([self.answers[answer] for answer in row["answers"]])
+        scored = score_answers(self.model_wrapped, prompts, answers, self.args.per_device_eval_batch_size)
+        return gather_object(scored)[: len(split)] if processes > 1 else scored
+
+
+class AnswerTrainer(ScoringTrainer, SFTTrainer):
+    """SFTTrainer with logits only where there are labels."""
+
+    def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
+        trade, other = sampler.weights()
+        self.weights = {tokens: trade if is_trade(answer) else other for answer, tokens in answers.items()}
+        super().__init__(*args, sampler=sampler, answers=answers, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers' tokens; the logits of all other positions are never computed."""
@@ -663,37 +773,6 @@ class AnswerTrainer(SFTTrainer):
     def weights_of(self, labels: torch.Tensor) -> torch.Tensor:
         answers = [tuple(token for token in row if token != IGNORE) for row in labels.tolist()]
         return torch.tensor([self.weights[answer] for answer in answers], device=labels.device)
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingStopped(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower learning_rate, or train in "
-                "bfloat16. The last checkpoint is kept."
-            )
-        return loss
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Metrics of the likeliest admissible answers; see answer_metrics."""
-        split = self.eval_dataset if eval_dataset is None else eval_dataset
-        found = answer_metrics(split, self.score(split))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def score(self, split: Dataset) -> list[Scored]:
-        """The scores of each record's admissible answers, every process taking its share of the records."""
-        processes, last = self.accelerator.num_processes, len(split) - 1
-        share = math.ceil(len(split) / processes)
-        start = share * self.accelerator.process_index
-        prompts, answers = [], []
-        # All take equally many, for a sharded model needs all processes at each step: the last record fills up.
-        for row in split.select([min(i, last) for i in range(start, start + share)]):
-            prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
-            answers.append([self.answers[answer] for answer in row["answers"]])
-        scored = score_answers(self.model_wrapped, prompts, answers, self.args.per_device_eval_batch_size)
-        return gather_object(scored)[: len(split)] if processes > 1 else scored
 
 
 def answer_metrics(split: Dataset, scored: list[Scored]) -> dict[str, float]:
@@ -795,7 +874,11 @@ def describe_run(
             }
             for name, split in splits.items()
         },
-        "recipe": {**vars(model), **vars(data), **{key: given[key] for key in given if key not in NOT_OF_THE_RUN}},
+        "recipe": {
+            **keys_of(model),
+            **keys_of(data),
+            **{key: given[key] for key in given if key not in NOT_OF_THE_RUN},
+        },
         "processes": training.world_size,
         "seed": training.seed,
         "versions": {
@@ -804,6 +887,11 @@ def describe_run(
         },
         "finished": None,
     }
+
+
+def keys_of(part: ModelArguments | DataArguments) -> dict:
+    """What a recipe can say, with its values."""
+    return {key.name: getattr(part, key.name) for key in fields(part) if key.init}
 
 
 NOT_OF_THE_RUN = ("dry_run", "overwrite_output_dir", "push_to_hub", "output_dir")
@@ -877,7 +965,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def save(trainer: AnswerTrainer, manifest: dict, results: list[dict], calibration: dict) -> None:
+def save(
+    trainer: ScoringTrainer,
+    manifest: dict,
+    results: list[dict],
+    calibration: dict,
+    plot: Callable[[list[dict], int | None, Path], None],
+    card: Callable[[dict, str], ModelCard],
+) -> None:
     """Adapter, tokenizer, recipe, calibration, plot, card and, last, the manifest that says the run has finished."""
     folder = Path(trainer.args.output_dir)
     unfinished = folder / "unfinished"
@@ -900,27 +995,37 @@ def save(trainer: AnswerTrainer, manifest: dict, results: list[dict], calibratio
     recipe["output_dir"] = trainer.args.output_dir
     write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     write_text(folder / CALIBRATION, json.dumps(calibration, indent=2))
-    plot_history(trainer.state.log_history, best, folder / PLOT)
-    write_text(folder / CARD, str(model_card(manifest, folder.name)))
+    plot(trainer.state.log_history, best, folder / PLOT)
+    write_text(folder / CARD, str(card(manifest, folder.name)))
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
-def plot_history(history: list[dict], best: int | None, path: Path) -> None:
+LOSSES = {"loss": "training loss (a token)", "eval_loss": "validation loss (an answer)"}
+SHARES = {
+    "eval_balanced_accuracy": "balanced accuracy",
+    "eval_accuracy": "accuracy",
+    "eval_trade_rate": "trade rate",
+    "eval_outside": "answers outside the set",
+}
+
+
+def plot_history(
+    history: list[dict],
+    best: int | None,
+    path: Path,
+    losses: dict[str, str] = LOSSES,
+    shares: dict[str, str] = SHARES,
+    unit: str = "cross-entropy (nats)",
+) -> None:
     """Loss above, the answers' metrics below, over the optimiser steps."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for axis, key, label in (
-        (above, "loss", "training loss (a token)"),
-        (above, "eval_loss", "validation loss (an answer)"),
-        (below, "eval_balanced_accuracy", "balanced accuracy"),
-        (below, "eval_accuracy", "accuracy"),
-        (below, "eval_trade_rate", "trade rate"),
-        (below, "eval_outside", "answers outside the set"),
-    ):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker=".", label=label)
-    above.set_ylabel("cross-entropy (nats)")
+    for axis, curves in ((above, losses), (below, shares)):
+        for key, label in curves.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=label)
+    above.set_ylabel(unit)
     below.set(ylabel="share of validation records", xlabel="optimiser step", ylim=(-0.02, 1.02))
     if best:
         for axis in (above, below):
@@ -935,43 +1040,49 @@ def plot_history(history: list[dict], best: int | None, path: Path) -> None:
 CARD_TEXT = """\
 # {name}
 
-{what} It imitates a covered-call backtest (the teacher): given one decision's options it answers \
-{answers}. Only what was known at decision time is in its prompts.
+{what} {aim}: given one decision's options it answers {answers}. Only what was known at decision time is in its \
+prompts.
 
-| split | records | answers by | accuracy | balanced accuracy |
-|---|---|---|---|---|
-{rows}
+{table}
 
 The validation split chose the checkpoint (step {best_step} of {steps}); the test split was looked at once. Data: \
 {files}; training decisions from {since} to {until}. Prompts of version {prompt_version}.
 
 Use it with the code that tuned it, which renders the same prompts and scores the admissible answers:
 
+<!-- loading -->
 ```python
 from policy import Policy
 
 policy = Policy.load("{name}")
 ```
+<!-- /loading -->
 
 `recipe.yaml` is the recipe as run, `manifest.json` what went into it, `training.png` its course.
 
-Limits: it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit. Not \
-investment advice.
+Limits: {limits} Not investment advice.
 """
+IMITATES = "It imitates a covered-call backtest (the teacher)"
+COPIES = "it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit."
 
 
 def model_card(manifest: dict, name: str) -> ModelCard:
+    rows = [
+        f"| {r['split']} | {r['records']} | {r['answers_by']} | {r['accuracy']:.3f} | {r['balanced_accuracy']:.3f} |"
+        for r in manifest["results"]
+    ]
+    head = ["| split | records | answers by | accuracy | balanced accuracy |", "|---|---|---|---|---|"]
+    return fill_card(manifest, name, "sft", IMITATES, "\n".join([*head, *rows]), COPIES)
+
+
+def fill_card(manifest: dict, name: str, method: str, aim: str, table: str, limits: str) -> ModelCard:
     """A short card: what the model is, what it was measured at, and its limits."""
     head = ModelCardData(
         base_model=manifest["base_model"] if not os.path.exists(manifest["base_model"]) else None,
         library_name="peft" if manifest["adapter"] else "transformers",
         pipeline_tag="text-generation",
-        tags=["covered-call", "trl", "sft"],
+        tags=["covered-call", "trl", method],
     )
-    rows = [
-        f"| {r['split']} | {r['records']} | {r['answers_by']} | {r['accuracy']:.3f} | {r['balanced_accuracy']:.3f} |"
-        for r in manifest["results"]
-    ]
     train = manifest["splits"]["train"]
     body = CARD_TEXT.format(
         name=name,
@@ -979,7 +1090,9 @@ def model_card(manifest: dict, name: str) -> ModelCard:
         if manifest["adapter"]
         else f"A tuned `{manifest['base_model']}`.",
         answers="SELL_CALL or SKIP for one option" if "SKIP" in manifest["labels"] else "1..N or NO_TRADE",
-        rows="\n".join(rows),
+        aim=aim,
+        table=table,
+        limits=limits,
         files=", ".join(f"`{file}`" for file in manifest["data_files"]),
         since=train["from"][:10],
         until=train["to"][:10],
@@ -1030,24 +1143,19 @@ def table(results: list[dict]) -> str:
 # Share
 
 
-def check_login(training: TrainingArguments) -> None:
-    """Raises RecipeError before the training if the upload after it could not work."""
+def check_push(training: RunArguments) -> str:
+    """The repo to push to; raises RecipeError before the training if the upload after it could not work."""
     try:
-        HfApi(token=training.hub_token).whoami()
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise RecipeError(
-            f"push_to_hub: the Hub does not know you ({error}). Run: hf auth login; or leave push_to_hub out."
-        ) from error
+        user = check_login(training.hub_token)
+    except PublishError as error:
+        raise RecipeError(f"push_to_hub: {error} Or leave push_to_hub out.") from error
+    name = training.hub_model_id or Path(training.output_dir).name
+    return name if "/" in name else f"{user}/{name}"
 
 
-def push(training: TrainingArguments) -> None:
-    """Uploads the finished folder, card included, in one commit; private unless hub_private_repo is false."""
-    api, folder = HfApi(token=training.hub_token), Path(training.output_dir)
-    name = training.hub_model_id or folder.name
-    repo = api.create_repo(name, private=training.hub_private_repo is not False, exist_ok=True).repo_id
-    left_out = [f"{CHECKPOINT}*", f"{CHECKPOINT}*/**", "runs/*", "*.tmp"]
-    api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=left_out, commit_message="Tuned model")
-    print(f"Pushed to {repo}")
+def push(training: RunArguments, repo: str) -> None:
+    """Shares the finished folder in one commit; private unless hub_private_repo is false."""
+    push_model(training.output_dir, repo, training.hub_private_repo is not False, token=training.hub_token)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -1055,8 +1163,7 @@ def main(arguments: list[str] | None = None) -> None:
     first, wants_push = training.process_index == 0, training.push_to_hub
     training.push_to_hub = False  # the Trainer would push each checkpoint as it goes
     check_model(model)
-    if wants_push:
-        check_login(training)
+    repo = check_push(training) if wants_push else None
     with training.main_process_first():
         files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
         splits = load_splits(data, files, training.seed)
@@ -1094,21 +1201,27 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scored = {name: trainer.score(splits[name]) for name in ("validation", "test") if name in splits}
     results = report(trainer, splits, scored, commonest)
-    save(trainer, manifest, results, calibrate_on(splits["validation"], scored["validation"]))
+    calibration = calibrate_on(splits["validation"], scored["validation"])
+    save(trainer, manifest, results, calibration, plot_history, model_card)
     if first:
         print(table(results))
     if first and wants_push:
-        push(training)
+        push(training, repo)
 
 
-if __name__ == "__main__":
+def run(command: Callable[[], None]) -> None:
+    """Runs a training from the command line: an error is one line and a bad exit."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        main()
-    except (RecipeError, TrainingStopped, CandidatesError, PolicyError, yaml.YAMLError) as error:
+        command()
+    except (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"error: the GPU's memory is full: halve per_device_train_batch_size and double "
             f"gradient_accumulation_steps, or use quantization int4. ({error})"
         )
+
+
+if __name__ == "__main__":
+    run(main)

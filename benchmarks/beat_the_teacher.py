@@ -113,9 +113,10 @@ def train(fold: Fold, asked: argparse.Namespace, files: list[str], sft: Path, dp
     data += ["--validation_from", fold.validation_from, "--test_from", fold.test_from]
     common = ["--overwrite_output_dir", "--seed", str(asked.seed), "--report_to", "none", "--disable_tqdm", "true"]
     base = ["--config", "tiny", "--dataset_config", "per_decision_ranking", "--balance", "none"]
-    train_sft.main([*base, *data, *common, "--output_dir", str(sft)])
+    train_sft.main([*base, *data, *common, "--max_steps", str(asked.sft_steps), "--output_dir", str(sft)])
     costs = [word for name in COSTS for word in (f"--{name}", str(getattr(asked, name)))]
-    train_dpo.main(["--config", "tiny_dpo", "--adapter", str(sft), *data, *costs, *common, "--output_dir", str(dpo)])
+    preferences = ["--config", "tiny_dpo", "--adapter", str(sft), "--max_steps", str(asked.dpo_steps)]
+    train_dpo.main([*preferences, *data, *costs, *common, "--output_dir", str(dpo)])
 
 
 def make_config(asked: argparse.Namespace, **options) -> CoveredCallCandidatesConfig:
@@ -127,7 +128,7 @@ def play(fold: Fold, logged: list[LoggedDecision], asked: argparse.Namespace, fi
     """The fold's picks, from a file if they were computed before."""
     path = Path(asked.output_dir) / f"{fold.name}.json"
     settings = {
-        **{name: getattr(asked, name) for name in ("exit_style", "models", "seed", *COSTS)},
+        **{name: getattr(asked, name) for name in ("exit_style", "models", "sft_steps", "dpo_steps", "seed", *COSTS)},
         "files": [digest for (digest,) in fingerprint(files)["train"].origin_metadata],
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest(),
         "fold": [fold.validation_from, fold.test_from],
@@ -220,6 +221,8 @@ def main() -> None:
     parser.add_argument("--no_models", dest="models", action="store_false", help="leave the language models out")
     for name in COSTS:
         parser.add_argument(f"--{name}", type=float, default=0.0, help="as for load_candidates, default: %(default)s")
+    for name, steps in (("sft_steps", 150), ("dpo_steps", 80)):
+        parser.add_argument(f"--{name}", type=int, default=steps, help="for each period, default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the language models, default: %(default)s")
     parser.add_argument("--output_dir", default="out/beat_the_teacher", help="default: %(default)s")
     asked = parser.parse_args()

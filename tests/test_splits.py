@@ -222,7 +222,7 @@ def test_a_split_of_steps_without_candidates_has_no_candidate_records(load, tmp_
 
 def test_files_without_any_candidate_make_no_candidate_records(load, tmp_path):
     path = write_csv(tmp_path / "a.csv", [no_candidates(day) for day in range(10)])
-    with pytest.raises(CandidatesError, match="No split has a record"):
+    with pytest.raises(CandidatesError, match="No split of per_candidate has a record"):
         load("per_candidate", data_files=path)
     assert load("per_decision_ranking", data_files=path).num_rows == {"train": 8, "validation": 1, "test": 1}
 

@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import REAL_DATA, SCRIPT, decision, needs_real_data, no_candidates, python, write_csv
 from datasets import Dataset
+from hub_standin import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from covered_call_candidates import CandidatesError
 from policy import PolicyError, Scored, load_tuned
 from tiny_phi3 import build_tiny_base, random_phi3, tiny_base_path, train_tokenizer
 
-RECIPES = sorted(path.stem for path in train_sft.RECIPES.glob("*.yaml"))
+RECIPES = list(train_sft.SFT.recipes)
 # What a user types, made quick: few steps, nothing logged, no checkpoints.
 QUICK = [
     "--tiny_base_steps",
@@ -742,6 +743,19 @@ def test_a_push_that_could_not_work_stops_before_the_training(words, tmp_path):
     done = python(SCRIPT.parent / "train_sft.py", *words, "--push_to_hub", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: push_to_hub: the Hub does not")
     assert not (tmp_path / "out").exists()
+
+
+def test_push_to_hub_shares_the_finished_run_privately_in_one_commit(words, tmp_path):
+    with Hub() as hub:
+        environment = {"HF_HUB_OFFLINE": "0", **hub.environment(tmp_path / "hf_home")}
+        done = python(SCRIPT.parent / "train_sft.py", *words, "--push_to_hub", cwd=tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        assert len(hub.commits("user/out")) == 1 and hub.repos["user/out"].private
+        pushed = hub.files("user/out")
+    assert {"adapter_model.safetensors", "manifest.json", "recipe.yaml", "calibration.json"} < set(pushed)
+    assert pushed["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    card = pushed["README.md"].decode()
+    assert 'Policy.load(snapshot_download("user/out"))' in card and "| validation |" in card
 
 
 # --- Whole runs

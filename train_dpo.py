@@ -1,0 +1,526 @@
+"""Teaches a model to prefer what paid more: DPO on pairs of answers, from a fine-tune of train_sft.py or from a base.
+
+    python train_dpo.py --config tiny_dpo                            # CPU, minutes: from a tiny Phi-3 it builds itself
+    python train_dpo.py --config tiny_dpo --adapter out/tiny_ranking # from a fine-tune of it
+    python train_dpo.py --config preference                          # from out/ranking, Phi-3-mini on a CUDA GPU
+    python train_dpo.py --config preference --dry_run                # only check that it would work
+
+Recipes, the preflight, resuming and what is saved are those of train_sft.py. The loss of DPO
+(https://arxiv.org/abs/2305.18290) compares the model with what it was at the start. What that start gives to the two
+answers of each pair is scored once, before the first step, so that no second model is in memory.
+"""
+
+import copy
+import datetime
+import hashlib
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from sklearn.metrics import accuracy_score
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_fsdp_enabled
+from trl import DPOConfig, DPOTrainer
+
+from covered_call_candidates import find_csvs
+from policy import Scored, answer_tokens, load_tokenizer, pinned_revision, read_manifest
+from train_sft import (
+    REFUSED,
+    SHARES,
+    DataArguments,
+    EpochSampler,
+    ModelArguments,
+    RecipeError,
+    RunArguments,
+    ScoringTrainer,
+    Script,
+    answer_metrics,
+    balanced_accuracy,
+    build_base_if_tiny,
+    calibrate_on,
+    check_lengths,
+    check_model,
+    check_push,
+    check_records,
+    count_labels,
+    count_parameters,
+    describe_answers,
+    describe_run,
+    describe_tokens,
+    describe_work,
+    encode_split,
+    estimate_memory,
+    fill_card,
+    is_trade,
+    lay_out_preflight,
+    load_model,
+    load_splits,
+    longest_record,
+    open_run,
+    parse_recipe,
+    plot_history,
+    predictions,
+    push,
+    run,
+    save,
+    thin_out,
+)
+
+RANKING = "per_decision_ranking"
+ADAPTER = "adapter_model.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parse
+
+
+@dataclass
+class StartArguments(ModelArguments):
+    """What to start from: an adapter that train_sft.py saved, or a base with a new one."""
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "A per_decision_ranking fine-tune to start from; base, quantization and LoRA are then its own."
+        },
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A base, where no adapter is given."})
+    quantization: str = field(default="int4", metadata={"help": "int4, int8 or none, of the base."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.adapter or self.model_name_or_path):
+            raise RecipeError("Nothing to start from: give adapter, a fine-tune's folder, or model_name_or_path.")
+        if not self.lora_r:
+            raise RecipeError("lora_r: 0 trains all weights; here only an adapter is trained. Give it a rank, as 16.")
+
+
+@dataclass
+class PairArguments(DataArguments):
+    """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
+
+    dataset_config: str = field(default="preference", init=False)
+    balance: str = field(default="none", init=False)  # the pairs come balanced
+    rejected: str | None = field(default=None, metadata={"help": "teacher or worst: against what the best is set."})
+    min_edge: float | None = field(default=None, metadata={"help": "USD by which the better answer must be better."})
+    min_edge_pct: float | None = field(default=None, metadata={"help": "The same in % of spot."})
+    fee: float | None = field(default=None, metadata={"help": "A share of spot, each trade; on Deribit 0.0003."})
+    fee_cap: float | None = field(default=None, metadata={"help": "The most a fee takes of the premium."})
+    half_spread: float | None = field(default=None, metadata={"help": "A share of the premium, each trade."})
+    slippage: float | None = field(default=None, metadata={"help": "A share of spot, each trade."})
+    expiry_tolerance: float | None = field(default=None, metadata={"help": "Hours that a price may be off."})
+    horizon: float | None = field(default=None, metadata={"help": "Days after which to judge; default: at expiry."})
+    take_profit: float | None = field(default=None, metadata={"help": "Of tp_and_roll: the share to capture."})
+    roll_delta: float | None = field(default=None, metadata={"help": "Of tp_and_roll: the delta to roll into."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.candidate_order == "shuffle":
+            raise RecipeError("candidate_order: shuffle is for train_sft.py; pairs are made in one order, instrument.")
+
+    def rankings(self) -> DataArguments:
+        """The same decisions, with the teacher's answers."""
+        ranking = copy.copy(self)
+        ranking.dataset_config, ranking.rejected, ranking.min_edge, ranking.min_edge_pct = RANKING, None, None, None
+        return ranking
+
+
+@dataclass
+class PreferenceArguments(RunArguments, DPOConfig):
+    """TRL's DPOConfig."""
+
+    refused: ClassVar[dict[str, str]] = {
+        **{key: REFUSED[key] for key in ("padding_free", "pad_token", "train_sampling_strategy", "ignore_data_skip")},
+        "resume_from_checkpoint": REFUSED["resume_from_checkpoint"],
+        "label_smoothing_factor": "it is for cross-entropy; DPO's own is label_smoothing",
+        "precompute_ref_log_probs": "the reference is scored before the first step, always",
+        "sync_ref_model": "the reference is the model at the start, and stays so",
+        "ld_alpha": "the reference is scored over whole answers",
+        "use_liger_kernel": "it cannot take a reference that was scored before",
+    }
+    tiny_recipe: ClassVar[str] = "tiny_dpo"
+
+
+DPO = Script(
+    "train_dpo.py",
+    __doc__,
+    ("preference", "tiny_dpo"),
+    (StartArguments, PairArguments, PreferenceArguments),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+def take_over(model: StartArguments, data: PairArguments, given: dict) -> dict | None:
+    """The manifest of the fine-tune to start from, if any: base, quantisation and LoRA become its own.
+
+    Raises:
+        RecipeError: if it does not answer rankings with an adapter, or was shown candidates in another order.
+        PolicyError: if it has not finished, or its prompts or base have changed.
+    """
+    if not model.adapter:
+        return None
+    start = read_manifest(model.adapter)
+    if start["task"] != RANKING or not start["adapter"]:
+        raise RecipeError(
+            f"{model.adapter} is a fine-tune of {start['task']}{'' if start['adapter'] else ', of all weights'}: "
+            f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with train_sft.py "
+            "--config ranking, or start from a base: model_name_or_path."
+        )
+    orders = [
+        "csv" if order == "csv" else "instrument"
+        for order in (start["recipe"]["candidate_order"], data.candidate_order)
+    ]
+    if orders[0] != orders[1]:
+        raise RecipeError(f"{model.adapter} was shown candidates in {orders[0]} order: set candidate_order to it.")
+    lora = LoraConfig.from_pretrained(model.adapter)
+    own = {
+        "model_name_or_path": start["base_model"],
+        "quantization": start["quantization"],
+        "tiny_base_steps": 0,
+        "lora_r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+    }
+    for key, value in own.items():
+        setattr(model, key, value)
+        given.pop(key, None)
+    return start
+
+
+def check_dates(model: StartArguments, start: dict | None, splits: DatasetDict) -> None:
+    """Raises RecipeError if the start was tuned on decisions that are to judge the result."""
+    if start is None:
+        return
+    until = datetime.datetime.fromisoformat(start["splits"]["train"]["to"])
+    since = min(splits["validation"]["decision_time"])
+    if until >= since:
+        raise RecipeError(
+            f"{model.adapter} was tuned on decisions up to {until.date()}, and validation begins on {since.date()}: "
+            "give the splits that it was tuned with."
+        )
+
+
+def encode_side(pairs: Dataset, side: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Each pair's prompt with its chosen or its rejected answer as a record, of which the two are the answers."""
+
+    def chat(pair: dict) -> dict:
+        return {
+            "messages": pair["prompt"] + pair[side],
+            "label": pair[f"{side}_label"],
+            "answers": [pair["chosen_label"], pair["rejected_label"]],
+        }
+
+    unused = set(pairs.column_names) - {"decision_id", "decision_time"}
+    chats = pairs.map(chat, remove_columns=list(unused), desc=f"Answering with the {side}")
+    return encode_split(chats, tokenizer)
+
+
+def add_pairs(name: str, ranking: Dataset, pairs: Dataset) -> Dataset:
+    """The records of a split with the two labels of their pair; None where they have none.
+
+    Raises:
+        RecipeError: if a pair's decision is not among the records.
+    """
+    labels = {pair["decision_id"]: pair["answers"] for pair in pairs.select_columns(["decision_id", "answers"])}
+    strange = labels.keys() - set(ranking["decision_id"])
+    if strange:
+        raise RecipeError(f"{name}: the pair of {min(strange)} belongs to another split of {RANKING}.")
+    return ranking.add_column("pair", [labels.get(decision) for decision in ranking["decision_id"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+
+
+def preflight(
+    model: StartArguments,
+    training: PreferenceArguments,
+    pairs: DatasetDict,
+    rejected: DatasetDict,
+    rankings: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: dict[str, tuple[int, ...]],
+    takes: int,
+) -> str:
+    """Checks that this can be trained, and says what it is, on what, and how long.
+
+    Args:
+        pairs, rejected: as encode_side made them, of the chosen and the rejected answers.
+        rankings: as encode_split made them.
+        answers: the tokens of each answer.
+        takes: how many pairs an epoch takes.
+
+    Raises:
+        RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
+    """
+    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    sides = {"chosen": pairs, "rejected": rejected, "asked": rankings}
+    records = {f"{name}, {side}": split for side, splits in sides.items() for name, split in splits.items()}
+    lengths = {name: check_records(name, split, answers) for name, split in records.items()}
+    check_lengths(records, lengths, training.max_length, config)
+    size = count_parameters(config, model)
+    both = 2 * longest_record(lengths)  # a pair is two sequences; TRL may compute logits at all of their tokens
+    memory = estimate_memory(config, size, model, training, both, both)
+    facts = {
+        "chosen": "as above, against " + count_labels(rejected["train"]["label"]) + " in train",
+        "tokens": describe_tokens(lengths, max(map(len, answers.values())), training.max_length),
+        "answers": describe_answers(tokenizer, answers),
+        "reference": "the model at the start, scored before the first step: no second model, no second adapter",
+        **describe_work(training, size, memory, takes),
+    }
+    origin = f", from {model.adapter}" if model.adapter else ""
+    what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"
+    return lay_out_preflight(what, pairs, facts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+
+
+class PreferenceTrainer(ScoringTrainer, DPOTrainer):
+    """DPOTrainer on tokenised pairs, whose reference is the model as it stands at the start.
+
+    Args:
+        adapter: a folder with the adapter's weights at the start; None for a new one, which changes nothing yet.
+        train_dataset: as encode_side made it of the chosen answers.
+        judged: the splits to evaluate on in the end, with their pairs.
+
+    Attributes:
+        at_start: for each decision of ``judged``, the scores of its answers before the first step.
+    """
+
+    def __init__(self, *args, adapter: str | None, judged: dict[str, Dataset], **kwargs):
+        super().__init__(*args, **kwargs)
+        if adapter:
+            # Not attached before: TRL would copy it, keep the copy beside it, and round it to bfloat16.
+            self.model.load_adapter(adapter, "default", is_trainable=True)
+        with self.accelerator.autocast():  # as in the steps that follow
+            self.train_dataset = self.with_reference(self.train_dataset)
+            scored = {name: self.score(split) for name, split in judged.items()}
+        self.at_start = {
+            decision: one
+            for name, split in judged.items()
+            for decision, one in zip(split["decision_id"], scored[name], strict=True)
+        }
+        self.precompute_ref_logps = True  # the loss takes the reference from the columns
+
+    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
+        return dataset  # tokenised already, as the preflight checked it
+
+    def with_reference(self, pairs: Dataset) -> Dataset:
+        """The pairs as TRL takes them: token ids, and the log-probabilities of both answers at the start."""
+        prompts = [
+            [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0] for row in pairs
+        ]
+        chosen, rejected = zip(*pairs["answers"], strict=True)
+        scores = np.array([one.log_probabilities for one in self.score(pairs)], dtype=np.float32)
+        return Dataset.from_dict(
+            {
+                "prompt_ids": prompts,
+                "chosen_ids": [self.answers[answer] for answer in chosen],
+                "rejected_ids": [self.answers[answer] for answer in rejected],
+                "ref_chosen_logps": scores[:, 0],
+                "ref_rejected_logps": scores[:, 1],
+            }
+        )
+
+    def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
+        start = [self.at_start[decision] for decision in split["decision_id"]]
+        return answer_metrics(split, scored) | pair_metrics(split, scored, start, self.beta)
+
+
+def pair_metrics(split: Dataset, scored: list[Scored], start: list[Scored], beta: float) -> dict[str, float]:
+    """How far the pairs' chosen answers are above the rejected ones.
+
+    pairs_won is the share of pairs whose chosen answer scores higher; dpo_loss the mean of -log sigmoid(beta * gain),
+    where gain is by how much (nats) the chosen answer has gained on the rejected one since the start.
+    """
+    won, losses = [], []
+    for answers, pair, now, then in zip(split["answers"], split["pair"], scored, start, strict=True):
+        if pair is None:
+            continue
+        chosen, rejected = (answers.index(answer) for answer in pair)
+        above, before = (one.log_probabilities[chosen] - one.log_probabilities[rejected] for one in (now, then))
+        won.append(above > 0)
+        losses.append(np.logaddexp(0, -beta * (above - before)))
+    return {"pairs_won": float(np.mean(won)), "dpo_loss": float(np.mean(losses))} if won else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report and save
+
+
+def describe_start(model: StartArguments, start: dict | None, manifest: dict) -> dict:
+    """What a preference run's manifest says beside, or other than, a fine-tune's."""
+    described = {**manifest, "task": RANKING, "method": "dpo", "start": None}
+    if start is None:
+        return described
+    weights = (Path(model.adapter) / ADAPTER).read_bytes()
+    seen, own = start["splits"]["train"], manifest["splits"]["train"]
+    train = {**own, "from": min(own["from"], seen["from"]), "to": max(own["to"], seen["to"])}
+    return {
+        **described,
+        "base_revision": start["base_revision"],
+        "start": {"adapter": model.adapter, "sha256": hashlib.sha256(weights).hexdigest(), "recipe": start["recipe"]},
+        "splits": {**manifest["splits"], "train": train},
+    }
+
+
+def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: str) -> list[dict]:
+    """The tuned model beside its start, the untuned base and always the commonest answer, on each split."""
+    results = []
+    for name, split in splits.items():
+        start = [trainer.at_start[decision] for decision in split["decision_id"]]
+        scores = {"tuned model": scored[name], "its start" if adapter else "its base, untuned": start}
+        if adapter:
+            with trainer.model.disable_adapter():
+                scores["its base, untuned"] = trainer.score(split)
+        for who, found in scores.items():
+            pairs = pair_metrics(split, found, start, trainer.beta)
+            results.append({**judge(name, split, who, predictions(split, found)), **pairs})
+        results.append(judge(name, split, f"always {commonest}", [commonest] * len(split)))
+    return results
+
+
+def judge(name: str, split: Dataset, who: str, given: list[str]) -> dict:
+    return {
+        "split": name,
+        "records": len(split),
+        "pairs": sum(pair is not None for pair in split["pair"]),
+        "answers_by": who,
+        "accuracy": float(accuracy_score(split["label"], given)),
+        "balanced_accuracy": balanced_accuracy(split["label"], given),
+        "trade_rate": float(np.mean([is_trade(answer) for answer in given])),
+    }
+
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "trade_rate": "trade rate",
+    "pairs_won": "pairs won",
+    "dpo_loss": "DPO loss",
+}
+
+
+def cells(result: dict) -> list[str]:
+    """One row of the table as text."""
+    known = [result["split"], str(result["records"]), str(result["pairs"]), result["answers_by"]]
+    return known + [f"{result[key]:.3f}" if key in result else "-" for key in FIGURES]
+
+
+def table(results: list[dict]) -> str:
+    rows = [["split", "records", "pairs", "answers by", *FIGURES.values()], *map(cells, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        "  ".join(
+            cell.ljust(width) if place in (0, 3) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(["", *aligned])
+
+
+PREFERS = (
+    "It was tuned by DPO to prefer, at a covered-call backtest's (the teacher's) decisions, the answer that brought "
+    "more, by recorded or computed outcomes"
+)
+HINDSIGHT = (
+    "what paid more on the markets of those dates need not on others; outcomes of calls that were not sold are "
+    "computed; winning pairs is no evidence of profit."
+)
+EXPLAINED = (
+    "Accuracy is agreement with the teacher; pairs won the share of pairs whose better answer scores higher; the DPO "
+    f"loss is {math.log(2):.3f} at the start."
+)
+
+
+def model_card(manifest: dict, name: str) -> ModelCard:
+    head = ["split", "records", "pairs", "answers by", *FIGURES.values()]
+    rows = [head, ["---"] * len(head), *map(cells, manifest["results"])]
+    figures = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return fill_card(manifest, name, "dpo", PREFERS, f"{figures}\n\n{EXPLAINED}", HINDSIGHT)
+
+
+def plot(history: list[dict], best: int | None, path: Path) -> None:
+    losses = {"loss": "training pairs", "eval_dpo_loss": "validation pairs"}
+    plot_history(history, best, path, losses, {"eval_pairs_won": "pairs won", **SHARES}, "DPO loss (nats a pair)")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    model, data, training, given = parse_recipe(sys.argv[1:] if arguments is None else arguments, DPO)
+    first, wants_push = training.process_index == 0, training.push_to_hub
+    training.push_to_hub = False  # the Trainer would push each checkpoint as it goes
+    if is_fsdp_enabled():
+        raise RecipeError("train_dpo.py does not shard a model: run it with python or plain accelerate launch.")
+    start = take_over(model, data, given)
+    check_model(model)
+    revision = pinned_revision(model.adapter, start) if start else None
+    repo = check_push(training) if wants_push else None
+    with training.main_process_first():
+        files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
+        rankings, pairs = (load_splits(part, files, training.seed) for part in (data.rankings(), data))
+        check_dates(model, start, rankings)
+        build_base_if_tiny(model, rankings["train"], training)
+        tokenizer = load_tokenizer(model.adapter or model.model_name_or_path)
+        commonest = Counter(rankings["train"]["label"]).most_common(1)[0][0]
+        prompt = rankings["train"][0]["messages"][:-1]
+        rankings = DatasetDict({name: encode_split(split, tokenizer) for name, split in rankings.items()})
+        chosen, rejected = (
+            DatasetDict({name: encode_side(split, side, tokenizer) for name, split in pairs.items()})
+            for side in ("chosen", "rejected")
+        )
+        offered = {answer for split in rankings.values() for choices in split["answers"] for answer in choices}
+        answers = answer_tokens(tokenizer, prompt, sorted(offered))
+        judged = {
+            name: add_pairs(name, rankings[name], chosen[name]) for name in ("validation", "test") if name in chosen
+        }
+    sampler = EpochSampler([is_trade(label) for label in chosen["train"]["label"]], data.balance, training.seed)
+    ready = preflight(model, training, chosen, rejected, rankings, tokenizer, answers, len(sampler))
+    if first:
+        print(ready)
+    if training.dry_run:
+        return
+    manifest = describe_run(
+        model, data, training, given, files, {**rankings, "train": chosen["train"]}, answers, sampler
+    )
+    manifest = describe_start(model, start, manifest)
+    with training.main_process_first():
+        checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
+    set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed
+    base, lora = load_model(model, training, revision)
+    trainer = PreferenceTrainer(
+        model=base,
+        args=training,
+        train_dataset=chosen["train"],
+        eval_dataset=thin_out(judged["validation"], data.max_eval_records),
+        processing_class=tokenizer,
+        peft_config=lora,
+        sampler=sampler,
+        answers=answers,
+        adapter=model.adapter,
+        judged=judged,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    scored = {name: trainer.score(split) for name, split in judged.items()}
+    results = report(trainer, judged, scored, model.adapter, commonest)
+    save(trainer, manifest, results, calibrate_on(judged["validation"], scored["validation"]), plot, model_card)
+    if first:
+        print(table(results))
+    if first and wants_push:
+        push(training, repo)
+
+
+if __name__ == "__main__":
+    run(main)
