@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--no_models", dest="models", action="store_false", help="leave the language models out")
     for name in COSTS:
         parser.add_argument(f"--{name}", type=float, default=0.0, help="as for load_candidates, default: %(default)s")
-    for name, steps in (("sft_steps", 150), ("dpo_steps", 80)):
+    for name, steps in (("sft_steps", 100), ("dpo_steps", 200)):
         parser.add_argument(f"--{name}", type=int, default=steps, help="for each period, default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the language models, default: %(default)s")
     parser.add_argument("--output_dir", default="out/beat_the_teacher", help="default: %(default)s")
