@@ -4,8 +4,8 @@
     python benchmarks/beat_the_teacher.py --no_models     # without the language models: a minute
     python benchmarks/beat_the_teacher.py --data_files 'runs/*.csv' --period month --fee 0.0003 --half_spread 0.02
 
-For each period with enough before it, everything is fitted on what was settled before it (the latest 15 % of
-those decision times are the validation split) and decides on it: the teacher's own log, the score rule, the Q-scorer, a tiny
+For each period with enough before it, everything is fitted on what was settled before it (the latest 15 % of those
+decision times are the validation split) and decides on it: the teacher's own log, the score rule, the Q-scorer, a tiny
 Phi-3 that imitates the teacher (SFT), the same one after preference training (SFT + DPO), and the oracle, which sells
 whatever turns out best, if anything does. All are paid alike, in ghosts: P&L vs HODL in USD a unit of underlying, net
 of the costs that are set. Decisions at which some candidate's ghost is unknown are left out for all, and counted.
@@ -48,8 +48,8 @@ from q_scorer import QScorer, fit  # noqa: E402
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "sample" / "*.csv")
 TEACHER, RULE, Q, SFT, DPO, ORACLE = "teacher", "score rule", "Q-scorer", "SFT tiny", "SFT + DPO tiny", "oracle"
-# Of the decision times before a period, the latest 15 % are validation, and at least three weeks, since the purge takes
-# one of them. A period with fewer than two months before it is not tested on.
+# Of the decision times before a period, the latest 15 % are validation, and at least three weeks, for the purge takes
+# one. A period with fewer than two months before it is not tested on.
 VALIDATION, LEAST_VALIDATION, LEAST_TIMES = 0.15, 21, 60
 COSTS = ("fee", "half_spread", "slippage")
 PERIODS = {"year": "%Y", "quarter": None, "month": "%Y-%m"}
