@@ -65,6 +65,7 @@ default, named = (load_dataset(source, *name, **more)["train"] for name in ([], 
 assert default.features == named.features
 print(rows, "rows are the same")
 """
+EVERY = f"configs={','.join(RECORDS)}"
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_a_push_is_one_commit_that_loads_as_the_rows_and_features_of_the_script(
         *(f"{name}/{split}-00000-of-00001.parquet" for name in RECORDS for split in ("test", "train", "validation")),
     ]
     made = [split for name in RECORDS for split in load_candidates(name, data_files=csv_file).values()]
-    assert compare(DATA, csv_file, f"configs={','.join(RECORDS)}") == sum(map(len, made)) > 200
+    assert compare(DATA, csv_file, EVERY) == sum(map(len, made)) > 200
 
 
 def test_pushing_again_unchanged_makes_no_commit_and_says_so(hub, push, data):
@@ -258,8 +259,7 @@ def test_what_each_stack_pushes_both_read_and_neither_would_push_again(hub, comp
             assert done.returncode == 0, done.stderr
         assert len(hub.commits(repo)) == 1
         for number, stack in enumerate(STACKS):
-            every = f"configs={','.join(RECORDS)}"
-            assert compare(repo, csv_file, every, python=stack, home=f"reader_{index}_{number}") > 0
+            assert compare(repo, csv_file, EVERY, python=stack, home=f"reader_{index}_{number}") > 0
 
 
 # Bytes
@@ -807,6 +807,6 @@ def test_the_stand_in_refuses_a_wrong_hash_a_wrong_parent_and_a_wrong_token(hub,
 def test_the_real_files_load_from_a_folder_as_the_rows_of_the_script(card, compare, tmp_path, capsys):
     real = str(REAL_DATA / "training_candidates_*.csv")
     local("--to", tmp_path / "out", "--data_files", real, "--card", card)
-    rows = compare(tmp_path / "out", real)
+    rows = compare(tmp_path / "out", real, EVERY)
     counted = re.findall(r"parquet +([\d,]+) +[\d,]+$", capsys.readouterr().out, re.MULTILINE)
     assert rows == sum(int(count.replace(",", "")) for count in counted) > 1000
