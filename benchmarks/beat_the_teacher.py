@@ -205,12 +205,14 @@ def draw(played: dict[str, Played], path: Path) -> None:
     for name in next(iter(played.values())).picks:
         curve = paid(entries, [pick for one in played.values() for pick in one.picks[name]]).cumsum()
         axis = below if name == ORACLE else above
-        axis.plot(times, curve, label=name, linewidth=1.2)
+        style = {"color": "grey", "linewidth": 4, "alpha": 0.5} if name == TEACHER else {"linewidth": 1.2}
+        axis.plot(times, curve, label=name, **style)
     for axis in (above, below):
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-        axis.set_ylabel("cumulative P&L vs HODL (USD)")
+    above.set_ylabel("cumulative P&L vs HODL (USD)")
+    below.set_ylabel("(USD)")
     above.set_title("Walk-forward, each period decided by what was fitted before it; never selling is 0")
     figure.savefig(path, dpi=120)
 
