@@ -186,12 +186,15 @@ def table(played: dict[str, Played], block: int) -> str:
             f"| {name} | {sells:.3f} | {with_interval(pnl[name], block)} | {differs} | {' | '.join(by_period)} |"
         )
     unknown = sum(one.unknown for one in played.values())
+    percent = [100 * ghost.pnl_vs_hodl / entry.decision.spot for entry in entries for ghost in entry.ghosts]
     counts = ", ".join(f"{name} {len(one.entries)}" for name, one in played.items())
     return "\n".join(
         [
             *lines,
             f"\nMean P&L vs HODL a decision, USD a unit of underlying, on {len(entries):,} decisions ({counts}); "
             f"{unknown} more with an unknown outcome are left out. 95 % intervals by blocks of {block} decisions.",
+            f"All {len(percent):,} candidates: {np.mean(percent):+.2f} % of spot on average, standard deviation "
+            f"{np.std(percent):.2f}.",
         ]
     )
 
