@@ -1226,12 +1226,13 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     def __init__(self, *args, data_files=None, data_dir=None, base_path=None, hash=None, **options):
         base_path = base_path or os.path.dirname(os.path.abspath(__file__))
         # The library makes its cache key from what it is given here. Resolved files with the hash of their
-        # content, and the hash of this code, are what make an edited CSV or prompt give new rows.
+        # content, and the hash of this code, are what make an edited CSV or prompt give new rows. Its own version
+        # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
         super().__init__(
             *args,
             data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
-            hash=hash or CODE_HASH,
+            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
             **{name: value for name, value in options.items() if value is not None},
         )
         self.config.check()

@@ -445,6 +445,21 @@ def test_an_edited_prompt_in_the_script_gives_new_rows(load_either, history, tmp
         assert f"\n{title}BTC\n" in chat[1]["content"]
 
 
+def test_what_another_datasets_version_cached_is_not_read(load_either, history, tmp_path, monkeypatch):
+    """datasets 3.6 cannot read the features that 5 writes beside the rows; map caches in the rows' own folder."""
+    with monkeypatch.context() as later:
+        later.setattr(datasets, "__version__", "99.0.0")
+        theirs = load_either(data_files=history, **ONE)["train"]
+    for info in (tmp_path / "arrow").rglob("dataset_info.json"):
+        info.write_text(info.read_text(encoding="utf-8").replace('"Value"', '"Tomorrow"'), encoding="utf-8")
+
+    ours = load_either(data_files=history, **ONE)["train"]
+    assert ours.to_list() == theirs.to_list()
+    mapped = ours.map(lambda record: {"length": len(record["messages"])})
+    folders = [{Path(file["filename"]).parent for file in made.cache_files} for made in (ours, mapped, theirs)]
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_an_option_of_the_skip_kind_is_part_of_the_cache_key(load, tmp_path):
     path = write_csv(tmp_path / "a.csv", [*decision(0), *decision(1, spot="?")])
     assert load(data_files=path, on_bad_rows="skip", **ONE)["train"].num_rows == 3
