@@ -378,7 +378,7 @@ def read_splits(files: list[str], config: CoveredCallCandidatesConfig) -> tuple[
 
 
 def evaluate(asked: argparse.Namespace) -> int:
-    model = load_model(asked.model) if asked.model else None
+    model = load_model(asked.model, asked.batch_tokens) if asked.model else None
     files, config = data_options(asked, model.manifest["recipe"] if model else {})
     cutoff = utc(parse_cutoff(asked.cutoff)) if asked.cutoff else None
     logged, splits = read_splits(files, config)
@@ -409,10 +409,10 @@ def evaluate(asked: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(folder: str):
+def load_model(folder: str, batch_tokens: int | None):
     from policy import Policy as TunedPolicy  # only here: the baselines need no torch
 
-    return TunedPolicy.load(folder)
+    return TunedPolicy.load(folder, batch_tokens=batch_tokens)
 
 
 def find_scorer(asked: argparse.Namespace, splits: dict, config) -> tuple[QScorer | None, list[str]]:
@@ -966,12 +966,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", choices=SPLITS, default="test", help="default: %(default)s")
     add("--cutoff", metavar="DATE", help="the model's knowledge cutoff: decisions after it are also judged apart")
     add("--output_dir", "--output-dir", metavar="DIR", default="report", help="default: %(default)s")
+    add(
+        "--batch_tokens", "--batch-tokens", type=positive, metavar="N",
+        help="tokens that the model reads at once; default: what fits in the GPU's free memory",
+    )  # fmt: skip
     add("--q_scorer", "--q-scorer", metavar="FILE", help="that q_scorer.py saved; default: fitted here, on train")
     add_data_options(parser, "as for train_sft.py; default: as the model was tuned")
     asked = parser.parse_args(arguments)
     if asked.hindsight and not asked.audit:
         parser.error("--hindsight goes with --audit: a model is judged on prompts that do not name the answer.")
     return typed(parser, asked)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def add_data_options(parser: argparse.ArgumentParser, description: str) -> None:
@@ -1003,7 +1014,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parse_arguments(arguments)
     expected = (CandidatesError, OSError)
     if asked.model:
-        from policy import PolicyError
+        from scoring import PolicyError
 
         expected += (PolicyError,)
     try:

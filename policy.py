@@ -3,9 +3,9 @@
 Training, evaluation and decisions turn chats into tokens, load models and score answers through this file.
 """
 
-import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -18,18 +18,17 @@ from bitsandbytes.nn import Linear4bit
 from jinja2 import TemplateError
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 import covered_call_candidates
 from covered_call_candidates import (
@@ -42,17 +41,14 @@ from covered_call_candidates import (
     present_in_order,
     ranking_messages,
 )
+from scoring import MemoryFull, PolicyError, score_answers
+
+# One warning for each 8-bit layer each time it multiplies, of the cast that multiplying in 8 bits begins with.
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda r: "inputs will be cast" not in str(r.msg))
 
 QUANTIZATIONS = ("int4", "int8", "none")
 MANIFEST, CALIBRATION = "manifest.json", "calibration.json"
-BATCH_SIZE = 16  # prompts scored together
 CHUNK = 2_000  # decisions whose prompts are in memory at a time
-# What a masked attention score is lowered by: its weight is 0 in every precision, and float16 can still hold it.
-MASKED = -3e4
-
-
-class PolicyError(ValueError):
-    """A model, its tokenizer or its folder cannot be used as it is; the message says why and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +81,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]]) -> list[
         wholes = chat_ids(tokenizer, chats)
     except TemplateError as error:
         raise PolicyError(f"The chat template of {tokenizer.name_or_path} refuses this chat: {error}") from None
-    special = set(tokenizer.all_special_ids)
+    # Not all_special_ids, which knows only the tokens with a role in the tokenizer: Phi-3's <|end|> has none.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return [(prompt, cut_answer(prompt, whole, special)) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
@@ -128,7 +125,13 @@ def answer_tokens(
 
 
 def load_base(
-    name: str, quantization: str, dtype: torch.dtype, device_map: dict | None, revision: str | None = None
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    revision: str | None = None,
+    sharded: bool = False,
+    liger: bool | None = None,
 ) -> PreTrainedModel:
     """A causal language model, its linear layers quantised while they are read.
 
@@ -136,7 +139,14 @@ def load_base(
         quantization: "int4" (NF4 with double quantisation, https://arxiv.org/abs/2305.14314), "int8" (LLM.int8(),
             https://arxiv.org/abs/2208.07339) or "none".
         dtype: of what is not quantised, and of the arithmetic.
-        device_map: where to put it; None leaves that to FSDP, which also wants 4-bit weights stored as ``dtype``.
+        device: where to put it.
+        sharded: FSDP will spread it over the GPUs. It is loaded on the CPU, or each GPU would hold the whole of it
+            first; its 4-bit weights are stored as ``dtype``, the only way that FSDP takes them.
+        liger: whether Liger's kernels compute norms, rotation and MLP on a GPU; None: where they are installed.
+
+    Raises:
+        MemoryFull: if there is no room for it.
+        PolicyError: if Liger is asked for and not there.
     """
     config = {
         "int4": BitsAndBytesConfig(
@@ -144,20 +154,63 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=torch.uint8 if device_map else dtype,
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         ),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[quantization]
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=config, device_map=device_map, revision=revision
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": "cpu" if sharded else device},
+            revision=revision,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryFull(
+            f"The memory does not hold {name} in {quantization}: close what else uses the GPU, load it in int4, or "
+            "take a smaller model."
+        ) from error
+    if sharded:
+        model.hf_device_map = None  # accelerate would take it for a model that is to stay on the CPU
+    if sharded or torch.device(device).type == "cuda":  # Triton compiles nothing for a CPU
+        use_liger(model, liger)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation and round their
             # scales to bfloat16 for good: training would go on from other weights than a resumed run loads.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def use_liger(model: PreTrainedModel, wanted: bool | None) -> None:
+    """Liger's kernels (https://arxiv.org/abs/2410.10989) of what they compute alike, on a GPU: not its losses."""
+    if wanted and not is_liger_kernel_available():
+        raise PolicyError("use_liger_kernel: liger-kernel is not installed. Run: pip install liger-kernel")
+    if wanted is not False and is_liger_kernel_available():
+        losses = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+        apply_liger_kernel(model, {**dict.fromkeys(("rope", "rms_norm", "swiglu"), True), **losses})
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Transformers raises another error when memory runs out while it quantises, so the allocator is asked too."""
+    full = isinstance(error, torch.OutOfMemoryError)
+    return full or (torch.cuda.is_available() and torch.cuda.memory_stats().get("num_ooms", 0) > 0)
+
+
+def half_precision() -> torch.dtype:
+    """The 16 bits that this GPU computes in, for training and deciding alike: one from before Ampere (2020) only
+    emulates bfloat16, slowly."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def context_limit(config: PretrainedConfig) -> int | float:
+    """The most tokens of a prompt with its answer: all of them must be seen at once, so a sliding window counts."""
+    seen = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((tokens for tokens in seen if tokens), default=math.inf)
 
 
 def base_revision(name: str) -> str | None:
@@ -204,12 +257,13 @@ def load_tuned(
     if quantization not in QUANTIZATIONS:
         raise PolicyError(f"quantization={quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = half_precision() if device == "cuda" else torch.float32
+    liger = manifest["recipe"].get("use_liger_kernel")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not manifest["adapter"]:
-        return load_base(str(folder), quantization, dtype, {"": device}).eval(), tokenizer, manifest
+        return load_base(str(folder), quantization, dtype, device, liger=liger).eval(), tokenizer, manifest
     revision = pinned_revision(folder, manifest)
-    base = load_base(manifest["base_model"], quantization, dtype, {"": device}, revision)
+    base = load_base(manifest["base_model"], quantization, dtype, device, revision, liger=liger)
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, manifest
 
 
@@ -221,141 +275,6 @@ def pinned_revision(folder: str | os.PathLike, manifest: dict) -> str | None:
     if base_revision(name) != revision:
         raise PolicyError(f"The model in {name} is not the one that {folder} was tuned on: its weights have changed.")
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-
-
-class Scored(NamedTuple):
-    """One prompt's answers: their log-probabilities through the end token, in the order they were given, and whether
-    the model, left to itself, would greedily write one of them."""
-
-    log_probabilities: list[float]
-    in_set: bool
-
-
-def score_answers(
-    model: torch.nn.Module, prompts: list[list[int]], answers: list[list[tuple[int, ...]]], batch_size: int
-) -> list[Scored]:
-    """Scores every answer of every prompt, each prompt read once, in batches of like length.
-
-    Args:
-        prompts: token ids, the generation prompt included.
-        answers: for each prompt, the token ids of its admissible answers, end token included.
-    """
-    model.eval()
-    scored: list[Scored | None] = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # too much memory shows first
-    with tqdm(total=len(prompts), desc="Scoring answers", unit=" prompts", disable=None, leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = by_length[start : start + batch_size]
-            results = score_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch])
-            for place, result in zip(batch, results, strict=True):
-                scored[place] = result
-            bar.update(len(batch))
-    return scored
-
-
-@torch.inference_mode()
-def score_batch(
-    model: torch.nn.Module, prompts: list[list[int]], answers: list[list[tuple[int, ...]]]
-) -> list[Scored]:
-    """Two forward passes: the prompts but for their last tokens, and then those with, side by side, all answers.
-
-    Of the first only the keys and values are kept. Prompts are padded on the right, where causal attention never
-    looks, so that this long pass needs no mask and skips half of its work. In the short one a mask lets each answer
-    see its prompt and itself only, at the positions it would have alone; only there are logits computed.
-    """
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    bodies = [prompt[:-1] for prompt in prompts]
-    past = read_prompts(model, pad(bodies).to(like.device))
-    tails, asked = lay_out(prompts, answers)
-    ids, positions, branches = (pad(part) for part in zip(*tails, strict=True))
-    within = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    within &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    before = pad([[1] * len(body) for body in bodies])[:, None].expand(-1, ids.shape[1], -1)
-    seen = torch.cat([before == 1, within], dim=-1)[:, None]
-    logits = model(
-        input_ids=ids.to(like.device),
-        attention_mask=torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, MASKED).to(like.device),
-        position_ids=positions.to(like.device),
-        past_key_values=past,
-    ).logits
-    at_row, _, at_column, token = torch.tensor(asked, device=logits.device).T
-    by_token = logits.float().log_softmax(-1)
-    best = by_token.argmax(-1)[at_row, at_column] == token
-    return collect(asked, by_token[at_row, at_column, token].tolist(), best.tolist(), answers)
-
-
-class PromptRead(Exception):
-    """The cache holds all that a prompt leaves behind."""
-
-
-class PromptCache(DynamicCache):
-    """Ends the forward pass once the last layer's keys and values are in: what that layer makes of them is not needed.
-
-    It keeps all keys, where a cache made for a model with a sliding window would drop some.
-    """
-
-    def __init__(self, layers: int):
-        super().__init__()
-        self.last_layer = layers - 1
-        self.reading = False
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.reading and layer_idx == self.last_layer:
-            raise PromptRead
-        return held
-
-
-def read_prompts(model: torch.nn.Module, ids: torch.Tensor) -> PromptCache:
-    """The keys and values of prompts, shape (prompts, tokens), padded on the right."""
-    config = next(module.config for module in model.modules() if hasattr(module, "config"))  # DDP's wrapper has none
-    past = PromptCache(config.get_text_config().num_hidden_layers)
-    # A sharded model must come to the end of its pass, or it would not give back the shards that it has gathered.
-    past.reading = not any(isinstance(m, (FullyShardedDataParallel, FSDPModule)) for m in model.modules())
-    with contextlib.suppress(PromptRead):
-        model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-    past.reading = False
-    return past
-
-
-def pad(rows: list[list[int]]) -> torch.Tensor:
-    """The rows as one tensor, with zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-
-
-def lay_out(prompts: list[list[int]], answers: list[list[tuple[int, ...]]]) -> tuple[list[tuple], list[tuple]]:
-    """Each prompt's last token with its answers side by side after it, and where in that row each answer is read off.
-
-    Returns:
-        For each row its token ids, their positions, and whose they are (0 the prompt, from 1 its answers); and, for
-        each token of each answer, (row, answer, column that predicts it, token).
-    """
-    tails, asked = [], []
-    for row, (prompt, given) in enumerate(zip(prompts, answers, strict=True)):
-        ids, positions, branches = prompt[-1:], [len(prompt) - 1], [0]
-        for index, answer in enumerate(given):
-            inner = answer[:-1]  # the last token of an answer predicts nothing, so it is left out
-            columns = [0, *range(len(ids), len(ids) + len(inner))]
-            asked += [(row, index, column, token) for column, token in zip(columns, answer, strict=True)]
-            ids = [*ids, *inner]
-            positions += range(len(prompt), len(prompt) + len(inner))
-            branches += [index + 1] * len(inner)
-        tails.append((ids, positions, branches))
-    return tails, asked
-
-
-def collect(asked: list[tuple], by_token: list[float], best: list[bool], answers: list[list]) -> list[Scored]:
-    """Adds up the tokens of each answer."""
-    totals = [[0.0] * len(given) for given in answers]
-    greedy = [[True] * len(given) for given in answers]
-    for (row, index, _, _), log_probability, is_best in zip(asked, by_token, best, strict=True):
-        totals[row][index] += log_probability
-        greedy[row][index] &= is_best
-    return [Scored(total, any(would)) for total, would in zip(totals, greedy, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,6 +309,8 @@ class Policy:
         manifest: what the model was tuned on; see read_manifest.
         temperature: what scores are divided by before they become probabilities; see calibrate.
         threshold: a trade of lower probability becomes NO_TRADE.
+        batch_tokens: how many tokens are read together; None: what fits in the GPU's free memory. Fewer need less
+            memory, and change nothing else.
         candidate_order: "instrument", or "csv" for the order the caller gives; how the prompts show candidates.
     """
 
@@ -399,6 +320,7 @@ class Policy:
     manifest: dict
     temperature: float = 1.0
     threshold: float = 0.0
+    batch_tokens: int | None = None
     candidate_order: str = field(init=False)
 
     def __post_init__(self):
@@ -408,7 +330,13 @@ class Policy:
         self.candidate_order = "csv" if self.manifest["recipe"]["candidate_order"] == "csv" else "instrument"
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, quantization: str | None = None, threshold: float = 0.0) -> "Policy":
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        quantization: str | None = None,
+        threshold: float = 0.0,
+        batch_tokens: int | None = None,
+    ) -> "Policy":
         """A finished fine-tune, adapter or full model, with its calibration if there is one.
 
         Args:
@@ -421,32 +349,26 @@ class Policy:
         model, tokenizer, manifest = load_tuned(folder, quantization)
         path = Path(folder) / CALIBRATION
         temperature = json.loads(path.read_text(encoding="utf-8"))["temperature"] if path.is_file() else 1.0
-        return cls(Path(folder), model, tokenizer, manifest, temperature, threshold)
+        return cls(Path(folder), model, tokenizer, manifest, temperature, threshold, batch_tokens)
 
     @property
     def task(self) -> str:
         """ "per_candidate" or "per_decision_ranking": what the model was tuned to answer."""
         return self.manifest["task"]
 
-    def decide(
-        self, decisions: Sequence[covered_call_candidates.Decision], batch_size: int = BATCH_SIZE
-    ) -> list[Decision]:
+    def decide(self, decisions: Sequence[covered_call_candidates.Decision]) -> list[Decision]:
         """An answer to each decision. The candidates may come in any order; answers are in the caller's.
 
         per_candidate: the candidate with the highest P(SELL_CALL), if that is over 0.5, else NO_TRADE with what is
         left of 1. A tie with NO_TRADE is no trade. A decision without candidates is NO_TRADE for certain.
 
-        Args:
-            batch_size: prompts that are scored together; fewer need less memory, and change nothing else.
-
         Raises:
             PolicyError: for a prompt that is too long for the model, or scores that are not finite.
+            MemoryFull: if the memory does not even hold one decision.
         """
-        return [self._pick(scores) for scores in self.score(decisions, batch_size)]
+        return [self._pick(scores) for scores in self.score(decisions)]
 
-    def score(
-        self, decisions: Sequence[covered_call_candidates.Decision], batch_size: int = BATCH_SIZE
-    ) -> list[torch.Tensor]:
+    def score(self, decisions: Sequence[covered_call_candidates.Decision]) -> list[torch.Tensor]:
         """The model's own log-probabilities, without temperature, of each admissible answer through its end token.
 
         Returns:
@@ -455,10 +377,10 @@ class Policy:
         """
         decisions, scores = list(decisions), []
         for start in range(0, len(decisions), CHUNK):
-            scores += self._score_chunk(decisions[start : start + CHUNK], batch_size)
+            scores += self._score_chunk(decisions[start : start + CHUNK])
         return scores
 
-    def _score_chunk(self, decisions: list, batch_size: int) -> list[torch.Tensor]:
+    def _score_chunk(self, decisions: list) -> list[torch.Tensor]:
         options = CoveredCallCandidatesConfig(candidate_order=self.candidate_order)
         # In the place of outcomes, which no prompt shows, travel the candidates' places in the caller's order.
         shown = [
@@ -466,7 +388,7 @@ class Policy:
             for decision in decisions
         ]
         asked = [self._prompts(entry.decision) for entry in shown]
-        found = iter(self._score_prompts([prompt for prompts in asked for prompt in prompts], batch_size))
+        found = iter(self._score_prompts(asked))
         return [
             self._in_callers_order(torch.tensor([next(found) for _ in prompts], dtype=torch.float64), entry.outcomes)
             for prompts, entry in zip(asked, shown, strict=True)
@@ -480,15 +402,18 @@ class Policy:
             ]
         return [(ranking_messages(decision), admissible_answers(decision._asdict()))] if decision.candidates else []
 
-    def _score_prompts(self, asked: list[tuple[list[dict], list[str]]], batch_size: int) -> list[list[float]]:
+    def _score_prompts(self, decisions: list[list[tuple[list[dict], list[str]]]]) -> list[list[float]]:
+        """The scores of the answers to each prompt of each decision, one after another."""
+        asked = [prompt for prompts in decisions for prompt in prompts]
         if not asked:
             return []
+        owners = [number for number, prompts in enumerate(decisions) for _ in prompts]
         prompts = chat_ids(self.tokenizer, [prompt for prompt, _ in asked], add_generation_prompt=True)
         # Answers read alike after every prompt: train_sft.py has checked that before it tuned.
         tokens = answer_tokens(self.tokenizer, asked[0][0], list({a: None for _, answers in asked for a in answers}))
         answers = [[tokens[answer] for answer in given] for _, given in asked]
         check_fits(self.model.config, max(map(len, prompts)) + max(map(len, tokens.values())))
-        scored = score_answers(self.model, prompts, answers, batch_size)
+        scored = score_answers(self.model, prompts, answers, owners, self.batch_tokens)
         if not all(math.isfinite(score) for one in scored for score in one.log_probabilities):
             raise PolicyError("The model's scores are not finite: load it in another quantization, or tune it again.")
         return [one.log_probabilities for one in scored]
@@ -524,8 +449,7 @@ class Policy:
 
 def check_fits(config: PretrainedConfig, length: int) -> None:
     """Raises PolicyError if a prompt with its answer is longer than what the model attends to at once."""
-    seen = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    limit = min((tokens for tokens in seen if tokens), default=math.inf)
+    limit = context_limit(config)
     if length > limit:
         raise PolicyError(
             f"A prompt with its answer has {length} tokens, and the model sees {limit}: give fewer candidates a "
@@ -533,7 +457,7 @@ def check_fits(config: PretrainedConfig, length: int) -> None:
         )
 
 
-def calibrate(policy: Policy, logged: Sequence[LoggedDecision], batch_size: int = BATCH_SIZE) -> float:
+def calibrate(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
     """Fits the policy's temperature to what the teacher answered, and stores it beside the model for Policy.load.
 
     The temperature minimises the mean negative log-likelihood (nats) of the teacher's answers
@@ -544,7 +468,7 @@ def calibrate(policy: Policy, logged: Sequence[LoggedDecision], batch_size: int 
         PolicyError: if no decision has a candidate.
     """
     scores, targets = [], []
-    for entry, rows in zip(logged, policy.score([one.decision for one in logged], batch_size), strict=True):
+    for entry, rows in zip(logged, policy.score([one.decision for one in logged]), strict=True):
         for index, row in enumerate(rows):
             scores.append(row)
             if policy.task == "per_candidate":

@@ -635,7 +635,8 @@ def push_model(
 
 
 def read_finished(folder: Path) -> dict:
-    from policy import PolicyError, read_manifest  # only here: data are shared without torch
+    from policy import read_manifest  # only here: data are shared without torch
+    from scoring import PolicyError
 
     try:
         return read_manifest(folder)

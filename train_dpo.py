@@ -7,7 +7,8 @@
 
 Recipes, the preflight, resuming and what is saved are those of train_sft.py. The loss of DPO
 (https://arxiv.org/abs/2305.18290) compares the model with what it was at the start. What that start gives to the two
-answers of each pair is scored once, before the first step, so that no second model is in memory.
+answers of each pair is scored once, before the first step, so that no second model is in memory. A step reads the
+prompt of a pair once, with the two answers in branches behind it.
 """
 
 import copy
@@ -18,9 +19,11 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -28,9 +31,11 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_fsdp_enabled
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from covered_call_candidates import find_csvs
-from policy import Scored, answer_tokens, load_tokenizer, pinned_revision, read_manifest
+from policy import answer_tokens, load_tokenizer, pinned_revision, read_manifest
+from scoring import Batch, Scored, asked_logits, collate, lay_out
 from train_sft import (
     REFUSED,
     SHARES,
@@ -50,19 +55,21 @@ from train_sft import (
     check_push,
     check_records,
     count_labels,
-    count_parameters,
     describe_answers,
+    describe_model,
     describe_run,
     describe_tokens,
     describe_work,
     encode_split,
-    estimate_memory,
     fill_card,
+    global_batch,
     is_trade,
     lay_out_preflight,
     load_model,
     load_splits,
     longest_record,
+    longest_row,
+    make_plan,
     open_run,
     parse_recipe,
     plot_history,
@@ -137,13 +144,25 @@ class PreferenceArguments(RunArguments, DPOConfig):
     """TRL's DPOConfig."""
 
     refused: ClassVar[dict[str, str]] = {
-        **{key: REFUSED[key] for key in ("padding_free", "pad_token", "train_sampling_strategy", "ignore_data_skip")},
-        "resume_from_checkpoint": REFUSED["resume_from_checkpoint"],
+        **{
+            key: REFUSED[key]
+            for key in (
+                "padding_free",
+                "pad_token",
+                "train_sampling_strategy",
+                "ignore_data_skip",
+                "resume_from_checkpoint",
+                "per_device_eval_batch_size",
+                "auto_find_batch_size",
+                "liger_kernel_config",
+            )
+        },
         "label_smoothing_factor": "it is for cross-entropy; DPO's own is label_smoothing",
         "precompute_ref_log_probs": "the reference is scored before the first step, always",
         "sync_ref_model": "the reference is the model at the start, and stays so",
         "ld_alpha": "the reference is scored over whole answers",
-        "use_liger_kernel": "it cannot take a reference that was scored before",
+        "truncation_mode": "a record that is longer than max_length is an error",
+        "pad_to_multiple_of": "rows are padded to the longest",
     }
     tiny_recipe: ClassVar[str] = "tiny_dpo"
 
@@ -250,7 +269,7 @@ def preflight(
     rankings: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     answers: dict[str, tuple[int, ...]],
-    takes: int,
+    sampler: EpochSampler,
 ) -> str:
     """Checks that this can be trained, and says what it is, on what, and how long.
 
@@ -258,7 +277,7 @@ def preflight(
         pairs, rejected: as encode_side made them, of the chosen and the rejected answers.
         rankings: as encode_split made them.
         answers: the tokens of each answer.
-        takes: how many pairs an epoch takes.
+        sampler: of the training pairs.
 
     Raises:
         RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
@@ -268,15 +287,19 @@ def preflight(
     records = {f"{name}, {side}": split for side, splits in sides.items() for name, split in splits.items()}
     lengths = {name: check_records(name, split, answers) for name, split in records.items()}
     check_lengths(records, lengths, training.max_length, config)
-    size = count_parameters(config, model)
-    both = 2 * longest_record(lengths)  # a pair is two sequences; TRL may compute logits at all of their tokens
-    memory = estimate_memory(config, size, model, training, both, both)
+    # Both answers stand in one row, and the longest ones may follow the longest prompt.
+    longest_answer = max(map(len, answers.values()))
+    work = describe_model(config, model, training, longest_record(lengths) + longest_answer, 2 * longest_answer)
+    plan = make_plan(work, training)
+    training.settle(plan, model.quantization)
+    sampler.group(lengths["train, chosen"][0], global_batch(training))
+    rows = [longest_row(split, *lengths[f"{name}, asked"], answers) for name, split in rankings.items()]
     facts = {
         "chosen": "as above, against " + count_labels(rejected["train"]["label"]) + " in train",
-        "tokens": describe_tokens(lengths, max(map(len, answers.values())), training.max_length),
+        "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
-        **describe_work(training, size, memory, takes),
+        **describe_work(training, work, plan, max(rows), len(sampler)),
     }
     origin = f", from {model.adapter}" if model.adapter else ""
     what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"
@@ -304,15 +327,16 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
         if adapter:
             # Not attached before: TRL would copy it, keep the copy beside it, and round it to bfloat16.
             self.model.load_adapter(adapter, "default", is_trainable=True)
-        with self.accelerator.autocast():  # as in the steps that follow
-            self.train_dataset = self.with_reference(self.train_dataset)
-            scored = {name: self.score(split) for name, split in judged.items()}
+        self.train_dataset = self.with_reference(self.train_dataset)
+        scored = {name: self.score(split) for name, split in judged.items()}
         self.at_start = {
             decision: one
             for name, split in judged.items()
             for decision, one in zip(split["decision_id"], scored[name], strict=True)
         }
         self.precompute_ref_logps = True  # the loss takes the reference from the columns
+        self.aux_loss_enabled = False  # it balances the experts of a mixture, in the base, which is frozen
+        self.data_collator = PairCollator(self.processing_class.pad_token_id)
 
     def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
         return dataset  # tokenised already, as the preflight checked it
@@ -334,9 +358,53 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
             }
         )
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's loss, of what ``read_pairs`` reads in the place of the model."""
+        return super().compute_loss(lambda **_: read_pairs(model, inputs), inputs["answers"], *args, **kwargs)
+
     def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
         start = [self.at_start[decision] for decision in split["decision_id"]]
         return answer_metrics(split, scored) | pair_metrics(split, scored, start, self.beta)
+
+
+class PairCollator(DataCollatorForPreference):
+    """Pairs as rows, each a prompt with its two answers in branches behind it, and as what TRL's loss makes of them.
+
+    A batch holds a Batch's fields by name, and "answers": TRL's own arrays, of shape (2 * pairs, tokens), as if its
+    last token were the whole prompt, the chosen answers above the rejected ones. ``read_at``, of the same shape, says
+    which of the places asked predicts the next token, where that is an answer's.
+    """
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        rows = [lay_out([pair["prompt_ids"]], [[pair["chosen_ids"], pair["rejected_ids"]]]) for pair in examples]
+        batch = collate(rows)
+        answers = super().torch_call([{**pair, "prompt_ids": pair["prompt_ids"][-1:]} for pair in examples])
+        sides = torch.tensor([side for row in rows for _, side, _, _ in row.asked])
+        by_side = batch.asked[0, sides.argsort(stable=True)]  # as TRL has them: pair after pair, of one side
+        before = answers["completion_mask"].roll(-1, dims=1)
+        answers["read_at"] = torch.zeros_like(before).masked_scatter(before.bool(), by_side)
+        answers["attention_mask"] = batch.ends > 0  # TRL only counts it: the tokens that are read
+        return {**batch._asdict(), "answers": answers}
+
+
+def read_pairs(model: torch.nn.Module, inputs: dict) -> SimpleNamespace:
+    """All that TRL's loss takes from a model's outputs, after one pass over the rows of a PairCollator.
+
+    TRL 0.29 takes the logits, of shape (2 * pairs, tokens, vocabulary). TRL 1 takes the rest, one token shorter: each
+    token's predicts the next. Of it log_probs alone has a gradient, and is 0 where the next token is no answer's.
+    """
+    answers = inputs["answers"]
+    logits = asked_logits(model, Batch(*(inputs[name] for name in Batch._fields))).float()[answers["read_at"]]
+    by_token, tokens = logits[:, :-1].log_softmax(-1), answers["input_ids"][:, 1:]
+    fixed = by_token.detach()
+    return SimpleNamespace(
+        logits=logits,
+        log_probs=by_token.gather(2, tokens[..., None])[..., 0] * answers["completion_mask"][:, 1:],
+        entropy=-(fixed.exp() * fixed).sum(-1),
+        log_sum_sq_probs=(2 * fixed).logsumexp(-1),
+        mean_logits=logits[:, :-1].detach().mean(-1),
+        is_top1=fixed.argmax(-1) == tokens,
+    )
 
 
 def pair_metrics(split: Dataset, scored: list[Scored], start: list[Scored], beta: float) -> dict[str, float]:
@@ -487,7 +555,7 @@ def main(arguments: list[str] | None = None) -> None:
             name: add_pairs(name, rankings[name], chosen[name]) for name in ("validation", "test") if name in chosen
         }
     sampler = EpochSampler([is_trade(label) for label in chosen["train"]["label"]], data.balance, training.seed)
-    ready = preflight(model, training, chosen, rejected, rankings, tokenizer, answers, len(sampler))
+    ready = preflight(model, training, chosen, rejected, rankings, tokenizer, answers, sampler)
     if first:
         print(ready)
     if training.dry_run:

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import difflib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -30,16 +31,14 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import yaml
-from accelerate import init_empty_weights
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from sklearn.metrics import accuracy_score, recall_score
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -58,22 +57,24 @@ from covered_call_candidates import (
     fingerprint,
     load_candidates,
 )
+from memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
 from policy import (
     CALIBRATION,
     MANIFEST,
     QUANTIZATIONS,
-    PolicyError,
-    Scored,
     answer_tokens,
     base_revision,
+    context_limit,
     encode,
     fit_temperature,
+    half_precision,
+    is_out_of_memory,
     load_base,
     load_tokenizer,
-    score_answers,
     write_text,
 )
 from publish import PublishError, check_login, push_model
+from scoring import ROW_TOKENS, PolicyError, Scored, head_at, score_answers
 from tiny_phi3 import build_tiny_base, tiny_base_path
 
 logger = logging.getLogger("train_sft")
@@ -83,8 +84,8 @@ RECIPE, CARD, PLOT, CHECKPOINT = "recipe.yaml", "README.md", "training.png", "ch
 BALANCES = ("none", "downsample", "weight")
 IGNORE = -100  # the label of a token that carries no loss
 ZERO_GRADIENT_STEPS = 20
-GIB = 2**30
-CONTEXT_GIB = 0.6  # what CUDA itself takes of a GPU
+AUTO = "auto"
+ALIKE, NEAR = 8, 512  # records of like length that come together, out of so many neighbours of an epoch's order
 
 
 class RecipeError(ValueError):
@@ -175,10 +176,12 @@ REFUSED = {
     "pad_token": "the pad token is taken from the tokenizer, and is never the end of an answer",
     "loss_type": "the loss is the answer's cross-entropy",
     "label_smoothing_factor": "the loss is the answer's cross-entropy",
-    "use_liger_kernel": "logits are computed at the answer alone anyway",
+    "liger_kernel_config": "of Liger's kernels, those of the norms, the rotation and the MLP are taken, and no other",
     "train_sampling_strategy": "the order of an epoch depends on the seed and the epoch alone, so that it can resume",
     "ignore_data_skip": "a resumed run must see the records it has not seen yet",
     "resume_from_checkpoint": "the same command resumes by itself",
+    "per_device_eval_batch_size": "answers are scored by tokens, as the memory allows: see batch_tokens",
+    "auto_find_batch_size": "per_device_train_batch_size: auto finds it before the training",
 }
 
 
@@ -195,13 +198,38 @@ class RunArguments:
         default=4,
         metadata={"help": "Stop after so many evaluations in a row in which all answers were the same; 0: never."},
     )
+    per_device_train_batch_size: str = field(
+        default="8",
+        metadata={
+            "help": "Records of a micro-batch; auto: as many of the gradient_accumulation_steps as the memory holds, "
+            "which are then so many fewer, so that a step takes the same records."
+        },
+    )
+    gradient_checkpointing: str = field(
+        default=AUTO,
+        metadata={
+            "help": "true: keep each layer's input alone, and compute the rest twice; false; or auto: true of as few "
+            "layers as the memory allows."
+        },
+    )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Liger's kernels of norms, rotation and MLP on a GPU; default: where liger-kernel is installed."
+        },
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens read together in an evaluation; default: what the free memory holds."},
+    )
 
     def __post_init__(self):
         for key, reason in self.refused.items():
             default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) not in (default, key == "completion_only_loss"):
                 raise RecipeError(f"{key}: {getattr(self, key)!r} cannot be set: {reason}. Remove it.")
-        if not self.use_cpu and not torch.cuda.is_available():
+        self.awaits_gpu = not self.use_cpu and not torch.cuda.is_available()
+        if self.awaits_gpu:
             if not self.dry_run:
                 raise RecipeError(
                     "This recipe needs a CUDA GPU and there is none here. Run it on a machine with one (6 GB for "
@@ -209,15 +237,61 @@ class RunArguments:
                     f"{self.tiny_recipe}."
                 )
             self.use_cpu = True
-        if self.bf16 and not self.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if self.bf16 and not self.use_cpu and half_precision() == torch.float16:
             logger.warning("This GPU has no bfloat16: using float16.")
             self.bf16, self.fp16 = False, True
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        self.read_automatic()
+        # Applied when the model is loaded: TRL would do it later, after a reference was scored, or take its loss too.
+        self.liger, self.use_liger_kernel = self.use_liger_kernel, False
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would spread each batch over them, by threads
+            logger.warning(
+                "There are %d GPUs here, and this run uses one. For all: accelerate launch %s", self.n_gpu, sys.argv[0]
+            )
+            self._n_gpu = 1
         # On several processes, the few records that do not fill a last batch wait for another epoch's shuffle; the
         # alternative would be to train some twice.
         self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
+
+    def read_automatic(self) -> None:
+        """The keys that may say auto as what they are in transformers; ``plan`` settles what is left open."""
+        size, checkpointing = str(self.per_device_train_batch_size), str(self.gradient_checkpointing).lower()
+        if size != AUTO and not (size.isdecimal() and int(size)):
+            raise RecipeError(f"per_device_train_batch_size: {size!r} is neither a number from 1 nor auto.")
+        if checkpointing not in (AUTO, "true", "false"):
+            raise RecipeError(f"gradient_checkpointing: {checkpointing!r} is none of true, false, auto.")
+        self.open_keys = {
+            key
+            for key, value in (("per_device_train_batch_size", size), ("gradient_checkpointing", checkpointing))
+            if value == AUTO
+        }
+        self.per_device_train_batch_size = 1 if size == AUTO else int(size)
+        self.gradient_checkpointing = self.activation_checkpointing = checkpointing != "false"
+
+    @property
+    def records(self) -> int:
+        """Of a step on one GPU."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def settled(self) -> dict[str, int]:
+        """The keys of a batch, if they were left open, as they are run."""
+        if "per_device_train_batch_size" not in self.open_keys:
+            return {}
+        return {key: getattr(self, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+
+    def settle(self, plan: Plan, quantization: str) -> None:
+        """Takes the plan over; the records of a step stay the same."""
+        records = self.records
+        self.per_device_train_batch_size = plan.micro_batch
+        self.gradient_accumulation_steps = records // plan.micro_batch
+        self.gradient_checkpointing = self.activation_checkpointing = bool(plan.checkpoint_every)
+        if plan.checkpoint_every:
+            # bitsandbytes keeps each input of an int8 layer where only the reentrant kind can let go of it.
+            kind = {"use_reentrant": quantization == "int8"}
+            given = self.activation_checkpointing_kwargs or {}
+            self.activation_checkpointing_kwargs = {**kind, "every_n_layers": plan.checkpoint_every, **given}
 
 
 @dataclass
@@ -313,7 +387,9 @@ def with_recipe_path(arguments: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def check_model(model: ModelArguments) -> None:
-    """Raises RecipeError at once if there is no such model here, nor a way to download it."""
+    """Raises RecipeError at once if there is no such model here, nor a way to download it, or FSDP cannot take it."""
+    if is_fsdp_enabled() and model.quantization == "int8":
+        raise RecipeError("quantization: FSDP cannot shard int8 weights. Use int4, or launch without FSDP.")
     if model.tiny_base_steps:
         return
     try:
@@ -397,8 +473,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The base, quantised as asked, and the adapter to attach."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    device_map = None if is_fsdp_enabled() else {"": training.device}
-    return load_base(model.model_name_or_path, model.quantization, dtype, device_map, revision), lora_config(model)
+    name, sharded = model.model_name_or_path, is_fsdp_enabled()
+    base = load_base(name, model.quantization, dtype, training.device, revision, sharded, training.liger)
+    return base, lora_config(model)
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:
@@ -439,22 +516,53 @@ def preflight(
     config = AutoConfig.from_pretrained(model.model_name_or_path)
     lengths = {name: check_records(name, split, answers) for name, split in splits.items()}
     check_lengths(splits, lengths, training.max_length, config)
-    longest = longest_record(lengths)
     longest_answer = max(map(len, answers.values()))
-    size = count_parameters(config, model)
-    memory = estimate_memory(
-        config, size, model, training, longest, min(longest, longest_answer * training.per_device_train_batch_size)
-    )
+    work = describe_model(config, model, training, longest_record(lengths), longest_answer)
+    plan = make_plan(work, training)
+    training.settle(plan, model.quantization)
+    sampler.group(lengths["train"][0], global_batch(training))
+    rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
     facts = {
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "balance": f"{data.balance}: an epoch takes {sampler}",
-        **describe_work(training, size, memory, len(sampler)),
+        **describe_work(training, work, plan, max(rows), len(sampler)),
     }
     shown = {**splits, "train": splits["train"].select(range(sampler.records))}
     return lay_out_preflight(
         f"{data.dataset_config} on {model.model_name_or_path}, {model.quantization}", shown, facts
     )
+
+
+def describe_model(config, model: ModelArguments, training: "RunArguments", tokens: int, asked: int) -> Work:
+    """What of a recipe decides the memory; for ``tokens`` and ``asked`` see memory.Work."""
+    width = 2 if training.bf16 or training.fp16 else 4
+    moment = 1 if "8bit" in training.optim else 4
+    size = count_parameters(config, lora_config(model))
+    return Work(config, size, model.quantization, width, moment, bool(model.lora_dropout), tokens, asked)
+
+
+def make_plan(work: Work, training: "RunArguments") -> Plan:
+    """What the recipe leaves open, by the memory that there is; a run that was begun keeps its micro-batch."""
+    begun = None if training.overwrite_output_dir else begun_run(Path(training.output_dir))
+    device = "none" if training.awaits_gpu else training.device.type
+    size, every = training.per_device_train_batch_size, int(training.gradient_checkpointing)
+    if "per_device_train_batch_size" in training.open_keys:
+        size = begun["micro_batch"] if begun else None
+    if "gradient_checkpointing" in training.open_keys:
+        every = None
+    return choose(work, training.records, size, every, memory_there(work.quantization, device))
+
+
+def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers: dict) -> tuple[int, int]:
+    """Tokens of the longest row of answers that an evaluation reads, and how many of them are answers'."""
+    rows = Counter()
+    asked = [sum(len(answers[answer]) for answer in offered) for offered in split["answers"]]
+    lengths = totals - learnt + np.array(asked)
+    for decision, length in zip(split["decision_id"], lengths.tolist(), strict=True):
+        rows[decision] += length
+    longest = max(int(lengths.max()), min(max(rows.values()), ROW_TOKENS))
+    return longest, math.ceil(longest * max(a / n for a, n in zip(asked, lengths.tolist(), strict=True)))
 
 
 def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
@@ -480,18 +588,35 @@ def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tupl
 
 
 def describe_work(
-    training: "RunArguments", size: "ModelSize", memory: dict[str, float], records: int
+    training: "RunArguments", work: Work, plan: Plan, row: tuple[int, int], records: int
 ) -> dict[str, str]:
     """What is trained, in how much memory, for how long; an epoch takes so many records."""
     steps, epochs = count_steps(training, records)
+    size, parts, evaluation = work.size, work.step(*plan), work.evaluation(*row)
+    there = memory_there(work.quantization, "none" if training.awaits_gpu else training.device.type)
+    detail = ", ".join(f"{part} {gib:.1f}" for part, gib in parts.items())
     return {
         "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
-        "memory": f"about {sum(memory.values()):.1f} GiB at the peak of a step, estimated, not measured ("
-        + ", ".join(f"{part} {gib:.1f}" for part, gib in memory.items())
-        + ")"
-        + warn_of_memory(sum(memory.values())),
-        "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs",
+        "memory": f"about {sum(parts.values()):.1f} GiB at the peak of a step, estimated, not measured ({detail})"
+        + compare(sum(parts.values()), there, training.awaits_gpu),
+        "evaluation": f"about {evaluation:.1f} GiB to score the {row[0]} tokens of the longest decision; more of them "
+        "at once as memory allows" + compare(evaluation, there, training.awaits_gpu),
+        "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs; {describe_plan(plan)}",
     }
+
+
+def describe_plan(plan: Plan) -> str:
+    kept = {0: "all activations kept", 1: "every layer computed twice"}
+    twice = kept.get(plan.checkpoint_every, f"every {plan.checkpoint_every}th layer computed twice")
+    return f"micro-batches of {plan.micro_batch}, {twice}"
+
+
+def compare(gib: float, there: float | None, awaited: bool) -> str:
+    """How an estimate stands to the memory that there is."""
+    if there is None:
+        return ""
+    whose = f"a card of {there + CONTEXT_GIB:.0f} GB leaves" if awaited else "this GPU has"
+    return f"; {whose} only {there:.1f}" if gib > there else f", of {there:.1f} that {whose}"
 
 
 def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, str]) -> str:
@@ -505,13 +630,6 @@ def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, st
             "",
         ]
     )
-
-
-def warn_of_memory(gib: float) -> str:
-    if not torch.cuda.is_available():
-        return ""
-    there = torch.cuda.get_device_properties(0).total_memory / GIB - CONTEXT_GIB
-    return f"; this GPU has only {there:.1f}" if gib > there else f" of {there:.1f}"
 
 
 def describe_split(name: str, split: Dataset) -> str:
@@ -550,9 +668,9 @@ def check_records(name: str, split: Dataset, answers: dict[str, tuple[int, ...]]
 
 def check_lengths(splits: DatasetDict, lengths: dict, max_length: int | None, config) -> None:
     """Raises RecipeError if a record is longer than max_length, which would cut its answer off, without a word."""
-    context = getattr(config, "max_position_embeddings", None) or math.inf
+    context = context_limit(config)
     if (max_length or 0) > context:
-        raise RecipeError(f"max_length {max_length} is more than the model's context of {context} tokens.")
+        raise RecipeError(f"max_length {max_length} is more than the {context} tokens that the model sees at once.")
     limit = max_length or context
     over = {name: np.flatnonzero(total > limit) for name, (total, _) in lengths.items()}
     if not any(map(len, over.values())):
@@ -583,66 +701,6 @@ def count_steps(training: TrainingArguments, records: int) -> tuple[int, float]:
     return math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs
 
 
-@dataclass
-class ModelSize:
-    """Parameters: of the base, of its linear layers but the head, of the largest one, of the adapter, and trained."""
-
-    total: int
-    linear: int
-    largest: int
-    adapter: int
-    trainable: int
-
-
-def count_parameters(config, model: ModelArguments) -> ModelSize:
-    """Counts on a model without storage, so that nothing is read or allocated."""
-    logging.disable(logging.WARNING)
-    try:
-        with init_empty_weights():
-            base = AutoModelForCausalLM.from_config(config)
-    finally:
-        logging.disable(logging.NOTSET)
-    head = base.get_output_embeddings()
-    linear = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    total = sum(parameter.numel() for parameter in base.parameters())
-    if not model.lora_r:
-        return ModelSize(total, sum(linear), max(linear), 0, total)
-    adapted = get_peft_model(base, lora_config(model), low_cpu_mem_usage=True)
-    adapter = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    return ModelSize(total, sum(linear), max(linear), adapter, adapter)
-
-
-def estimate_memory(
-    config, size: ModelSize, model: ModelArguments, training: TrainingArguments, tokens: int, logits_at: int
-) -> dict[str, float]:
-    """GiB of GPU memory at the peak of a step, by part, from shapes alone; not the CUDA context.
-
-    Weights: 4-bit ones take 4 bits, and 8 bits a block of 64 for its doubly quantised scale (QLoRA,
-    https://arxiv.org/abs/2305.14314, section 3); 8-bit ones a byte; what is not linear, and the head, 16 or 32 bits.
-    Trained parameters: in float32, with their gradients and two Adam moments (8 bits each with an 8-bit optimiser).
-    Activations: with gradient checkpointing each layer's input, and one layer's inside with its gradient; and the
-    largest quantised matrix, which is multiplied in 16 bits. It errs upwards: the inside of a layer and the logits do
-    not peak at the same moment.
-
-    Args:
-        tokens: of the longest record.
-        logits_at: positions a record whose logits are computed; all ``tokens``, if that were not limited to answers.
-    """
-    width = 4 if not (training.bf16 or training.fp16) else 2
-    weight = {"int4": 0.5 + 1 / 64, "int8": 1.0, "none": float(width)}[model.quantization]
-    moment = 1 if "8bit" in training.optim else 4
-    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    batch = training.per_device_train_batch_size
-    inside = 8 * hidden + 4 * config.intermediate_size  # what one decoder layer keeps for its backward pass
-    kept = (hidden * layers + 2 * inside) if training.gradient_checkpointing else (inside * layers)
-    return {
-        "weights": (size.linear * weight + (size.total - size.linear) * width) / GIB,
-        "trained": size.trainable * (4 + 4 + 2 * moment) / GIB,
-        "activations": (batch * tokens * kept + size.largest) * width / GIB,
-        "logits": batch * logits_at * vocabulary * (width + 4 + 4) / GIB,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Train
 
@@ -657,11 +715,14 @@ class EpochSampler(torch.utils.data.Sampler):
     Attributes:
         copies: how many times over the data set holds the split, each differently shuffled inside; epoch e draws
             from copy e.
+        lengths: tokens of each record of the data set, if those of like length are to come together.
+        step: records of an optimiser step, on all processes.
     """
 
     def __init__(self, trades: list[bool], balance: str, seed: int):
         self.kinds = [np.flatnonzero(np.array(trades) == kind) for kind in (True, False)]
         self.records, self.balance, self.seed, self.copies, self.epoch = len(trades), balance, seed, 1, 0
+        self.lengths, self.step = None, 1
         smaller = min(map(len, self.kinds))
         if balance != "none" and not smaller:
             raise RecipeError(f"balance: {balance} needs both trades and non-trades in the training split.")
@@ -674,7 +735,28 @@ class EpochSampler(torch.utils.data.Sampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         drawn = [rng.permutation(kind)[:take] for kind, take in zip(self.kinds, self.takes, strict=True)]
         start = self.epoch % self.copies * self.records
-        return iter((start + rng.permutation(np.concatenate(drawn))).tolist())
+        return iter(self.alike(start + rng.permutation(np.concatenate(drawn)), rng).tolist())
+
+    def alike(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The order changed so that micro-batches hold records of like length, which need little padding.
+
+        Up to eight of like length come together, and a step takes several such groups, drawn at random and sorted.
+        Which records make up a step does not depend on how it is divided into micro-batches and processes. What does
+        not fill a step stays last as it was drawn, lest the longest be left out.
+        """
+        if self.lengths is None:
+            return order
+        size = max(n for n in range(1, ALIKE + 1) if self.step % n == 0)
+        whole = len(order) // self.step * self.step
+        groups = []
+        for near in np.split(order[:whole], range(NEAR * size // ALIKE, whole, NEAR * size // ALIKE)):
+            groups.append(near[np.argsort(self.lengths[near], kind="stable")].reshape(-1, size))
+        steps = rng.permutation(np.concatenate(groups)).reshape(-1, self.step)
+        by_length = np.argsort(self.lengths[steps], axis=1, kind="stable")
+        return np.concatenate([np.take_along_axis(steps, by_length, axis=1).ravel(), order[whole:]])
+
+    def group(self, lengths: np.ndarray, step: int) -> None:
+        self.lengths, self.step = lengths, step
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -710,6 +792,18 @@ class ScoringTrainer:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        if checkpoint is None or self.is_fsdp_enabled or not getattr(optimizer, "is_paged", False):
+            return
+        # What was loaded lies in plain memory. On one GPU it would stay there; on several it is still marked as paged,
+        # and bitsandbytes ends the process when it prefetches it.
+        for parameter, state in optimizer.state.items():
+            for name in state.keys() & {"state1", "state2"}:
+                paged = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = paged.copy_(state[name])
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return self.sampler
 
@@ -735,17 +829,23 @@ class ScoringTrainer:
         return answer_metrics(split, scored)
 
     def score(self, split: Dataset) -> list[Scored]:
-        """The scores of each record's admissible answers, every process taking its share of the records."""
-        processes, last = self.accelerator.num_processes, len(split) - 1
-        share = math.ceil(len(split) / processes)
-        start = share * self.accelerator.process_index
+        """The scores of each record's admissible answers, every process taking its share of the decisions."""
+        processes = self.accelerator.num_processes
+        groups = [list(rows) for _, rows in itertools.groupby(range(len(split)), key=split["decision_id"].__getitem__)]
+        share = math.ceil(len(groups) / processes)
+        # A sharded model needs all processes in each pass: one without a share takes the last decision once more.
+        start = min(share * self.accelerator.process_index, len(groups) - 1)
+        mine = [place for group in groups[start : start + share] for place in group]
         prompts, answers = [], []
-        # All take equally many, for a sharded model needs all processes at each step: the last record fills up.
-        for row in split.select([min(i, last) for i in range(start, start + share)]):
+        for row in split.select(mine):
             prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
             answers.append([self.answers[answer] for answer in row["answers"]])
-        scored = score_answers(self.model_wrapped, prompts, answers, self.args.per_device_eval_batch_size)
-        return gather_object(scored)[: len(split)] if processes > 1 else scored
+        decisions = [split["decision_id"][place] for place in mine]
+        found = score_answers(self.model_wrapped, prompts, answers, decisions, self.args.batch_tokens)
+        scored = dict(zip(mine, found, strict=True))
+        if processes > 1:
+            scored = dict(gather_object(list(scored.items())))
+        return [scored[place] for place in range(len(split))]
 
 
 class AnswerTrainer(ScoringTrainer, SFTTrainer):
@@ -759,13 +859,14 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers' tokens; the logits of all other positions are never computed."""
         labels = inputs.pop("labels")
-        kept = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]  # where some record's next token is its answer's
-        outputs = model(**inputs, logits_to_keep=kept, use_cache=False)
-        logits, targets = outputs.logits.float(), labels[:, kept + 1]
-        by_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        weighted = (by_token.sum(1) * self.weights_of(labels)).sum()
+        rows, columns = places = (labels[:, 1:] != IGNORE).nonzero().T  # whose next token is an answer's
+        with head_at(model, places):
+            outputs = model(**inputs, use_cache=False)
+        targets = labels[rows, columns + 1]
+        by_token = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets, reduction="none")
+        weighted = (by_token * self.weights_of(labels)[rows]).sum()
         if num_items_in_batch is None:
-            loss = weighted / (targets != IGNORE).sum()
+            loss = weighted / len(targets)
         else:  # answer tokens of all processes and accumulated batches; DDP then takes the mean over processes
             loss = weighted / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -878,8 +979,10 @@ def describe_run(
             **keys_of(model),
             **keys_of(data),
             **{key: given[key] for key in given if key not in NOT_OF_THE_RUN},
+            **training.settled(),
         },
         "processes": training.world_size,
+        "micro_batch": training.per_device_train_batch_size,
         "seed": training.seed,
         "versions": {
             name: importlib.metadata.version(name)
@@ -894,7 +997,10 @@ def keys_of(part: ModelArguments | DataArguments) -> dict:
     return {key.name: getattr(part, key.name) for key in fields(part) if key.init}
 
 
-NOT_OF_THE_RUN = ("dry_run", "overwrite_output_dir", "push_to_hub", "output_dir")
+# What changes nothing that comes out of a run: it may go on with another.
+NOT_OF_THE_RUN = (
+    "dry_run", "overwrite_output_dir", "push_to_hub", "output_dir", "batch_tokens", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def open_run(folder: Path, manifest: dict, overwrite: bool) -> Path | None:
@@ -1216,10 +1322,12 @@ def run(command: Callable[[], None]) -> None:
         command()
     except (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         sys.exit(
-            f"error: the GPU's memory is full: halve per_device_train_batch_size and double "
-            f"gradient_accumulation_steps, or use quantization int4. ({error})"
+            "error: the GPU's memory is full: give --per_device_train_batch_size 1, with gradient_accumulation_steps "
+            f"as many as a step has records, --gradient_checkpointing true, or --quantization int4. ({error})"
         )
 
 

@@ -22,24 +22,19 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from policy import answer_tokens, chat_ids, pad, read_prompts, score_answers  # noqa: E402
+from policy import answer_tokens, chat_ids  # noqa: E402
+from scoring import score_answers  # noqa: E402
 from tiny_phi3 import random_phi3, train_tokenizer  # noqa: E402
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
-LABEL_SCORING, SEPARATE, READING = "label scoring", "a forward pass for each answer", "reading the prompts alone"
+LABEL_SCORING, SEPARATE = "label scoring", "a forward pass for each answer"
 MILLION = 1_000_000
 
 
 def score_labels(model: PreTrainedModel, prompts: list, answers: list, batch_size: int) -> list[list[float]]:
-    return [one.log_probabilities for one in score_answers(model, prompts, answers, batch_size)]
-
-
-@torch.inference_mode()
-def read_alone(model: PreTrainedModel, prompts: list, answers: list, batch_size: int) -> None:
-    """Reads the prompts as label scoring does, and scores nothing: the most that any scoring could reach."""
-    ordered = sorted(prompts, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        read_prompts(model, pad([prompt[:-1] for prompt in ordered[start : start + batch_size]]))
+    """In batches of about so many prompts."""
+    tokens = batch_size * max(map(len, prompts))
+    return [one.log_probabilities for one in score_answers(model, prompts, answers, batch_tokens=tokens)]
 
 
 @torch.inference_mode()
@@ -80,7 +75,6 @@ def contenders(batch_sizes: list[int]) -> dict[str, tuple]:
         "`generate`, one by one": (generate, 1),
         **{f"`generate`, batches of {size}": (generate, size) for size in batch_sizes},
         f"{SEPARATE}, one by one": (separate_passes, 1),
-        **{f"{READING}, batches of {size}": (read_alone, size) for size in batch_sizes[-1:]},
     }
 
 

@@ -21,6 +21,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
 
 SCRIPT = Path(__file__).parents[1] / "covered_call_candidates.py"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "real_data"
+REAL_PHI3 = Path(__file__).parents[2] / "shared" / "real_models" / "phi-3-mini"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import datasets  # noqa: E402
@@ -45,6 +46,7 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real backtest files in {REAL_DATA}")
+needs_real_phi3 = pytest.mark.skipif(not REAL_PHI3.is_dir(), reason=f"no tokenizer of Phi-3-mini in {REAL_PHI3}")
 runs_scripts = pytest.mark.skipif(
     int(datasets.__version__.split(".")[0]) >= 4,
     reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",

@@ -414,7 +414,7 @@ def run(capsys, *arguments) -> tuple[int, str]:
 
 
 def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_policy, "load_model", lambda folder: Stub())
+    monkeypatch.setattr(evaluate_policy, "load_model", lambda folder, batch_tokens: Stub())
     out = tmp_path / "report"
     status, printed = run(capsys, "--model", "out/x", "--data_files", backtest, "--output_dir", out)
     assert status == 0
@@ -473,7 +473,9 @@ def test_a_cutoff_that_is_no_date_is_refused(backtest, capsys):
 
 
 def test_decisions_that_the_model_may_have_learnt_are_told(backtest, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_policy, "load_model", lambda folder: Stub(until="2024-12-25T00:00:00+00:00"))
+    monkeypatch.setattr(
+        evaluate_policy, "load_model", lambda folder, batch_tokens: Stub(until="2024-12-25T00:00:00+00:00")
+    )
     _, printed = run(capsys, "--model", "x", "--data_files", backtest, "--output_dir", tmp_path / "report")
     assert "not later than the model's training decisions, which end on 2024-12-25" in printed
 

@@ -19,12 +19,15 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_train_sft import adapter, difference
 from transformers import AutoTokenizer
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import evaluate_policy
 import train_dpo
 import train_sft
 from covered_call_candidates import load_candidates
-from policy import Policy, PolicyError, Scored
+from policy import Policy, PolicyError
+from scoring import Scored
 from tiny_phi3 import random_phi3, train_tokenizer
 from train_sft import RecipeError
 
@@ -87,8 +90,12 @@ def start(home, base, csv_file) -> Path:
 
 @pytest.fixture
 def words(base, csv_file, tmp_path) -> list[str]:
+    return quick_run(base, csv_file, tmp_path / "out")
+
+
+def quick_run(base, csv_file, folder) -> list[str]:
     """The command line of a quick run on the random base."""
-    paths = ["--model_name_or_path", str(base), "--data_files", csv_file, "--output_dir", str(tmp_path / "out")]
+    paths = ["--model_name_or_path", str(base), "--data_files", csv_file, "--output_dir", str(folder)]
     return ["--config", "tiny_dpo", *QUICK, *NO_CHECKPOINTS, "--beta", "0.1", "--tiny_base_steps", "0", *paths]
 
 
@@ -145,9 +152,16 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("precompute_ref_log_probs", "true"), ("sync_ref_model", "true"), ("ld_alpha", "0.5")]
+    "key, value",
+    [
+        ("precompute_ref_log_probs", "true"),
+        ("sync_ref_model", "true"),
+        ("ld_alpha", "0.5"),
+        ("truncation_mode", "keep_end"),
+        ("pad_to_multiple_of", "8"),
+    ],
 )
-def test_a_key_that_would_change_the_reference_is_refused_with_the_reason(key, value):
+def test_a_key_that_would_be_overruled_is_refused_with_the_reason(key, value):
     with pytest.raises(RecipeError, match=f"{key}: .* cannot be set: .*Remove it"):
         parse("--config", "tiny_dpo", f"--{key}", value)
 
@@ -225,7 +239,7 @@ def test_a_dry_run_counts_the_pairs_and_trains_nothing(words, start, tmp_path, c
     assert re.search(r"^train +62 +62 +2024-09-01 2024-11-02 +50.0%  NO_TRADE 31, 1 31$", text, re.MULTILINE)
     assert re.search(r"^chosen +as above, against 1 31, NO_TRADE 31 in train$", text, re.MULTILINE)
     assert "on which alone each record's loss is" in text and "no second model" in text
-    assert re.search(r"^steps +3 of 8 records: 0.4 epochs$", text, re.MULTILINE)
+    assert re.search(r"^steps +3 of 8 records: 0.4 epochs; micro-batches of 8, ", text, re.MULTILINE)
     assert not (tmp_path / "out").exists()
 
 
@@ -286,20 +300,118 @@ def test_the_reference_is_the_log_probability_of_the_answer_through_its_end(word
             assert row[f"ref_{side}_logps"] == pytest.approx(scores.sum().item(), abs=1e-4)
 
 
-def test_the_loss_is_that_of_the_paper(words, start, monkeypatch):
-    trainer = trainer_of(monkeypatch, *words, "--adapter", start, "--beta", "7")
+@pytest.fixture(scope="module")
+def moved(home, base, csv_file, start) -> train_dpo.PreferenceTrainer:
+    """A trainer whose model has moved away from its start."""
+    words = quick_run(base, csv_file, home / "moved")
+    more = ["--adapter", start, "--beta", "7", "--use_weighting", "true"]  # TRL 1 then prepares for weights too
+    trainer = trainer_of(pytest.MonkeyPatch(), *words, *more)
+    trainer.use_weighting = False
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(5)
-    batch = batch_of(trainer)
-    logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-    by_token = logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0] * batch["completion_mask"][:, 1:]
-    chosen, rejected = by_token.sum(1).chunk(2)
-    gain = chosen - rejected - (batch["ref_chosen_logps"] - batch["ref_rejected_logps"])
-    expected = -torch.nn.functional.logsigmoid(7 * gain).mean().item()
+    trainer.model.train()
+    return trainer
+
+
+def unlike_pairs(trainer) -> list[dict]:
+    """Pairs whose prompts and answers are of different lengths; one answer begins as the one against it."""
+    one, two, three = trainer.train_dataset.select(range(3))
+    return [
+        {**one, "prompt_ids": one["prompt_ids"][:90]},
+        {**two, "chosen_ids": [9], "rejected_ids": [9, 8, 7, 6]},
+        {**three, "prompt_ids": three["prompt_ids"][:150], "chosen_ids": [5, 4, 3, 2, 1]},
+    ]
+
+
+def losses_of(trainer, pairs) -> list[torch.Tensor]:
+    """The loss of the pairs, each read in one row; and TRL's own, of two sequences a pair."""
+    collate = DataCollatorForPreference(trainer.processing_class.pad_token_id)
+    return [
+        trainer.compute_loss(trainer.model, train_dpo.PairCollator(trainer.processing_class.pad_token_id)(pairs)),
+        DPOTrainer._compute_loss(trainer, trainer.model, collate(pairs), False),
+    ]
+
+
+def gradient(trainer, loss) -> torch.Tensor:
+    trainer.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def test_the_loss_is_that_of_the_paper(moved):
+    pairs, differences = unlike_pairs(moved), []
+    for pair in pairs:
+        scores = {}
+        for side in ("chosen", "rejected"):
+            answer = pair[f"{side}_ids"]
+            logits = moved.model(torch.tensor([pair["prompt_ids"] + answer])).logits[0, -len(answer) - 1 : -1]
+            scores[side] = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+            scores[side] -= pair[f"ref_{side}_logps"]
+        differences.append(scores["chosen"] - scores["rejected"])
+    expected = -torch.nn.functional.logsigmoid(7 * torch.stack(differences)).mean().item()
     assert abs(expected - LN2) > 5e-3
-    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected, abs=1e-5)
+    assert losses_of(moved, pairs)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_types": [name]} for name in ("sigmoid", "ipo", "hinge", "aot", "apo_down", "sft")),
+        {"loss_types": ["sigmoid"], "f_divergence_type": "js_divergence"},
+        {"loss_types": ["sigmoid", "sft"], "loss_weights": [0.3, 0.7]},
+        {"use_weighting": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_loss_gradient_and_metrics_are_those_of_two_sequences_a_pair(settings, moved, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setattr(moved, name, value)
+    moved._metrics["train"].clear()
+    losses = losses_of(moved, unlike_pairs(moved))
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    ours, theirs = (gradient(moved, loss) for loss in losses)
+    assert theirs.abs().max() > 1e-3
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    metrics = {name: values for name, values in moved._metrics["train"].items() if name != "num_tokens"}
+    assert len(metrics) > 9
+    for name, (own, its) in metrics.items():
+        assert own == pytest.approx(its, rel=1e-4, abs=5e-5), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_gradient_is_the_same_where_activations_are_computed_twice(reentrant, moved, request):
+    pairs, runs = unlike_pairs(moved), []
+    expected = gradient(moved, losses_of(moved, pairs)[0])
+    moved.model.enable_input_require_grads()
+    request.addfinalizer(moved.model.disable_input_require_grads)
+    moved.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    request.addfinalizer(moved.model.gradient_checkpointing_disable)
+    layer = moved.model.base_model.model.model.layers[0].mlp
+    request.addfinalizer(layer.register_forward_pre_hook(lambda *_: runs.append(1)).remove)
+    loss = moved.compute_loss(moved.model, train_dpo.PairCollator(0)(pairs))
+    assert (gradient(moved, loss) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert len(runs) == 2
+
+
+def test_a_prompt_is_read_once_for_both_answers_and_logits_are_computed_where_they_are_asked(moved, request):
+    read, asked = [], []
+    embedding, head = moved.model.get_input_embeddings(), moved.model.get_output_embeddings()
+    request.addfinalizer(embedding.register_forward_hook(lambda _, given, __: read.append(given[0])).remove)
+    request.addfinalizer(head.register_forward_hook(lambda _, given, __: asked.append(given[0])).remove)
+    batch = batch_of(moved)
+    moved._metrics["train"].clear()
+    before = moved._total_train_tokens
+    moved.compute_loss(moved.model, batch)
+    pairs = moved.train_dataset.select(list(moved.sampler)[: len(batch["input_ids"])])
+    answers = [[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs]
+    prompts = [len(pair["prompt_ids"]) for pair in pairs]
+    tokens = [prompt + sum(both) - 2 for prompt, both in zip(prompts, answers, strict=True)]
+    assert [len(rows) for rows in read] == [len(pairs)] and read[0].shape[1] == max(tokens)
+    assert moved._metrics["train"]["num_tokens"] == [before + sum(tokens)]
+    assert read[0].numel() < 0.6 * sum(2 * prompt + sum(both) for prompt, both in zip(prompts, answers, strict=True))
+    assert [places.shape[:2].numel() for places in asked] == [sum(sum(both) - 1 for both in answers)]
 
 
 def test_metrics_of_hand_made_pairs():

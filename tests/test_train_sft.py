@@ -1,6 +1,7 @@
 """Recipes, the preflight, fine-tuning, resuming and what is saved, on the CPU."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -14,10 +15,21 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import REAL_DATA, SCRIPT, decision, needs_real_data, no_candidates, python, write_csv
+from conftest import (
+    REAL_DATA,
+    REAL_PHI3,
+    SCRIPT,
+    decision,
+    needs_real_data,
+    needs_real_phi3,
+    no_candidates,
+    python,
+    write_csv,
+)
 from datasets import Dataset
 from hub_standin import Hub
 from hypothesis import given
@@ -26,9 +38,12 @@ from safetensors.torch import load_file
 from test_policy import FAMILIES
 from transformers import AutoConfig, AutoTokenizer, TrainerControl, TrainerState
 
+import policy
 import train_sft
 from covered_call_candidates import CandidatesError
-from policy import PolicyError, Scored, load_tuned
+from memory import Plan
+from policy import answer_tokens, check_fits, encode, load_tokenizer, load_tuned
+from scoring import MemoryFull, PolicyError, Scored
 from tiny_phi3 import build_tiny_base, random_phi3, tiny_base_path, train_tokenizer
 
 RECIPES = list(train_sft.SFT.recipes)
@@ -145,10 +160,19 @@ def test_a_balance_that_is_none_of_three_is_refused():
 def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(train_sft.SFTConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(train_sft.SFTConfig, "__post_init__", lambda self: setattr(self, "_n_gpu", 1))
     monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 1)
     arguments = train_sft.TrainingArguments(bf16=True)
     assert (arguments.bf16, arguments.fp16) == (False, True)
+
+
+def test_one_of_several_gpus_is_used_unless_launched_and_that_is_said(monkeypatch, caplog):
+    """Transformers would spread each batch over them: twice the micro-batch, and one of the stacks dies of it."""
+    monkeypatch.setattr(train_sft.SFTConfig, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
+    monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 1)
+    arguments = train_sft.TrainingArguments(use_cpu=True, per_device_train_batch_size="4")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert "There are 2 GPUs here, and this run uses one. For all: accelerate launch" in caplog.text
 
 
 def test_the_command_line_wins_over_the_recipe_and_takes_hyphens():
@@ -302,6 +326,47 @@ def test_downsampling_lets_other_records_have_their_turn():
     assert len(seen) > 40
 
 
+LENGTHS = st.lists(st.integers(1, 900), min_size=1, max_size=90)
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
+def test_records_of_like_length_come_together_each_once_by_a_law_of_seed_and_epoch(lengths, step, seed, epoch):
+    def order() -> list[int]:
+        sampler = train_sft.EpochSampler([True] * len(lengths), "none", seed)
+        sampler.group(np.array(lengths), step)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order()) == list(range(len(lengths))) and order() == order()
+
+
+def padding(order: list[int], lengths: np.ndarray, micro_batch: int) -> float:
+    """The share of the tokens read that is padding."""
+    batches = lengths[np.array(order)].reshape(-1, micro_batch)
+    return 1 - batches.sum() / (batches.max(1).sum() * micro_batch)
+
+
+@pytest.mark.parametrize("micro_batch, before", [(2, 0.1), (8, 0.3)])
+def test_grouping_leaves_next_to_no_padding(micro_batch, before):
+    lengths = np.random.default_rng(0).choice(np.arange(220, 860, 64), 2_048)
+    sampler = train_sft.EpochSampler([True] * len(lengths), "none", 0)
+    assert padding(list(sampler), lengths, micro_batch) > before
+    sampler.group(lengths, 16)
+    assert padding(list(sampler), lengths, micro_batch) < 0.02
+
+
+def test_grouping_mixes_lengths_within_an_epoch_and_changes_with_it():
+    lengths = np.arange(1_000)
+    sampler = train_sft.EpochSampler([True] * 1_000, "none", 0)
+    sampler.group(lengths, 16)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    steps = lengths[np.array(first[:992])].reshape(-1, 16).mean(1)
+    assert abs(np.corrcoef(np.arange(62), steps)[0, 1]) < 0.3
+    assert all(np.diff(lengths[np.array(first[i : i + 16])]).min() >= 0 for i in range(0, 992, 16))
+
+
 def test_weights_give_both_kinds_the_same_share():
     sampler = train_sft.EpochSampler([True] * 20 + [False] * 80, "weight", seed=0)
     trade, other = sampler.weights()
@@ -331,7 +396,14 @@ def test_a_dry_run_prints_the_preflight_and_trains_nothing(words, tmp_path, caps
     assert "an epoch takes 36 of 36 trades and 36 of 108 non-trades" in text
     assert re.search(r"^parameters 28,672 of [\d,]+ are trained$", text, re.MULTILINE)
     assert re.search(r"^memory .*estimated, not measured", text, re.MULTILINE)
-    assert re.search(r"^steps +3 of 32 records: 1.0 epochs$", text, re.MULTILINE)
+    assert re.search(
+        r"^evaluation about \d.\d GiB to score the \d+ tokens of the longest decision; .* that a card of 6 GB leaves$",
+        text,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^steps +3 of 32 records: 1.0 epochs; micro-batches of 32, all activations kept$", text, re.MULTILINE
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +422,7 @@ def test_a_record_longer_than_max_length_stops_the_run_with_its_name_and_the_len
 
 
 def test_max_length_beyond_the_models_context_is_refused(words):
-    with pytest.raises(train_sft.RecipeError, match="more than the model's context of 2048"):
+    with pytest.raises(train_sft.RecipeError, match="more than the 2048 tokens that the model sees at once"):
         train_sft.main([*words, "--max_length", "4096", "--dry_run"])
 
 
@@ -379,6 +451,135 @@ def test_steps_are_counted_as_the_trainer_counts_them(words, monkeypatch, drop_l
 def test_too_few_records_for_a_batch_are_an_error(words):
     with pytest.raises(train_sft.RecipeError, match="do not fill a batch"):
         train_sft.main([*words, "--per_device_train_batch_size", "999", "--dataloader_drop_last", "true"])
+
+
+# --- What a recipe leaves to the memory
+
+
+def test_a_step_takes_the_same_records_whatever_the_micro_batch():
+    arguments = parse("--config", "ranking", "--use_cpu", "true", "--bf16", "false")[2]
+    assert (arguments.open_keys, arguments.records) == ({"per_device_train_batch_size", "gradient_checkpointing"}, 16)
+    for plan in (Plan(4, 1), Plan(8, 0)):
+        arguments.settle(plan, "int4")
+        assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (
+            plan.micro_batch,
+            16 // plan.micro_batch,
+        )
+        assert arguments.activation_checkpointing is bool(plan.checkpoint_every)
+    given = parse("--config", "ranking", "--use_cpu", "true", "--per_device_train_batch_size", "2")[2]
+    assert (given.open_keys, given.records) == ({"gradient_checkpointing"}, 32)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("per_device_train_batch_size", "0", "'0' is neither a number from 1 nor auto"),
+        ("per_device_train_batch_size", "many", "'many' is neither"),
+        ("gradient_checkpointing", "2", "'2' is none of true, false, auto"),
+        ("per_device_eval_batch_size", "4", "cannot be set: answers are scored by tokens.*batch_tokens"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(key, value, message):
+    with pytest.raises(train_sft.RecipeError, match=f"{key}: .*{message}"):
+        parse("--config", "tiny", f"--{key}", value)
+
+
+def test_the_micro_batch_is_chosen_said_and_kept(words, tmp_path, capsys, monkeypatch):
+    words += ["--per_device_train_batch_size", "auto", "--gradient_accumulation_steps", "12"]
+    size = trainer_of(words, monkeypatch).args.per_device_train_batch_size
+    assert size > 1 and 12 % size == 0
+    monkeypatch.setattr(train_sft, "memory_there", lambda *_: 0.0)
+    train_sft.main([*words, "--dry_run", "--output_dir", str(tmp_path / "other")])
+    assert re.search(r"^steps .* 3 of 12 records.*micro-batches of 1, ", capsys.readouterr().out, re.MULTILINE)
+    train_sft.main(words)  # goes on as it was begun, though less memory is free now
+    assert f"micro-batches of {size}, " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["micro_batch"] == size
+    again = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (again["per_device_train_batch_size"], again["gradient_accumulation_steps"]) == (size, 12 // size)
+
+
+def layers_of(trainer) -> list:
+    return trainer.model.base_model.model.model.layers
+
+
+@pytest.mark.parametrize("quantization, reentrant", [("int4", False), ("int8", True)])
+@pytest.mark.parametrize("every, computed_twice", [(1, [True, True]), (2, [True, False])])
+def test_checkpointing_is_of_the_kind_that_lets_go_and_of_as_many_layers_as_planned(
+    words, monkeypatch, quantization, reentrant, every, computed_twice
+):
+    monkeypatch.setattr(train_sft, "choose", lambda *_: Plan(8, every))
+    trainer = trainer_of(words, monkeypatch, "--quantization", quantization, "--gradient_checkpointing", "auto")
+    trainer.train()
+    assert [layer.gradient_checkpointing for layer in layers_of(trainer)] == computed_twice
+    assert layers_of(trainer)[0]._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8", "none"])
+def test_checkpointing_changes_no_weight(words, tmp_path, quantization):
+    for name in ("true", "false"):
+        train_sft.main(
+            [*words, "--quantization", quantization, "--gradient_checkpointing", name, "--lora_dropout", "0.1"]
+            + ["--output_dir", str(tmp_path / name)]
+        )
+    assert difference(adapter(tmp_path / "true"), adapter(tmp_path / "false")) == 0
+
+
+# --- The real tokenizer
+
+
+@pytest.fixture(scope="module")
+def phi3():
+    return load_tokenizer(str(REAL_PHI3))
+
+
+@needs_real_phi3
+def test_phi3s_answers_end_at_the_end_of_the_turn_and_are_told_apart(phi3):
+    prompt = [{"role": "system", "content": "Decide."}, {"role": "user", "content": "Which?"}]
+    answers = [*map(str, range(1, 41)), "NO_TRADE", "SELL_CALL", "SKIP"]
+    tokens = answer_tokens(phi3, prompt, answers)
+    for answer, ids in tokens.items():
+        assert phi3.decode(ids).strip() == f"{answer}<|end|>"
+        assert phi3.convert_ids_to_tokens(ids[-1]) == "<|end|>" and len(ids) <= 6
+    assert phi3.pad_token != "<|end|>"
+
+
+@needs_real_phi3
+def test_phi3s_tokens_of_the_sample(phi3, load):
+    """What the recipes' max_length and the memory's estimates rest on."""
+    sample = str(SCRIPT.parent / "data" / "sample" / "*.csv")
+    lengths = {}
+    for name in ("per_candidate", "per_decision_ranking"):
+        chats = list(load(name, data_files=sample, splits="train")["train"].select(range(0, 5_000, 5))["messages"])
+        lengths[name] = np.array([len(prompt) + len(answer) for prompt, answer in encode(phi3, chats)])
+    assert 268 < lengths["per_candidate"].mean() < 274 and lengths["per_candidate"].max() <= 277
+    assert 390 < lengths["per_decision_ranking"].mean() < 430 and lengths["per_decision_ranking"].max() <= 794
+
+
+@needs_real_phi3
+@pytest.mark.parametrize("name", ["per_candidate", "ranking"])
+@pytest.mark.parametrize("quantization, card", [("int4", "6 GB"), ("int8", "8 GB")])
+def test_the_phi3_recipes_pass_their_preflight_on_the_real_tokenizer(
+    name, quantization, card, csv_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    paths = ["--model_name_or_path", str(REAL_PHI3), "--data_files", csv_file, "--output_dir", str(tmp_path / "out")]
+    train_sft.main(["--config", name, "--dry_run", "--quantization", quantization, *paths])
+    text = capsys.readouterr().out
+    assert "25,165,824 of 3,846,245,376 are trained" in text
+    assert "told apart by their tokens through <|end|>, on which alone" in text
+    assert text.count(f"that a card of {card} leaves") == 2 and "has only" not in text
+
+
+@needs_real_phi3
+def test_training_and_deciding_know_one_limit_of_length(csv_file, tmp_path):
+    """Phi-3's window of 2,047 tokens, not its 4,096 positions."""
+    paths = ["--model_name_or_path", str(REAL_PHI3), "--data_files", csv_file, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        train_sft.RecipeError, match="max_length 2048 is more than the 2047 tokens that the model sees"
+    ):
+        train_sft.main(["--config", "ranking", "--dry_run", "--max_length", "2048", *paths])
+    with pytest.raises(PolicyError, match="has 2048 tokens, and the model sees 2047"):
+        check_fits(AutoConfig.from_pretrained(REAL_PHI3), 2048)
 
 
 # --- The tiny Phi-3
@@ -756,6 +957,101 @@ def test_push_to_hub_shares_the_finished_run_privately_in_one_commit(words, tmp_
     assert pushed["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     card = pushed["README.md"].decode()
     assert 'Policy.load(snapshot_download("user/out"))' in card and "| validation |" in card
+
+
+# --- Several GPUs, full ones, and what is loaded
+
+
+def test_a_model_that_is_to_be_sharded_is_loaded_on_the_cpu(words, base, monkeypatch):
+    monkeypatch.setattr(train_sft, "is_fsdp_enabled", lambda: True)
+    model, data, training = parse(*words)
+    sharded, _ = train_sft.load_model(model, training)
+    assert {parameter.device.type for parameter in sharded.parameters()} == {"cpu"}
+    assert not sharded.hf_device_map  # accelerate refuses a quantised model that is mapped to another device
+    weight = sharded.model.layers[0].self_attn.qkv_proj.weight
+    assert weight.dtype == torch.float32 and weight.quant_state is not None  # 4 bits inside what FSDP can flatten
+
+
+def test_int8_is_refused_under_fsdp_before_anything_is_read(words, monkeypatch):
+    monkeypatch.setattr(train_sft, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(train_sft, "find_csvs", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(train_sft.RecipeError, match="FSDP cannot shard int8 weights. Use int4"):
+        train_sft.main([*words, "--quantization", "int8"])
+
+
+def test_int8_does_not_flood_the_log(words, caplog):
+    train_sft.main([*words, "--quantization", "int8", "--bf16", "true"])
+    assert "MatMul8bitLt" not in caplog.text
+    logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
+    assert "something else" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("We encountered some issues")])
+def test_a_memory_that_is_full_while_loading_is_a_plain_error(words, monkeypatch, error, capsys):
+    def from_pretrained(*_, **__):
+        raise error
+
+    monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 1})
+    model, _, training = parse(*words)
+    if not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="some issues"):
+            train_sft.load_model(model, training)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(MemoryFull, match="does not hold .*base in int4: .*load it in int4"):
+        train_sft.load_model(model, training)
+
+
+def test_a_memory_that_is_full_in_a_step_is_a_plain_error(words, monkeypatch):
+    def training_step(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_sft.ScoringTrainer, "training_step", training_step)
+    with pytest.raises(SystemExit, match="the GPU's memory is full: give --per_device_train_batch_size 1"):
+        train_sft.run(lambda: train_sft.main(words))
+
+
+def test_ligers_kernels_are_taken_on_a_gpu_where_they_are_installed_and_its_losses_never(base, monkeypatch):
+    applied = []
+    monkeypatch.setattr(policy, "apply_liger_kernel", lambda model, kernels: applied.append(kernels))
+    with pytest.raises(PolicyError, match="liger-kernel is not installed. Run: pip install"):
+        policy.use_liger(None, True)
+    policy.use_liger(None, None)
+    assert not applied
+    monkeypatch.setattr(policy, "is_liger_kernel_available", lambda: True)
+    policy.load_base(str(base), "none", torch.float32, "cpu")
+    policy.use_liger(None, False)
+    assert not applied
+    policy.use_liger(None, None)
+    assert [name for name, on in applied[0].items() if on] == ["rope", "rms_norm", "swiglu"]
+    assert [name for name, on in applied[0].items() if not on] == ["cross_entropy", "fused_linear_cross_entropy"]
+    assert parse("--config", "tiny", "--use_liger_kernel", "false")[2].liger is False
+    assert parse("--config", "tiny")[2].use_liger_kernel is False  # TRL's own way would take its losses
+
+
+def test_a_paged_optimiser_that_was_loaded_is_paged_again(words, tmp_path, monkeypatch):
+    """bitsandbytes ends the process when it prefetches what is marked as paged and lies in plain memory."""
+    trainer = trainer_of(words, monkeypatch)
+    large = torch.nn.Parameter(torch.randn(400, 300))
+    optimizer = bnb.optim.PagedAdamW8bit([large])
+    state = {"step": 1, "state1": torch.ones(400, 300, dtype=torch.uint8), "state2": torch.full((400, 300), 2).byte()}
+    for name in ("state1", "state2"):
+        state[name].is_paged, state[name].page_deviceid = True, 0
+    optimizer.state[large] = state
+    trainer.optimizer, fresh = optimizer, []
+
+    def get_state_buffer(parameter, dtype):
+        fresh.append(torch.zeros_like(parameter, dtype=dtype))
+        return fresh[-1]
+
+    monkeypatch.setattr(optimizer, "get_state_buffer", get_state_buffer)
+    monkeypatch.setattr(transformers.Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+    trainer._load_optimizer_and_scheduler(None)
+    assert not fresh
+    trainer._load_optimizer_and_scheduler("checkpoint-1")
+    loaded = optimizer.state[large]
+    assert {id(loaded["state1"]), id(loaded["state2"])} == set(map(id, fresh)) and not hasattr(fresh[0], "is_paged")
+    assert (loaded["state1"] == 1).all() and (loaded["state2"] == 2).all() and loaded["step"] == 1
 
 
 # --- Whole runs

@@ -1,10 +1,10 @@
-"""What the recipe options against imbalance do to the tiny model, over three seeds.
+"""What options of the recipes do to the tiny model, over three seeds: balance, order of candidates, dropout.
 
-    python benchmarks/balance.py                     # both parts, over an hour on 2 cores
-    python benchmarks/balance.py --part ranking --seeds 0 1
+    python benchmarks/recipe_options.py                     # all parts, over an hour on 2 cores
+    python benchmarks/recipe_options.py --part ranking --seeds 0 1
 
 Each run is the tiny recipe with one option changed, the base included, which is built anew for each seed. A run that
-has finished is not repeated: delete out/balance to measure again.
+has finished is not repeated: delete out/recipe_options to measure again.
 """
 
 import argparse
@@ -23,8 +23,9 @@ PARTS = {
         {"candidate_order": "instrument", "balance": "none"},
         {"candidate_order": "shuffle", "balance": "none"},
     ],
+    "dropout": [{"lora_dropout": dropout} for dropout in (0.0, 0.05)],
 }
-DATASETS = {"per_candidate": "per_candidate", "ranking": "per_decision_ranking"}
+DATASETS = {"per_candidate": "per_candidate", "ranking": "per_decision_ranking", "dropout": "per_candidate"}
 
 
 def tune(part: str, options: dict, seed: int, folder: Path, max_steps: int) -> dict[tuple[str, str], float]:
@@ -47,16 +48,16 @@ def cell(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: both")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--max_steps", type=int, default=400, help="LoRA steps of a run, default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/balance"), help="default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/recipe_options"), help="default: %(default)s")
     arguments = parser.parse_args()
     rows = []
     for part in arguments.part:
         for options in PARTS[part]:
             name = ", ".join(f"{key}: {value}" for key, value in options.items())
-            folder = "-".join([part, *options.values()])
+            folder = "-".join([part, *map(str, options.values())])
             found = [
                 tune(part, options, seed, arguments.output_dir / f"{folder}-{seed}", arguments.max_steps)
                 for seed in arguments.seeds
