@@ -37,6 +37,7 @@ from evaluate_policy import (
     validate_styles,
 )
 from metrics import METRICS, Played
+from scoring import MemoryFull
 
 NAN = math.nan
 OPTIONS = CoveredCallCandidatesConfig()
@@ -411,6 +412,26 @@ def run(capsys, *arguments) -> tuple[int, str]:
         evaluate_policy.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return stop.value.code, captured.out
+
+
+@pytest.mark.parametrize("given, expected", [([], None), (["--batch_tokens", "900"], 900)])
+def test_the_model_reads_as_many_tokens_at_once_as_it_is_told(
+    backtest, tmp_path, capsys, monkeypatch, given, expected
+):
+    loaded = []
+    monkeypatch.setattr(evaluate_policy, "load_model", lambda *options: loaded.append(options) or Stub())
+    options = ["--model", "out/x", "--data_files", backtest, "--output_dir", tmp_path / "report", *given]
+    assert run(capsys, *options)[0] == 0
+    assert loaded == [("out/x", expected)]
+    assert run(capsys, *options, "--batch_tokens", "0")[0] == 2
+
+
+def test_a_gpu_that_is_full_is_a_plain_error(backtest, tmp_path, capsys, monkeypatch):
+    def load_model(*_):
+        raise MemoryFull("The memory is full")
+
+    monkeypatch.setattr(evaluate_policy, "load_model", load_model)
+    assert run(capsys, "--model", "out/x", "--data_files", backtest)[0] == "error: The memory is full"
 
 
 def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import decision, no_candidates, write_csv
+from conftest import SCRIPT, decision, no_candidates, python, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from test_policy import FAMILIES, READER, one_by_one, small, tokenizer_with
@@ -262,3 +262,39 @@ def test_int8_scores_in_one_batch_would_depend_on_each_other(saved, asked):
     together = [score for one in score_rows(model, rows) for score in one.log_probabilities]
     alone = [score for row in rows for one in score_rows(model, [row]) for score in one.log_probabilities]
     assert (torch.tensor(together) - torch.tensor(alone)).abs().max() > 1e-3
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from scoring import score_answers
+from tiny_phi3 import random_phi3, train_tokenizer
+
+dist.init_process_group("gloo")
+tokenizer = train_tokenizer(["Score: 3.2"] * 3)
+prompts = [list(range(6, 26 + 3 * i)) for i in range(8)]
+mine = prompts[:6] if dist.get_rank() == 0 else prompts[6:]
+answers = [[(5, 6), (7,)]] * len(mine)
+expected = score_answers(random_phi3(tokenizer, seed=0), mine, answers, batch_tokens=60)
+first = FullyShardedDataParallel(random_phi3(tokenizer, seed=0), device_id=torch.device("cpu"))
+second = random_phi3(tokenizer, seed=0)
+for module in (*second.model.layers, second):
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+for sharded in (first, second):
+    found = score_answers(sharded, mine, answers, batch_tokens=60)
+    assert all(torch.allclose(*map(torch.tensor, (a[0], b[0])), atol=1e-5) for a, b in zip(found, expected)), found
+    print("equal")
+dist.barrier()
+"""
+
+
+def test_a_sharded_model_scores_unequal_shares_as_a_whole_one(tmp_path):
+    """FSDP 1 and 2: all processes take part in each pass, also the one with fewer batches, or they wait for ever."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    done = python(*launch, "sharded.py", cwd=tmp_path, **path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 4

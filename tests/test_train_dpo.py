@@ -14,7 +14,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import yaml
-from conftest import REAL_DATA, SCRIPT, decision, needs_real_data, python, write_csv
+from conftest import REAL_DATA, REAL_PHI3, SCRIPT, decision, needs_real_data, needs_real_phi3, python, write_csv
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_train_sft import adapter, difference
@@ -241,6 +241,18 @@ def test_a_dry_run_counts_the_pairs_and_trains_nothing(words, start, tmp_path, c
     assert "on which alone each record's loss is" in text and "no second model" in text
     assert re.search(r"^steps +3 of 8 records: 0.4 epochs; micro-batches of 8, ", text, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+@needs_real_phi3
+def test_the_phi3_recipe_passes_its_preflight_on_the_real_tokenizer(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = words[words.index("--data_files") + 1]
+    paths = ["--model_name_or_path", str(REAL_PHI3), "--data_files", files, "--output_dir", str(tmp_path / "out")]
+    train_dpo.main(["--config", "preference", "--adapter", "", "--dry_run", *paths])
+    text = capsys.readouterr().out
+    assert "25,165,824 of 3,846,245,376 are trained" in text
+    assert "told apart by their tokens through <|end|>" in text
+    assert text.count("that a card of 6 GB leaves") == 2
 
 
 def test_a_record_longer_than_max_length_stops_the_run_with_the_length_it_needs(words):
