@@ -159,6 +159,7 @@ def load_base(
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[quantization]
+    full_before = times_full()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -168,7 +169,8 @@ def load_base(
             revision=revision,
         )
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        # Transformers raises another error when memory runs out while it quantises, so the allocator is asked too.
+        if not isinstance(error, torch.OutOfMemoryError) and times_full() == full_before:
             raise
         raise MemoryFull(
             f"The memory does not hold {name} in {quantization}: close what else uses the GPU, load it in int4, or "
@@ -195,10 +197,9 @@ def use_liger(model: PreTrainedModel, wanted: bool | None) -> None:
         apply_liger_kernel(model, {**dict.fromkeys(("rope", "rms_norm", "swiglu"), True), **losses})
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Transformers raises another error when memory runs out while it quantises, so the allocator is asked too."""
-    full = isinstance(error, torch.OutOfMemoryError)
-    return full or (torch.cuda.is_available() and torch.cuda.memory_stats().get("num_ooms", 0) > 0)
+def times_full() -> int:
+    """How often PyTorch has found the GPU's memory full."""
+    return torch.cuda.memory_stats().get("num_ooms", 0) if torch.cuda.is_available() else 0
 
 
 def half_precision() -> torch.dtype:

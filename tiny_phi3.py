@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 logger = logging.getLogger("tiny_phi3")
 
-# Special, but with no role in the tokenizer, as Phi-3 has them: all_special_ids does not know them. (Phi-3's swallow the
-# line break that follows, too; two layers learn better where it stays.)
+# Special, but with no role in the tokenizer, as Phi-3 has them: all_special_ids does not know them. Phi-3's swallow
+# the line break that follows, too; two layers learn better where it stays.
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 # As in Phi-3-mini-4k-instruct: a line a role, <|end|> after each message, the end of text after the last.
 CHAT_TEMPLATE = (

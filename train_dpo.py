@@ -153,6 +153,7 @@ class PreferenceArguments(RunArguments, DPOConfig):
                 "ignore_data_skip",
                 "resume_from_checkpoint",
                 "per_device_eval_batch_size",
+                "activation_checkpointing",
                 "auto_find_batch_size",
                 "liger_kernel_config",
             )

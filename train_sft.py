@@ -68,7 +68,6 @@ from policy import (
     encode,
     fit_temperature,
     half_precision,
-    is_out_of_memory,
     load_base,
     load_tokenizer,
     write_text,
@@ -181,6 +180,7 @@ REFUSED = {
     "ignore_data_skip": "a resumed run must see the records it has not seen yet",
     "resume_from_checkpoint": "the same command resumes by itself",
     "per_device_eval_batch_size": "answers are scored by tokens, as the memory allows: see batch_tokens",
+    "activation_checkpointing": "say gradient_checkpointing: true, false or auto",
     "auto_find_batch_size": "per_device_train_batch_size: auto finds it before the training",
 }
 
@@ -548,7 +548,7 @@ def make_plan(work: Work, training: "RunArguments") -> Plan:
     device = "none" if training.awaits_gpu else training.device.type
     size, every = training.per_device_train_batch_size, int(training.gradient_checkpointing)
     if "per_device_train_batch_size" in training.open_keys:
-        size = begun["micro_batch"] if begun else None
+        size = begun.get("micro_batch") if begun else None
     if "gradient_checkpointing" in training.open_keys:
         every = None
     return choose(work, training.records, size, every, memory_there(work.quantization, device))
@@ -831,7 +831,8 @@ class ScoringTrainer:
     def score(self, split: Dataset) -> list[Scored]:
         """The scores of each record's admissible answers, every process taking its share of the decisions."""
         processes = self.accelerator.num_processes
-        groups = [list(rows) for _, rows in itertools.groupby(range(len(split)), key=split["decision_id"].__getitem__)]
+        owners = list(split["decision_id"])
+        groups = [list(rows) for _, rows in itertools.groupby(range(len(split)), key=owners.__getitem__)]
         share = math.ceil(len(groups) / processes)
         # A sharded model needs all processes in each pass: one without a share takes the last decision once more.
         start = min(share * self.accelerator.process_index, len(groups) - 1)
@@ -840,7 +841,7 @@ class ScoringTrainer:
         for row in split.select(mine):
             prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
             answers.append([self.answers[answer] for answer in row["answers"]])
-        decisions = [split["decision_id"][place] for place in mine]
+        decisions = [owners[place] for place in mine]
         found = score_answers(self.model_wrapped, prompts, answers, decisions, self.args.batch_tokens)
         scored = dict(zip(mine, found, strict=True))
         if processes > 1:
@@ -1322,9 +1323,7 @@ def run(command: Callable[[], None]) -> None:
         command()
     except (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+    except torch.OutOfMemoryError as error:
         sys.exit(
             "error: the GPU's memory is full: give --per_device_train_batch_size 1, with gradient_accumulation_steps "
             f"as many as a step has records, --gradient_checkpointing true, or --quantization int4. ({error})"

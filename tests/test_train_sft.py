@@ -992,12 +992,13 @@ def test_a_memory_that_is_full_while_loading_is_a_plain_error(words, monkeypatch
         raise error
 
     monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 1})
     model, _, training = parse(*words)
     if not isinstance(error, torch.OutOfMemoryError):
+        monkeypatch.setattr(policy, "times_full", lambda: 1)  # once, in an evaluation perhaps, and not now
         with pytest.raises(RuntimeError, match="some issues"):
             train_sft.load_model(model, training)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        full = iter([1, 2])
+        monkeypatch.setattr(policy, "times_full", lambda: next(full))
     with pytest.raises(MemoryFull, match="does not hold .*base in int4: .*load it in int4"):
         train_sft.load_model(model, training)
 
