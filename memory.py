@@ -166,13 +166,13 @@ def choose(work: Work, records: int, micro_batch: int | None, checkpoint_every: 
     return Plan(micro_batch, checkpoint_every)
 
 
-def memory_there(quantization: str, device: str) -> float | None:
+def memory_there(quantization: str, device: torch.device | None) -> float | None:
     """GiB for training: what is free on this GPU; where the GPU is yet to come, what a card that the recipes are made
     for has; None for a CPU, and for a model that is made for no card in particular.
 
     Args:
-        device: "cuda", "cpu", or "none" for a GPU to come.
+        device: None for a GPU to come.
     """
-    if device == "cuda":
-        return free_memory() / GIB
-    return CARD_GIB[quantization] - CONTEXT_GIB if device == "none" and quantization in CARD_GIB else None
+    if device is None:
+        return CARD_GIB[quantization] - CONTEXT_GIB if quantization in CARD_GIB else None
+    return free_memory(device) / GIB if device.type == "cuda" else None

@@ -70,6 +70,7 @@ from train_sft import (
     longest_record,
     longest_row,
     make_plan,
+    memory_for,
     open_run,
     parse_recipe,
     plot_history,
@@ -291,7 +292,8 @@ def preflight(
     # Both answers stand in one row, and the longest ones may follow the longest prompt.
     longest_answer = max(map(len, answers.values()))
     work = describe_model(config, model, training, longest_record(lengths) + longest_answer, 2 * longest_answer)
-    plan = make_plan(work, training)
+    there = memory_for(training, model.quantization)
+    plan = make_plan(work, training, there)
     training.settle(plan, model.quantization)
     sampler.group(lengths["train, chosen"][0], global_batch(training))
     rows = [longest_row(split, *lengths[f"{name}, asked"], answers) for name, split in rankings.items()]
@@ -300,7 +302,7 @@ def preflight(
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
-        **describe_work(training, work, plan, max(rows), len(sampler)),
+        **describe_work(training, work, plan, there, max(rows), len(sampler)),
     }
     origin = f", from {model.adapter}" if model.adapter else ""
     what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"

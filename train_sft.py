@@ -518,7 +518,8 @@ def preflight(
     check_lengths(splits, lengths, training.max_length, config)
     longest_answer = max(map(len, answers.values()))
     work = describe_model(config, model, training, longest_record(lengths), longest_answer)
-    plan = make_plan(work, training)
+    there = memory_for(training, model.quantization)
+    plan = make_plan(work, training, there)
     training.settle(plan, model.quantization)
     sampler.group(lengths["train"][0], global_batch(training))
     rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
@@ -526,7 +527,7 @@ def preflight(
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "balance": f"{data.balance}: an epoch takes {sampler}",
-        **describe_work(training, work, plan, max(rows), len(sampler)),
+        **describe_work(training, work, plan, there, max(rows), len(sampler)),
     }
     shown = {**splits, "train": splits["train"].select(range(sampler.records))}
     return lay_out_preflight(
@@ -542,16 +543,21 @@ def describe_model(config, model: ModelArguments, training: "RunArguments", toke
     return Work(config, size, model.quantization, width, moment, bool(model.lora_dropout), tokens, asked)
 
 
-def make_plan(work: Work, training: "RunArguments") -> Plan:
-    """What the recipe leaves open, by the memory that there is; a run that was begun keeps its micro-batch."""
+def memory_for(training: "RunArguments", quantization: str) -> float | None:
+    """GiB that each process has, or is to have: the same figure for all, whose plans must not differ."""
+    gib = memory_there(quantization, None if training.awaits_gpu else training.device)
+    return gib if gib is None or training.world_size == 1 else min(gather_object([gib]))
+
+
+def make_plan(work: Work, training: "RunArguments", there: float | None) -> Plan:
+    """What the recipe leaves open, for so many GiB; a run that was begun keeps its micro-batch."""
     begun = None if training.overwrite_output_dir else begun_run(Path(training.output_dir))
-    device = "none" if training.awaits_gpu else training.device.type
     size, every = training.per_device_train_batch_size, int(training.gradient_checkpointing)
     if "per_device_train_batch_size" in training.open_keys:
         size = begun.get("micro_batch") if begun else None
     if "gradient_checkpointing" in training.open_keys:
         every = None
-    return choose(work, training.records, size, every, memory_there(work.quantization, device))
+    return choose(work, training.records, size, every, there)
 
 
 def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers: dict) -> tuple[int, int]:
@@ -588,12 +594,11 @@ def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tupl
 
 
 def describe_work(
-    training: "RunArguments", work: Work, plan: Plan, row: tuple[int, int], records: int
+    training: "RunArguments", work: Work, plan: Plan, there: float | None, row: tuple[int, int], records: int
 ) -> dict[str, str]:
     """What is trained, in how much memory, for how long; an epoch takes so many records."""
     steps, epochs = count_steps(training, records)
     size, parts, evaluation = work.size, work.step(*plan), work.evaluation(*row)
-    there = memory_there(work.quantization, "none" if training.awaits_gpu else training.device.type)
     detail = ", ".join(f"{part} {gib:.1f}" for part, gib in parts.items())
     return {
         "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
@@ -1234,7 +1239,7 @@ def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[S
 def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:
     """The temperature that fits the answers' probabilities to the teacher's on this split."""
     targets = [answers.index(label) for answers, label in zip(split["answers"], split["label"], strict=True)]
-    return fit_temperature([torch.tensor(one.log_probabilities) for one in scored], targets)
+    return fit_temperature([torch.tensor(one.log_probabilities, dtype=torch.float64) for one in scored], targets)
 
 
 def table(results: list[dict]) -> str:

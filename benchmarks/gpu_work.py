@@ -211,7 +211,8 @@ def read_recipe(job: Job, folder: str, name: str = "ranking", *more: str):
 def settle(job: Job, model, training, tokens: int, asked: int) -> dict[str, int]:
     """Checkpoints as few layers as the memory there is asks for, as the preflight does."""
     config = AutoConfig.from_pretrained(job.model)
-    plan = train_sft.make_plan(train_sft.describe_model(config, model, training, tokens, asked), training)
+    work = train_sft.describe_model(config, model, training, tokens, asked)
+    plan = train_sft.make_plan(work, training, train_sft.memory_for(training, job.quantization))
     training.settle(plan, job.quantization)
     return {"checkpoint_every": plan.checkpoint_every}
 

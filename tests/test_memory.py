@@ -145,5 +145,10 @@ def test_a_plan_keeps_the_records_of_a_step_and_what_was_decided(records, size, 
 
 
 def test_a_gpu_to_come_is_a_card_that_the_recipe_is_made_for():
-    assert [memory_there(quantization, "none") for quantization in QUANTIZATIONS] == [5.4, 7.4, None]
-    assert memory_there("int4", "cpu") is None
+    assert [memory_there(quantization, None) for quantization in QUANTIZATIONS] == [5.4, 7.4, None]
+    assert memory_there("int4", torch.device("cpu")) is None
+
+
+def test_on_a_gpu_it_is_what_is_free_there(monkeypatch):
+    monkeypatch.setattr("memory.free_memory", lambda device: {0: 3, 1: 5}[device.index] * GIB)
+    assert [memory_there("int4", torch.device("cuda", index)) for index in (0, 1)] == [3, 5]

@@ -484,6 +484,16 @@ def test_a_batch_that_is_none_is_refused(key, value, message):
         parse("--config", "tiny", f"--{key}", value)
 
 
+def test_processes_plan_for_the_least_of_their_memories(words, monkeypatch):
+    """Or they would accumulate differently, and wait for each other for ever."""
+    arguments = parse(*words)[2]
+    monkeypatch.setattr(train_sft, "memory_there", lambda *_: 5.0)
+    monkeypatch.setattr(train_sft, "gather_object", lambda mine: [*mine, 3.0])
+    assert train_sft.memory_for(arguments, "int4") == 5.0
+    monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 2)
+    assert train_sft.memory_for(arguments, "int4") == 3.0
+
+
 def test_the_micro_batch_is_chosen_said_and_kept(words, tmp_path, capsys, monkeypatch):
     words += ["--per_device_train_batch_size", "auto", "--gradient_accumulation_steps", "12"]
     size = trainer_of(words, monkeypatch).args.per_device_train_batch_size
