@@ -159,11 +159,12 @@ def test_a_balance_that_is_none_of_three_is_refused():
 
 def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(train_sft.SFTConfig, "__post_init__", lambda self: setattr(self, "_n_gpu", 1))
     monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 1)
     arguments = train_sft.TrainingArguments(bf16=True)
     assert (arguments.bf16, arguments.fp16) == (False, True)
+    assert policy.half_precision() == torch.float16  # what a policy is loaded in
 
 
 def test_one_of_several_gpus_is_used_unless_launched_and_that_is_said(monkeypatch, caplog):
@@ -975,6 +976,7 @@ def test_push_to_hub_shares_the_finished_run_privately_in_one_commit(words, tmp_
 def test_a_model_that_is_to_be_sharded_is_loaded_on_the_cpu(words, base, monkeypatch):
     monkeypatch.setattr(train_sft, "is_fsdp_enabled", lambda: True)
     model, data, training = parse(*words)
+    monkeypatch.setattr(train_sft.TrainingArguments, "device", torch.device("cuda", 1))
     sharded, _ = train_sft.load_model(model, training)
     assert {parameter.device.type for parameter in sharded.parameters()} == {"cpu"}
     assert not sharded.hf_device_map  # accelerate refuses a quantised model that is mapped to another device
