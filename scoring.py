@@ -23,7 +23,7 @@ logger = logging.getLogger("scoring")
 # What a masked attention score is lowered by: its weight is 0 in every precision, and float16 can still hold it.
 MASKED = -3e4
 ROW_TOKENS = 2_048  # prompts of one decision share a row up to here: attention grows with the square of a row
-CPU_TOKENS = 8_192  # scored together on a CPU, whose memory is not asked for
+CPU_TOKENS = 4_096  # scored together on a CPU, whose memory is not asked for
 MOST_TOKENS = 65_536  # scored together on a GPU however large: beyond, nothing gets faster
 SHARE_OF_FREE = 0.8  # of the free memory, for the allocator loses some to fragments
 

@@ -114,7 +114,7 @@ class ModelArguments:
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains all weights (with quantization none)."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
 
     def __post_init__(self):
         if self.quantization not in QUANTIZATIONS:

@@ -50,7 +50,7 @@ IGNORE = -100  # the label of a token that carries no loss
 ANSWER_LENGTH = 3  # tokens
 ANSWERS = [*map(str, range(1, 10)), "NO_TRADE"]
 LEARNING_RATE = 2e-4
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 PHI3_LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 

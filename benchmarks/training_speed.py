@@ -159,7 +159,7 @@ def contests(chats: dict[str, list[dict]], tokenizer, hidden: int, layers: int) 
                 lambda size=size: train(plain, grouped, size),
                 own,
             )
-            for size in (2, 4, 8)
+            for size in (2, 8)
         ),
         Contest(
             "a pair's prompt read once",
@@ -209,9 +209,9 @@ def race(contest: Contest, rounds: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=64, help="of each kind; default: %(default)s")
+    parser.add_argument("--records", type=int, default=32, help="of each kind; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=512, help="width of the model; default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=384, help="width of the model; default: %(default)s")
     parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--tokenizer", help="a folder or a Hub name; default: one that is made of the sample")
     options = parser.parse_args()
