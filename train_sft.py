@@ -604,8 +604,8 @@ def describe_work(
         "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
         "memory": f"about {sum(parts.values()):.1f} GiB at the peak of a step, estimated, not measured ({detail})"
         + compare(sum(parts.values()), there, training.awaits_gpu),
-        "evaluation": f"about {evaluation:.1f} GiB to score the {row[0]} tokens of the longest decision; more of them "
-        "at once as memory allows" + compare(evaluation, there, training.awaits_gpu),
+        "evaluation": f"about {evaluation:.1f} GiB for the longest row of answers, of {row[0]} tokens at most; more "
+        "rows at once as memory allows" + compare(evaluation, there, training.awaits_gpu),
         "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs; {describe_plan(plan)}",
     }
 

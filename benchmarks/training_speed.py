@@ -58,10 +58,14 @@ class Contest(NamedTuple):
 # Records and model
 
 
-def load_chats(name: str, count: int) -> list[dict]:
-    """Records of the sample that follow one another, whole decisions among them."""
-    split = load_candidates(name, data_files=SAMPLE, splits="train")["train"]
-    return list(split.select(range(count)))
+def load_chats(count: int) -> dict[str, list[dict]]:
+    """Ranking records from all over the sample, and per_candidate records of decisions that follow one another."""
+    ranking, candidates = (
+        load_candidates(name, data_files=SAMPLE, splits="train")["train"]
+        for name in ("per_decision_ranking", "per_candidate")
+    )
+    spread = np.linspace(0, len(ranking) - 1, count).astype(int)
+    return {"ranking": list(ranking.select(spread)), "per_candidate": list(candidates.select(range(count)))}
 
 
 def encode_records(chats: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Record]:
@@ -209,17 +213,14 @@ def race(contest: Contest, rounds: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=32, help="of each kind; default: %(default)s")
+    parser.add_argument("--records", type=int, default=64, help="of each kind; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=384, help="width of the model; default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model; default: %(default)s")
     parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--tokenizer", help="a folder or a Hub name; default: one that is made of the sample")
     options = parser.parse_args()
     logging.getLogger("covered_call_candidates").setLevel(logging.ERROR)
-    chats = {
-        "ranking": load_chats("per_decision_ranking", options.records),
-        "per_candidate": load_chats("per_candidate", options.records),
-    }
+    chats = load_chats(options.records)
     texts = (message["content"] for kind in chats.values() for chat in kind for message in chat["messages"])
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else train_tokenizer(texts)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"

@@ -398,7 +398,7 @@ def test_a_dry_run_prints_the_preflight_and_trains_nothing(words, tmp_path, caps
     assert re.search(r"^parameters 28,672 of [\d,]+ are trained$", text, re.MULTILINE)
     assert re.search(r"^memory .*estimated, not measured", text, re.MULTILINE)
     assert re.search(
-        r"^evaluation about \d.\d GiB to score the \d+ tokens of the longest decision; .* that a card of 6 GB leaves$",
+        r"^evaluation about \d.\d GiB for the longest row .*, of \d+ tokens at most; .* that a card of 6 GB leaves$",
         text,
         re.MULTILINE,
     )
