@@ -19,7 +19,7 @@ GIB = 2**30
 CONTEXT_GIB = 0.6  # what CUDA itself takes of a GPU
 CARD_GIB = {"int4": 6, "int8": 8}  # the cards that the recipes are made for
 SHARE_PLANNED = 0.85  # of the memory there is: estimates err, and the allocator loses some to fragments
-MICRO_TOKENS = 2_048  # a micro-batch of more is no faster to speak of: weights are then unpacked often enough
+MICRO_TOKENS = 2_048  # of a micro-batch at most: what is left spares checkpoints; which pays more is not measured
 LOGIT_BYTES = 20  # of one logit: in 16 bits and in 32, its softmax, and the gradients of these
 # Checkpoint every so many layers, from the fastest to what needs least memory; 0: keep all activations.
 CHECKPOINTING = (0, 4, 2, 1)

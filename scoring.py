@@ -24,7 +24,7 @@ logger = logging.getLogger("scoring")
 MASKED = -3e4
 ROW_TOKENS = 2_048  # prompts of one decision share a row up to here: attention grows with the square of a row
 CPU_TOKENS = 4_096  # scored together on a CPU, whose memory is not asked for
-MOST_TOKENS = 65_536  # scored together on a GPU however large: beyond, nothing gets faster
+MOST_TOKENS = 65_536  # scored together on a GPU however large; where more stops to pay is not measured
 SHARE_OF_FREE = 0.8  # of the free memory, for the allocator loses some to fragments
 
 
@@ -209,9 +209,10 @@ Placed = tuple[list[int], Row]  # a row, and the places of its prompts in the ca
 def lay_out_decisions(prompts: list, answers: list, decisions: Sequence | None) -> list[Placed]:
     """The rows of all decisions, longest first: too much memory shows at once."""
     owners = range(len(prompts)) if decisions is None else decisions
+    lengths = [len(prompt) for prompt in prompts]
     rows = []
     for _, group in itertools.groupby(range(len(prompts)), key=owners.__getitem__):
-        for places in packed(list(group), [len(prompt) for prompt in prompts]):
+        for places in packed(list(group), lengths):
             rows.append((places, lay_out([prompts[i] for i in places], [answers[i] for i in places])))
     return sorted(rows, key=lambda row: len(row[1].tokens), reverse=True)
 

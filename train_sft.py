@@ -256,7 +256,7 @@ class RunArguments:
         self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
 
     def read_automatic(self) -> None:
-        """The keys that may say auto as what they are in transformers; ``plan`` settles what is left open."""
+        """The keys that may say auto as what they are in transformers; ``settle`` closes what is left open."""
         size, checkpointing = str(self.per_device_train_batch_size), str(self.gradient_checkpointing).lower()
         if size != AUTO and not (size.isdecimal() and int(size)):
             raise RecipeError(f"per_device_train_batch_size: {size!r} is neither a number from 1 nor auto.")
@@ -612,7 +612,7 @@ def describe_work(
 
 def describe_plan(plan: Plan) -> str:
     kept = {0: "all activations kept", 1: "every layer computed twice"}
-    twice = kept.get(plan.checkpoint_every, f"every {plan.checkpoint_every}th layer computed twice")
+    twice = kept.get(plan.checkpoint_every, f"1 layer in {plan.checkpoint_every} computed twice")
     return f"micro-batches of {plan.micro_batch}, {twice}"
 
 
