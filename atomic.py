@@ -1,0 +1,130 @@
+"""Writing that leaves no halves: files and folders are whole or not there, and a folder has one writer at a time.
+
+What a killed process leaves behind is a hidden neighbour, ``.NAME.PID.tmp``, which the next writer of NAME removes.
+"""
+
+import ctypes
+import datetime
+import errno
+import glob
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import SoftFileLock, Timeout
+
+logger = logging.getLogger("atomic")
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: see renameat2(2)
+
+
+class FolderBusy(OSError):
+    """Another process is writing the folder; the message says which, and since when."""
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """The hidden name under which this process makes ``path``; what killed processes left under theirs is removed."""
+    path = Path(path).absolute()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = left.name.split(".")[-2]
+        if not (writer.isdecimal() and psutil.pid_exists(int(writer))):
+            remove(left)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole or not at all: a reader, or the next run after a kill, sees the old one or the new one."""
+    temporary = unfinished(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def delete_folder(folder: str | os.PathLike) -> None:
+    """Deletes a folder in one moment: it is renamed away first, so that a kill leaves the whole of it or nothing."""
+    aside = unfinished(folder)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Puts a folder, on the same disk, in the place of ``target``, whose old content goes once the new is there.
+
+    On Linux the two are exchanged, so that at no moment there is neither; elsewhere the old one is renamed first.
+    """
+    if not target.exists():
+        os.rename(folder, target)
+    elif exchange(folder, target):
+        shutil.rmtree(folder)
+    else:
+        aside = unfinished(target)
+        os.rename(target, aside)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system or its file system knows no such step."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds the folder for this process; the lock stands beside it, for the folder itself may be replaced.
+
+    Raises:
+        FolderBusy: if another process that is still running holds it. One that is gone is taken over from, and said.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    since, holder = started(lock.lock_file), lock.pid
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderBusy(
+            f"{folder} is being written by process {holder or lock.pid}, which began at {since}. Wait for it to end, "
+            "or give another folder."
+        ) from None
+    if since:
+        logger.warning("Process %s, which began to write %s at %s, is gone: taking over.", holder, folder, since)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def started(marker: str) -> str | None:
+    try:
+        time = datetime.datetime.fromtimestamp(os.stat(marker).st_mtime, datetime.UTC)
+    except OSError:
+        return None
+    return time.isoformat(timespec="seconds")
