@@ -18,14 +18,17 @@ import argparse
 import bisect
 import collections
 import csv
+import dataclasses
 import datetime
 import functools
 import glob
 import gzip
 import hashlib
+import io
 import json
 import logging
 import math
+import numbers
 import os
 import random
 import re
@@ -51,10 +54,13 @@ COLUMNS = (
     "decision_time", "underlying", "spot", "instrument", "strike", "dte", "delta", "score", "iv", "ivrv_ratio",
     "exit_style", "trade_executed", "chosen", "action", "strategy", "reward", "pnl_vs_hodl", "max_drawdown_pct",
 )  # fmt: skip
+OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decided: a file may be without them
 CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
 MAX_DTE = 36_500  # days; a hundred years keeps the expiry a valid date
+MAX_NAME = 100  # characters of an instrument, an underlying or an exit style
+MAX_LINE = 1 << 20  # characters of a line: a file without line breaks must not fill the memory
 WIDTH = "(row)"  # stands for a column where it is the number of fields that is wrong
 SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
 UTC = datetime.UTC
@@ -84,6 +90,34 @@ class Decision(NamedTuple):
     exit_style: str
     spot: float
     candidates: tuple[Candidate, ...]
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "Decision":
+        """A decision from JSON's types: ``decision_time`` is ISO 8601, ``candidates`` a list of dicts by column name.
+
+        ``iv`` and ``ivrv_ratio`` may be missing or None.
+
+        Raises:
+            CandidatesError: for a key that is missing or unknown, and for what check_decision refuses.
+        """
+        state = fields_of(cls, state, "the decision")
+        time = state["decision_time"]
+        parsed = time if isinstance(time, datetime.datetime) else iso_time(time) if isinstance(time, str) else None
+        if parsed is None:
+            raise CandidatesError(f"decision_time: {shown(time)} {NO_TIME}.")
+        rows = state["candidates"]
+        if not isinstance(rows, (list, tuple)):
+            raise CandidatesError(f"candidates: {shown(rows)} is no list of candidates.")
+        known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
+        candidates = tuple(Candidate(**fields) for fields in known)
+        decision = cls(**state | {"decision_time": utc(parsed), "candidates": candidates})
+        check_decision(decision)
+        return decision
+
+    def to_dict(self) -> dict:
+        """What from_dict takes, and json.dumps too."""
+        candidates = [candidate._asdict() for candidate in self.candidates]
+        return self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
 
     @property
     def decision_id(self) -> str:
@@ -247,11 +281,165 @@ PROMPT_VERSION = prompt_version()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading. Every complaint names file, line, column and value, and says what to do.
+# What a value may be: one list of rules, for a row of a file and for a decision that a program makes.
 
 
 class CandidatesError(ValueError):
     """The files or the options cannot be used as they are; the message says why and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str, limit: int = 4_000) -> str:
+    """One line for a terminal: what would steer it is written out, and what is too long is cut."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    return text if len(text) < limit else f"{text[:limit]} ..."
+
+
+def shown(value, limit: int = 200) -> str:
+    """A value as a message shows it."""
+    text = repr(value[: 2 * limit]) if isinstance(value, (str, bytes)) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+# The least and the most of each number; iv has a limit of its own in the options.
+NUMBERS = {
+    "spot": (0.0, math.inf), "strike": (0.0, math.inf), "dte": (0.0, MAX_DTE), "delta": (-1.0, 1.0),
+    "score": (-math.inf, math.inf), "iv": (0.0, math.inf), "ivrv_ratio": (-math.inf, math.inf),
+}  # fmt: skip
+ABOVE_ZERO = ("spot", "strike")
+MAY_LACK = ("iv", "ivrv_ratio")
+NO_TIME = "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00"
+# Every special token of the common chat formats has one of these: <|end|>, <s>, [INST], {{, <｜User｜>. The bar also
+# divides the parts of a decision's id, and a quote is one that a CSV lost.
+NOT_IN_A_NAME = '<>[]{}|｜"'
+DERIBIT_NAME = re.compile(r"([A-Z0-9]+)(?:_[A-Z]+)?-(\d{1,2}[A-Z]{3}\d{2})-(\d+(?:[d.]\d+)?)-C")
+
+
+def wrong_number(name: str, value: float, max_iv: float) -> str | None:
+    """Why this cannot be the number of that column; None if it can."""
+    low, high = NUMBERS.get(name, (-math.inf, math.inf))
+    if not math.isfinite(value):
+        return "is not finite"
+    if name in ABOVE_ZERO and value == 0:
+        return "is zero, and must be above"
+    if name == "iv" and value > max_iv:
+        return (
+            f"is above {max_iv:g}: iv is a fraction a year, 0.7 for 70 %. If it is a percentage, divide the column by "
+            "100; if it is meant, raise the option max_iv"
+        )
+    if low <= value <= high:
+        return None
+    return "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]"
+
+
+def wrong_name(text: str) -> str | None:
+    """Why this cannot be a name that a prompt shows; None if it can."""
+    if not text or not text.isprintable():  # a line break would write its own line into the prompt
+        return "is blank or not printable text"
+    if len(text) > MAX_NAME:
+        return f"is longer than {MAX_NAME} characters"
+    found = next((character for character in text if character in NOT_IN_A_NAME), None)
+    return found and f"holds {found!r}, which names must not: chat formats mark their turns with it"
+
+
+def wrong_instrument(name: str) -> str | None:
+    if name.upper().endswith("-P"):
+        return "is a put, and only calls are sold against the coin. Leave puts out"
+    return None
+
+
+@functools.lru_cache(maxsize=65_536)
+def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime.datetime) -> tuple[str, str] | None:
+    """The column that contradicts an instrument's own name, and how; "" if none does, None if the name says nothing.
+
+    A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
+    from it, for dte may be rounded.
+    """
+    parts = DERIBIT_NAME.fullmatch(name)
+    if parts is None:
+        return None
+    try:
+        named = datetime.datetime.strptime(parts[2], "%d%b%y").replace(hour=8, tzinfo=UTC)
+    except ValueError:
+        return None
+    if parts[1] != underlying.upper():
+        return "underlying", f"does not go with the instrument {name}"
+    if float(parts[3].replace("d", ".")) != strike:
+        return "strike", f"does not go with the instrument {name}"
+    if abs(named - expiry) > datetime.timedelta(days=1):
+        return "decision_time", f"and dte make an expiry on {expiry.date()}, and the instrument's is on {named.date()}"
+    return "", ""
+
+
+def check_decision(decision: Decision, max_iv: float | None = None) -> None:
+    """Holds a decision that a program makes to the rules for one of a file.
+
+    Args:
+        max_iv: as the option of that name; None for its default.
+
+    Raises:
+        CandidatesError: names the decision's candidate, the field and its value, and what is wrong with it.
+    """
+    max_iv = CoveredCallCandidatesConfig.max_iv if max_iv is None else max_iv
+    if not isinstance(decision, Decision):
+        raise CandidatesError(f"{shown(decision)} is no Decision. From a dict: Decision.from_dict.")
+    time = decision.decision_time
+    if not isinstance(time, datetime.datetime) or time.tzinfo is None or iso_time(time.isoformat()) is None:
+        raise CandidatesError(f"decision_time: {shown(time)} is not a datetime with a time zone.")
+    for name in ("underlying", "exit_style"):
+        check_name(name, getattr(decision, name), "the decision")
+    if not isinstance(decision.candidates, tuple) or not all(isinstance(c, Candidate) for c in decision.candidates):
+        raise CandidatesError(f"candidates: {shown(decision.candidates)} is not a tuple of Candidate.")
+    if decision.candidates:
+        check_number("spot", decision.spot, "the decision", max_iv)
+    for place, candidate in enumerate(decision.candidates, start=1):
+        where = f"candidate {place} of {decision.decision_id}"
+        check_name("instrument", candidate.instrument, where)
+        for name in Candidate._fields[1:]:
+            check_number(name, getattr(candidate, name), where, max_iv)
+    names = collections.Counter(candidate.instrument for candidate in decision.candidates)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise CandidatesError(f"{decision.decision_id}: the instrument {shown(twice[0])} stands there twice.")
+
+
+def check_name(name: str, text, where: str) -> None:
+    reason = wrong_name(text) if isinstance(text, str) else "is not text"
+    if reason is None and text == NO_CANDIDATES:
+        reason = "is for files: give a decision without candidates instead"
+    if reason is None and name == "instrument":
+        reason = wrong_instrument(text)
+    if reason:
+        raise CandidatesError(f"{where}, {name}: {shown(text)} {reason}.")
+
+
+def check_number(name: str, value, where: str, max_iv: float) -> None:
+    if value is None and name in MAY_LACK:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise CandidatesError(f"{where}, {name}: {shown(value)} is not a number.")
+    reason = wrong_number(name, float(value), max_iv)
+    if reason:
+        raise CandidatesError(f"{where}, {name}: {shown(value)} {reason}.")
+
+
+def fields_of(kind: type, state, where: str) -> dict:
+    """The dict of a named tuple's fields; None for those that may be missing."""
+    if not isinstance(state, dict):
+        raise CandidatesError(f"{where}: {shown(state)} is no dict of {', '.join(kind._fields)}.")
+    for name in kind._fields:
+        if name not in state and name not in MAY_LACK:
+            raise CandidatesError(f"{where} has no {name}: give {', '.join(kind._fields)}.")
+    strange = [name for name in state if name not in kind._fields]
+    if strange:
+        raise CandidatesError(f"{where}: {shown(strange[0])} is not known: give {', '.join(kind._fields)}.")
+    return {name: state.get(name) for name in kind._fields}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading. Every complaint names file, line, column and value, and says what to do.
 
 
 class BadRow(CandidatesError):
@@ -259,9 +447,10 @@ class BadRow(CandidatesError):
 
     def __init__(self, path: str, line: int, column: str, value, reason: str):
         super().__init__(
-            f"{path}, line {line}, column {column}: {value!r} {reason}. Correct the file, or drop such decisions "
+            f"{path}, line {line}, column {column}: {shown(value)} {reason}. Correct the file, or drop such decisions "
             'whole with on_bad_rows="skip".'
         )
+        self.line = line
 
 
 class Cells(NamedTuple):
@@ -286,6 +475,27 @@ class Row(NamedTuple):
     chosen: int
 
 
+@dataclass
+class Run:
+    """Rows of one decision that stand together in a file; ``key`` is None where it cannot be read whose row it is.
+
+    Of all of them ``line`` (of the first), ``size``, and as text ``spots`` and ``instruments``. Of those that pass the
+    filters and can be read ``rows``; how many instruments' names say what they are, ``named``, and which of them
+    contradict their rows, ``misnamed``.
+    """
+
+    key: tuple | None
+    line: int
+    wanted: bool
+    size: int = 0
+    spoilt: bool = False
+    named: int = 0
+
+    def __post_init__(self):
+        self.spots, self.instruments = collections.Counter(), set()
+        self.rows, self.misnamed = [], []
+
+
 def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
     """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
 
@@ -293,10 +503,11 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
     """
     decisions: dict[tuple, tuple[str, LoggedDecision]] = {}
     repeated = collections.defaultdict(list)
-    present = {"underlying": set(), "exit_style": set()}
+    present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
+    hashes = hashes_of(options.data_files)
     skipped = 0
     for path in paths:
-        logged, bad = read_file(path, options, present)
+        logged, bad = read_file(path, options, present, hashes.get(path))
         skipped += bad
         for entry in logged:
             key = entry.decision[:3]
@@ -310,9 +521,24 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
         logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", skipped)
     if not decisions:
         raise nothing_left(paths, options, present, skipped)
+    say_what_was_filtered(options, present)
     return add_ghosts(
         sorted((entry for _, entry in decisions.values()), key=lambda e: e.decision.decision_time), options
     )
+
+
+def hashes_of(data_files: DataFilesDict | None) -> dict[str, str]:
+    """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
+    found = (data_files or {}).get("train", ())
+    return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
+
+
+def say_what_was_filtered(options, present: dict[str, collections.Counter]) -> None:
+    for name, rows in present.items():
+        left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
+        if left:
+            values = ", ".join(f"{shown(value)} ({count:,} rows)" for value, count in sorted(left.items()))
+            logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
 
 
 def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
@@ -359,59 +585,322 @@ def nothing_left(paths, options, present, skipped) -> CandidatesError:
     )
 
 
-def read_file(path: str, options, present: dict[str, set]) -> tuple[list[LoggedDecision], int]:
-    """The file's good decisions in order of first appearance, and how many bad ones were dropped."""
-    groups: dict[tuple, list[Row]] = {}
-    spoiled = set()
-    key, spoil_next, offsets_checked = None, False, False
+def read_file(path: str, options, present: dict, expected: str | None) -> tuple[list[LoggedDecision], int]:
+    """The file's good decisions in order of first appearance, and how many bad ones were dropped.
+
+    Args:
+        expected: the hash that the file's content must have; None if any will do.
+    """
 
     def complain(problem: BadRow) -> None:
         if options.on_bad_rows == "error":
             raise problem
         logger.info("Skipping: %s", problem)
 
-    rows = read_cells(path, options, present)
+    runs = read_runs(path, options, present, expected, complain)
+    scattered = are_scattered(runs)
+    spoilt = {run.key for run in runs if run.spoilt} | spoilt_by_strays(path, runs, scattered, complain)
+    groups: dict[tuple, list[Row]] = collections.defaultdict(list)
+    for run in runs:
+        if run.wanted and run.key:
+            groups[run.key] += run.rows
+    logged = {}
+    for key, rows in groups.items():
+        if key in spoilt:
+            continue
+        try:
+            logged[key] = log_decision(path, key, rows)
+        except BadRow as problem:
+            complain(problem)
+            if scattered:  # one of its rows may be another decision's
+                raise whose_is_it(path, problem.line) from problem
+            spoilt |= {key, *may_have_its_rows(runs, key)}
+    unknown_rows = sum(run.key is None for run in runs)
+    if unknown_rows:
+        logger.warning("%s: skipped %d row(s) of which cannot be told whose they are.", path, unknown_rows)
+    good = [entry for key, entry in logged.items() if key not in spoilt]
+    return good, len(spoilt & {run.key for run in runs if run.wanted})
+
+
+def read_runs(path: str, options, present: dict, expected: str | None, complain) -> list[Run]:
+    """The file's rows, those of one decision together as far as they stand together."""
+    runs: list[Run] = []
+    offsets_checked = False
+    rows = read_cells(path, options, expected)
     for cells in tqdm(rows, desc=os.path.basename(path), unit=" rows", disable=None, leave=False):
         try:
-            this = parse_key(cells)
+            key = parse_key(cells)
         except BadRow as problem:
-            # Nobody can tell whose row this was: the decisions on either side may lack a candidate now.
             complain(problem)
-            spoiled.add(key)
-            spoil_next = True
+            runs.append(Run(None, cells.line, wanted=True, size=1))
+            runs[-1].spots.update([cells.values["spot"]] if "spot" in cells.values else [])
             continue
         if not offsets_checked and iso_time(cells.values["decision_time"]).tzinfo is None:
             logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
             offsets_checked = True
-        if spoil_next:
-            spoiled.add(this)
-            spoil_next = False
-        key = this
-        rows_so_far = groups.setdefault(key, [])
+        if not runs or runs[-1].key != key:
+            passes = all(getattr(options, name) in (None, cells.values[name]) for name in present)
+            runs.append(Run(key, cells.line, passes))
+        for name, values in present.items():
+            values[cells.values[name]] += 1
+        add_row(runs[-1], cells, options, complain)
+    return runs
+
+
+def add_row(run: Run, cells: Cells, options, complain) -> None:
+    run.size += 1
+    run.spots[cells.values["spot"]] += 1
+    run.instruments.add(cells.values["instrument"])
+    if run.wanted:
         try:
-            rows_so_far.append(parse_row(cells))
+            run.rows.append(parse_row(cells, options))
         except BadRow as problem:
             complain(problem)
-            spoiled.add(key)
-    spoiled.discard(None)
-
-    logged = []
-    for key, rows in groups.items():
-        if key in spoiled:
-            continue
-        try:
-            logged.append(log_decision(path, key, rows))
-        except BadRow as problem:
-            complain(problem)
-            spoiled.add(key)
-    return logged, len(spoiled)
+            run.spoilt = True
+        else:
+            check_name_of(run, run.rows[-1], cells)
 
 
-def read_cells(path: str, options, present: dict[str, set]) -> Iterator[Cells]:
-    """The rows of one CSV (plain or gzip, UTF-8 with or without BOM) that pass the filters, as text."""
+def check_name_of(run: Run, row: Row, cells: Cells) -> None:
+    """Notes whether the row goes with its instrument's own name; what follows depends on the rest of the file."""
+    if row.candidate:
+        time, underlying, _ = run.key
+        expiry = time + datetime.timedelta(days=row.candidate.dte)
+        found = contradicts_name(row.candidate.instrument, underlying, row.candidate.strike, expiry)
+        if found:
+            column, reason = found
+            run.named += 1
+            run.misnamed += [(row.line, column, cells.values[column], reason)] if column else []
+
+
+# --- Rows that seem to be another decision's: their time, underlying or exit style is wrong, but valid in itself.
+
+RARE = 0.02  # of a file's decisions: so many may break an order that counts as one all the same
+BESIDE_ONE = 10  # rows of another value beside which a value that stands on one row is a slip
+
+
+class Stray(NamedTuple):
+    """A run that is not to be trusted, the places of those that it may belong to, and what to say of it."""
+
+    place: int
+    owners: list[int]
+    column: str
+    reason: str
+    line: int | None = None  # where it is not the run's first row that is strange
+    value: str | None = None
+
+
+def spoilt_by_strays(path: str, runs: list[Run], scattered: bool, complain) -> set[tuple]:
+    """The decisions that a stray row may have come from or gone to, and those beside a row that cannot be told whose.
+
+    Raises:
+        CandidatesError: where the rows of decisions do not stand together, so that nobody could tell whose it is.
+    """
+    spoilt = mixed(runs)
+    everywhere, together = (unknown, slips, misnamed), (intruders, pieces, lone)
+    for find in everywhere if scattered else everywhere + together:
+        strays = find(runs)
+        for stray in strays:
+            run, its = runs[stray.place], [runs[owner] for owner in stray.owners]
+            if not any(one.wanted for one in (run, *its)):
+                continue
+            if run.key is not None:
+                value = stray.value or str(dict(zip(KEY, run.key, strict=True))[stray.column])
+                complain(BadRow(path, stray.line or run.line, stray.column, value, stray.reason))
+            if scattered and stray.column in KEY:
+                raise whose_is_it(path, stray.line or run.line)
+            spoilt |= {run.key, *(one.key for one in its)}
+        if strays:  # what has been found is set aside, or one stray would look like several
+            places = {stray.place for stray in strays}
+            runs = joined([run for place, run in enumerate(runs) if place not in places])
+    return spoilt - {None}
+
+
+def may_have_its_rows(runs: list[Run], key: tuple) -> set[tuple]:
+    """The neighbours that may hold a row of a decision that contradicts itself: those of one row; of one row, all."""
+    place = next(place for place, run in enumerate(runs) if run.key == key)
+    near = [runs[i] for i in neighbours(runs, place)]
+    alone = runs[place].size == 1
+    return {run.key for run in near if alone or (run.size == 1 and NO_CANDIDATES not in run.instruments)} - {None}
+
+
+def whose_is_it(path: str, line: int) -> CandidatesError:
+    return CandidatesError(
+        f"{path}, line {line}: whose row this is cannot be told, for the rows of a decision do not stand together in "
+        "this file. Correct the row, or sort the file by decision_time, underlying and exit_style."
+    )
+
+
+def joined(runs: list[Run]) -> list[Run]:
+    """The runs, with those of one decision that now stand beside each other as one."""
+    found: list[Run] = []
+    for run in runs:
+        if not found or found[-1].key != run.key:
+            found.append(dataclasses.replace(run))
+            found[-1].size = found[-1].named = 0
+        whole = found[-1]
+        whole.size += run.size
+        whole.named += run.named
+        whole.misnamed += run.misnamed
+        whole.spots += run.spots
+        whole.instruments |= run.instruments
+    return found
+
+
+def are_scattered(runs: list[Run]) -> bool:
+    """Whether nothing follows from where a row stands, for the rows of decisions do not stand together here.
+
+    Where some do not, it takes three decisions of several rows that do, and few exceptions, to call these strays.
+    """
+    known = joined([run for run in runs if run.key is not None])
+    times = collections.Counter(run.key for run in known)
+    whole = sum(run.size > 1 and times[run.key] == 1 for run in known)
+    split = sum(count > 1 for count in times.values())
+    few = whole >= max(3, 2 * split) and len(known) - len(times) <= max(2, RARE * len(times))
+    return split > 0 and not few
+
+
+def mixed(runs: list[Run]) -> set[tuple]:
+    """The neighbours whose spot is on the lesser part of a decision's rows: these may be theirs."""
+    found = set()
+    for place, run in enumerate(runs):
+        if len(run.spots) > 1:
+            most = max(run.spots.values())
+            odd = {spot for spot, rows in run.spots.items() if rows < most or rows == 1}
+            found |= {runs[near].key for near in neighbours(runs, place) if runs[near].spots.keys() & odd}
+    return found
+
+
+def shared_spots(runs: list[Run], place: int) -> list[int]:
+    """The neighbours that share a spot with a run: a row takes that of its decision along wherever it strays."""
+    return [near for near in neighbours(runs, place) if runs[near].spots.keys() & runs[place].spots]
+
+
+def neighbours(runs: list[Run], place: int) -> list[int]:
+    return [near for near in (place - 1, place + 1) if 0 <= near < len(runs)]
+
+
+def owners(runs: list[Run], place: int) -> list[int]:
+    return shared_spots(runs, place) or neighbours(runs, place)
+
+
+def unknown(runs: list[Run]) -> list[Stray]:
+    """Rows without a legible key."""
+    places = [place for place, run in enumerate(runs) if run.key is None]
+    known = [place for place, run in enumerate(runs) if run.key is not None]
+    found = []
+    for place in places:
+        after = bisect.bisect_left(known, place)
+        near = [known[i] for i in (after - 1, after) if 0 <= i < len(known)]
+        found.append(Stray(place, [i for i in near if runs[i].spots.keys() & runs[place].spots] or near, KEY[0], ""))
+    return found
+
+
+def slips(runs: list[Run]) -> list[Stray]:
+    """An underlying or exit style that stands on one row, where others stand on many."""
+    found = []
+    for part, column in list(enumerate(KEY))[1:]:
+        rows = collections.Counter()
+        for run in runs:
+            rows[run.key[part]] += run.size
+        [(common, most)] = rows.most_common(1) or [("", 0)]
+        for place, run in enumerate(runs):
+            if most >= BESIDE_ONE and rows[run.key[part]] == 1:
+                reason = (
+                    f"stands on this row alone, and {shown(common)} on {most:,}. If it is right, put the row into a "
+                    "file of its own"
+                )
+                found.append(Stray(place, owners(runs, place), column, reason))
+    return found
+
+
+def misnamed(runs: list[Run]) -> list[Stray]:
+    """Rows that contradict their instrument's name, in a file where names and rows agree."""
+    wrong = sum(len(run.misnamed) for run in runs)
+    if not 0 < wrong <= max(1, RARE * sum(run.named for run in runs)) or sum(run.named for run in runs) < BESIDE_ONE:
+        return []
+    return [
+        Stray(place, owners(runs, place) if column in KEY else [], column, reason, line, value)
+        for place, run in enumerate(runs)
+        for line, column, value, reason in run.misnamed
+    ]
+
+
+def intruders(runs: list[Run]) -> list[Stray]:
+    """A decision of one row amid another's, with the other's spot."""
+    return [
+        Stray(place, [place - 1], KEY[0], f"makes a decision of one row amid the rows of {id_of(runs[place - 1])}")
+        for place in range(1, len(runs) - 1)
+        if runs[place].size == 1
+        and runs[place - 1].key == runs[place + 1].key
+        and runs[place].spots.keys() & (runs[place - 1].spots + runs[place + 1].spots)
+    ]
+
+
+def pieces(runs: list[Run]) -> list[Stray]:
+    """Rows of a decision apart from most of its rows, in a file where decisions stand together."""
+    places = collections.defaultdict(list)
+    for place, run in enumerate(runs):
+        places[run.key].append(place)
+    found = []
+    for its in places.values():
+        main = max(its, key=lambda place: runs[place].size)
+        reason = f"has other rows of its decision on line {runs[main].line}, with other decisions' rows between"
+        found += [Stray(place, [main, *owners(runs, place)], KEY[0], reason) for place in its if place != main]
+    return found
+
+
+def lone(runs: list[Run]) -> list[Stray]:
+    """A decision of one row with the spot of a neighbour's, where no decisions of many rows share one."""
+    close = [(a, b) for a, b in zip(runs, runs[1:], strict=False) if a.spots.keys() & b.spots]
+    if any(min(a.size, b.size) > 1 for a, b in close) or len(runs) - len(close) < BESIDE_ONE:
+        return []
+    found = []
+    for place, run in enumerate(runs):
+        near = [i for i in shared_spots(runs, place) if not runs[i].instruments & run.instruments]
+        if run.size == 1 and near and NO_CANDIDATES not in run.instruments:
+            reason = f"makes a decision of one row that has its spot from {id_of(runs[near[0]])}, beside it"
+            found.append(Stray(place, near, KEY[0], reason))
+    return found
+
+
+def id_of(run: Run) -> str:
+    time, underlying, exit_style = run.key
+    return f"{underlying}|{time.isoformat()}|{exit_style}"
+
+
+# --- Files as rows of text.
+
+
+class Hashed(io.RawIOBase):
+    """A file's bytes, hashed as they are read."""
+
+    def __init__(self, path: str):
+        self.file, self.sha256 = open(path, "rb", buffering=0), hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.file.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def read_cells(path: str, options, expected: str | None = None) -> Iterator[Cells]:
+    """The rows of one CSV (plain or gzip, UTF-8 with or without BOM) as text."""
     try:
-        with open_csv(path) as file:
-            yield from filter_cells(path, csv.reader(file, strict=True), options, present)
+        with Hashed(path) as content, io.BufferedReader(content, MAX_LINE) as raw:
+            text = decoded(path, raw)  # named, for it closes the file when it goes
+            yield from cells_of(path, csv.reader(lines(path, text), strict=True))
+            while raw.read(MAX_LINE):  # what follows the end of a gzip archive counts too
+                pass
+            if expected not in (None, content.sha256.hexdigest()):
+                raise CandidatesError(f"{path} has changed while it was read. Load it again when it is whole.")
     except UnicodeDecodeError as error:
         raise CandidatesError(
             f"{path}, line {first_undecodable_line(path)}: {error.object[error.start : error.start + 1]!r} is not "
@@ -421,22 +910,29 @@ def read_cells(path: str, options, present: dict[str, set]) -> Iterator[Cells]:
         raise CandidatesError(f"{path}: the gzip archive is damaged ({error}). Copy or compress it again.") from None
 
 
-def open_csv(path: str):
-    with open(path, "rb") as raw:
-        if raw.read(4) == b"PAR1":
-            raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
-    opener = gzip.open if is_gzip(path) else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+def decoded(path: str, raw: io.BufferedReader) -> io.TextIOWrapper:
+    start = raw.peek(4)[:4]
+    if start == b"PAR1":
+        raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
+    unpacked = gzip.GzipFile(fileobj=raw) if start[:2] == GZIP else raw
+    return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
 
 
-def is_gzip(path: str) -> bool:
-    with open(path, "rb") as raw:
-        return raw.read(2) == b"\x1f\x8b"
+GZIP = b"\x1f\x8b"
+
+
+def lines(path: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a text, none of which may fill the memory."""
+    for number, line in enumerate(iter(lambda: text.readline(MAX_LINE), ""), start=1):
+        if len(line) == MAX_LINE:
+            raise CandidatesError(f"{path}, line {number} is longer than {MAX_LINE:,} characters: is this a CSV?")
+        yield line
 
 
 def first_undecodable_line(path: str) -> int:
-    with gzip.open(path) if is_gzip(path) else open(path, "rb") as raw:
-        for number, line in enumerate(raw, start=1):
+    with open(path, "rb") as raw:
+        unpacked = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP else raw
+        for number, line in enumerate(iter(lambda: unpacked.readline(MAX_LINE), b""), start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
@@ -444,7 +940,7 @@ def first_undecodable_line(path: str) -> int:
     return number
 
 
-def filter_cells(path: str, reader, options, present: dict[str, set]) -> Iterator[Cells]:
+def cells_of(path: str, reader) -> Iterator[Cells]:
     rows = 0
     try:
         header = check_header(path, next(reader, None))
@@ -452,21 +948,21 @@ def filter_cells(path: str, reader, options, present: dict[str, set]) -> Iterato
             if not values:  # a blank line holds nothing to lose
                 continue
             rows += 1
-            cells = Cells(path, line, dict(zip(header, map(str.strip, values), strict=False)))
-            if len(values) != len(header):
-                # Which column slid is unknown, so the row may not be filtered away either.
-                yield cells._replace(values={WIDTH: f"{len(values)} fields instead of {len(header)}"})
-                continue
-            for name, seen in present.items():
-                seen.add(cells.values[name])
-            if all(getattr(options, name) in (None, cells.values[name]) or not cells.values[name] for name in present):
-                yield cells
+            if reader.line_num > line:
+                check_quotes(path, line, header, values)
+            if len(values) == len(header):
+                yield Cells(path, line, NO_OPTIONAL | dict(zip(header, map(str.strip, values), strict=True)))
+            else:
+                yield Cells(path, line, {WIDTH: f"{len(values)} fields instead of {len(header)}"})
     except csv.Error as error:
         raise CandidatesError(
             f"{path}, line {reader.line_num}: not readable as CSV ({error}). An unclosed quote, here or above?"
         ) from None
     if not rows:
         raise CandidatesError(f"{path} holds a header and no row. Leave it out, or run the backtest again.")
+
+
+NO_OPTIONAL = dict.fromkeys(OPTIONAL_COLUMNS, "")
 
 
 def numbered(reader) -> Iterator[tuple[int, list[str]]]:
@@ -477,11 +973,23 @@ def numbered(reader) -> Iterator[tuple[int, list[str]]]:
         line = reader.line_num + 1
 
 
+def check_quotes(path: str, line: int, header: list[str], values: list[str]) -> None:
+    """Raises CandidatesError if a quote has swallowed rows: as many commas as a row has, or fields that do not fit."""
+    for name, value in zip([*header, *[WIDTH] * len(values)], values, strict=False):
+        if "\n" in value or "\r" in value:
+            if len(values) != len(header) or value.count(",") >= len(header) - 1:
+                raise CandidatesError(
+                    f"{path}, line {line}, column {name}: a quote begins here that takes in what follows, through the "
+                    f"line {line + len(value.splitlines()) - 1}: {shown(value, 80)}. Remove the quote."
+                )
+            line += len(value.splitlines()) - 1
+
+
 def check_header(path: str, header: list[str] | None) -> list[str]:
     if not header:
         raise CandidatesError(f"{path} is empty. Leave it out, or run the backtest again.")
     header = [name.strip() for name in header]
-    missing = [name for name in COLUMNS if name not in header]
+    missing = [name for name in COLUMNS if name not in header and name not in OPTIONAL_COLUMNS]
     if missing:
         raise CandidatesError(
             f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
@@ -490,10 +998,18 @@ def check_header(path: str, header: list[str] | None) -> list[str]:
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in COLUMNS]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
+    lacking = [name for name in OPTIONAL_COLUMNS if name not in header]
+    if lacking:
+        logger.warning("%s: column(s) %s are missing, and null.", path, ", ".join(lacking))
     extra = [name for name in header if name not in COLUMNS]
     if extra:
-        logger.warning("%s: column(s) %s are not known and not used.", path, ", ".join(extra))
+        logger.warning("%s: column(s) %s are not known and not used.", path, printable(", ".join(extra), 300))
     return header
+
+
+# --- Rows as values.
+
+KEY = ("decision_time", "underlying", "exit_style")
 
 
 def parse_key(cells: Cells) -> tuple[datetime.datetime, str, str]:
@@ -502,8 +1018,7 @@ def parse_key(cells: Cells) -> tuple[datetime.datetime, str, str]:
     return parse_time(cells), parse_name(cells, "underlying"), parse_name(cells, "exit_style")
 
 
-def parse_row(cells: Cells) -> Row:
-    spot = parse_number(cells, "spot", low=0.0)
+def parse_row(cells: Cells, options) -> Row:
     trade_executed, chosen = parse_flag(cells, "trade_executed"), parse_flag(cells, "chosen")
     if chosen and not trade_executed:
         raise cells.bad("chosen", "says sold, but trade_executed is 0")
@@ -511,36 +1026,31 @@ def parse_row(cells: Cells) -> Row:
         raise cells.bad("action", f"is neither {SELL_CALL} nor {SKIP}")
     if chosen != (cells.values["action"] == SELL_CALL):
         raise cells.bad("action", f"disagrees with chosen={chosen}")
-    outcome = Outcome(*(parse_number(cells, name, blank=True) for name in Outcome._fields))
-    candidate = None
+    outcome = Outcome(*(parse_number(cells, name, options, blank=True) for name in Outcome._fields))
     if parse_name(cells, "instrument") != NO_CANDIDATES:
-        candidate = parse_candidate(cells)
-        if spot == 0:
-            raise cells.bad("spot", "is zero, and must be above")
-    elif trade_executed:
+        spot, candidate = parse_number(cells, "spot", options), parse_candidate(cells, options)
+        return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
+    if trade_executed:
         raise cells.bad("trade_executed", f"on a {NO_CANDIDATES} row, where nothing can be sold")
-    return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
+    if parse_number(cells, "strike", options, blank=True, zero=True):
+        raise cells.bad("instrument", "stands for no option, and the row has a strike")
+    return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
 
 
-def parse_candidate(cells: Cells) -> Candidate:
-    strike = parse_number(cells, "strike", low=0.0)
-    if strike == 0:
-        raise cells.bad("strike", "is zero, and must be above")
-    return Candidate(
-        cells.values["instrument"],
-        strike,
-        dte=parse_number(cells, "dte", low=0.0, high=MAX_DTE),
-        delta=parse_number(cells, "delta", low=-1.0, high=1.0),
-        score=parse_number(cells, "score"),
-        iv=parse_number(cells, "iv", blank=True),
-        ivrv_ratio=parse_number(cells, "ivrv_ratio", blank=True),
-    )
+def parse_candidate(cells: Cells, options) -> Candidate:
+    names = Candidate._fields[1:]
+    values = (parse_number(cells, name, options, blank=name in MAY_LACK) for name in names)
+    candidate = Candidate(cells.values["instrument"], *values)
+    reason = wrong_instrument(candidate.instrument)
+    if reason:
+        raise cells.bad("instrument", reason)
+    return candidate
 
 
 def parse_time(cells: Cells) -> datetime.datetime:
     time = iso_time(cells.values["decision_time"])
     if time is None:
-        raise cells.bad("decision_time", "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00")
+        raise cells.bad("decision_time", NO_TIME)
     return utc(time)
 
 
@@ -561,8 +1071,9 @@ def utc(time: datetime.datetime) -> datetime.datetime:
 
 def parse_name(cells: Cells, column: str) -> str:
     text = cells.values[column]
-    if not text or not text.isprintable():  # a line break would write its own line into the prompt
-        raise cells.bad(column, "is blank or not printable text")
+    reason = wrong_name(text)
+    if reason:
+        raise cells.bad(column, reason)
     return text
 
 
@@ -573,8 +1084,13 @@ def parse_flag(cells: Cells, column: str) -> int:
     return int(text in ("1", "1.0", "True"))
 
 
-def parse_number(cells: Cells, column: str, low=-math.inf, high=math.inf, blank=False) -> float | None:
-    """A finite number in [low, high]; with ``blank``, None for an empty cell or NaN."""
+def parse_number(cells: Cells, column: str, options, blank: bool = False, zero: bool = False) -> float | None:
+    """A number within the limits of its column.
+
+    Args:
+        blank: an empty cell or NaN is None, and not wrong.
+        zero: 0 is right, whatever the column.
+    """
     text = cells.values[column]
     if blank and not text:
         return None
@@ -582,14 +1098,13 @@ def parse_number(cells: Cells, column: str, low=-math.inf, high=math.inf, blank=
         value = float(text)
     except ValueError:
         value = None
-    if value is None or "_" in text:  # float() reads 1_000 as a thousand; a CSV does not mean that
+    if value is None or "_" in text or not text.isascii():  # float() reads 1_000, and the digits of all scripts
         raise cells.bad(column, "is not a number")
-    if blank and math.isnan(value):
-        return None
-    if not math.isfinite(value):
-        raise cells.bad(column, "is not finite")
-    if not low <= value <= high:
-        raise cells.bad(column, "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]")
+    if blank and math.isnan(value) or zero and value == 0:
+        return None if blank else value
+    reason = wrong_number(column, value, options.max_iv)
+    if reason:
+        raise cells.bad(column, reason)
     return value
 
 
@@ -918,9 +1433,9 @@ def split_starts(times: list[datetime.datetime], options) -> list[datetime.datet
 
 def parse_option_time(options, name: str) -> datetime.datetime:
     value = getattr(options, name)
-    time = value if isinstance(value, datetime.datetime) else iso_time(str(value))
+    time = iso_time(value.isoformat() if isinstance(value, datetime.date) else str(value))
     if time is None:
-        raise CandidatesError(f"{name}={value!r} is not a date such as 2024-01-01.")
+        raise CandidatesError(f"{name}={shown(value)} is not a date such as 2024-01-01.")
     return utc(time)
 
 
@@ -1094,6 +1609,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         purge: leave out decisions whose outcomes end after the next split has begun.
         duplicates: the same decision in two files is an "error", or the "latest" file's is kept.
         on_bad_rows: "error", or "skip" the whole decision, counted.
+        max_iv: an iv above this is taken for a percentage, and is bad; raise it for a market that is so wild.
         fee, fee_cap: fee of a trade as a share of the underlying (Deribit: 0.0003), and the most it is as a share of
             the option's price. Fees, spread and slippage are taken off ghosts, at each trade.
         half_spread: what a trade loses to the spread, as a share of the option's price.
@@ -1116,6 +1632,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
     purge: bool = True
     duplicates: str = "error"
     on_bad_rows: str = "error"
+    max_iv: float = 5.0
     fee: float = 0.0
     fee_cap: float = 0.125
     half_spread: float = 0.0
@@ -1127,16 +1644,19 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
 
     def check(self) -> None:
         """Raises CandidatesError for a value that no option takes."""
-        for name, allowed in (
-            ("candidate_order", ("instrument", "csv", "shuffle")),
-            ("duplicates", ("error", "latest")),
-            ("on_bad_rows", ("error", "skip")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise CandidatesError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name, allowed[0])
+            if not isinstance(value, str) or value not in allowed:
+                raise CandidatesError(f"{name}={shown(value)}: choose one of {', '.join(allowed)}.")
         for name in ("hindsight", "purge"):
             if not isinstance(getattr(self, name), bool):
-                raise CandidatesError(f"{name}={getattr(self, name)!r}: give True or False.")
+                raise CandidatesError(f"{name}={shown(getattr(self, name))}: give True or False.")
+        for name in ("underlying", "exit_style"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise CandidatesError(f"{name}={shown(value)}: give a name as the files have it, or leave it out.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise CandidatesError(f"seed={shown(self.seed)}: give a whole number.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
@@ -1145,32 +1665,38 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             value = getattr(self, name, None)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise CandidatesError(f"{name}={value!r}: give a number from 0 to {high:g}.")
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= high:
+                raise CandidatesError(f"{name}={shown(value)}: give a number from 0 to {high:g}.")
         self.check_splits()
 
     def check_splits(self) -> None:
+        default = CoveredCallCandidatesConfig.splits
+        fractions = tuple(self.splits) if isinstance(self.splits, (tuple, list)) else ()
+        real = [isinstance(f, numbers.Real) and not isinstance(f, bool) and f >= 0 for f in fractions]
+        whole = isinstance(self.splits, str) and self.splits == "train"
+        if not whole and (real != [True] * 3 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6)):
+            raise CandidatesError(
+                f"splits={shown(self.splits)}: give three fractions that add up to 1 (train, validation, test), or "
+                '"train".'
+            )
         dated = (self.validation_from is not None) + (self.test_from is not None)
         if dated == 1:
             raise CandidatesError("validation_from and test_from go together: give both.")
-        if dated and self.splits not in (CoveredCallCandidatesConfig.splits, list(CoveredCallCandidatesConfig.splits)):
+        if dated and fractions != default:
             raise CandidatesError("Give either splits, or validation_from and test_from.")
         if dated and parse_option_time(self, "validation_from") > parse_option_time(self, "test_from"):
             raise CandidatesError(f"validation_from={self.validation_from} is after test_from={self.test_from}.")
-        if self.splits == "train":
-            return
-        fractions = self.splits if isinstance(self.splits, (tuple, list)) else ()
-        numbers = [f for f in fractions if isinstance(f, (int, float)) and f >= 0]
-        if len(fractions) != 3 or len(numbers) != 3 or not math.isclose(sum(numbers), 1.0, abs_tol=1e-6):
-            raise CandidatesError(
-                f'splits={self.splits!r}: give three fractions that add up to 1 (train, validation, test), or "train".'
-            )
 
 
+# What may be chosen from; of each the first is the default.
+CHOICES = {
+    "candidate_order": ("instrument", "csv", "shuffle"), "duplicates": ("error", "latest"),
+    "on_bad_rows": ("error", "skip"), "rejected": ("teacher", "worst"),
+}  # fmt: skip
 # The largest value of each option that is a number from 0.
 LIMITS = {
-    "fee": 1, "fee_cap": 1, "half_spread": 1, "slippage": 1, "expiry_tolerance": 24 * MAX_DTE, "horizon": MAX_DTE,
-    "take_profit": 1, "roll_delta": 1, "min_edge": math.inf, "min_edge_pct": 100,
+    "max_iv": math.inf, "fee": 1, "fee_cap": 1, "half_spread": 1, "slippage": 1, "expiry_tolerance": 24 * MAX_DTE,
+    "horizon": MAX_DTE, "take_profit": 1, "roll_delta": 1, "min_edge": math.inf, "min_edge_pct": 100,
 }  # fmt: skip
 
 
@@ -1188,11 +1714,6 @@ class PreferenceConfig(CoveredCallCandidatesConfig):
     rejected: str = "teacher"
     min_edge: float = 0.0
     min_edge_pct: float = 0.1
-
-    def check(self) -> None:
-        super().check()
-        if self.rejected not in ("teacher", "worst"):
-            raise CandidatesError(f"rejected={self.rejected!r}: choose one of teacher, worst.")
 
 
 class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
@@ -1224,7 +1745,12 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "per_candidate"
 
     def __init__(self, *args, data_files=None, data_dir=None, base_path=None, hash=None, **options):
+        # The library makes a folder's name of it, which it replaces when it prepares the data anew.
+        if hash is not None and not re.fullmatch(r"[\w-]+", str(hash)):
+            raise CandidatesError(f"hash={shown(hash)}: give letters and digits, or leave it out.")
         base_path = base_path or os.path.dirname(os.path.abspath(__file__))
+        options = {name: value for name, value in options.items() if value is not None}
+        check_options(options.get("config_name", self.DEFAULT_CONFIG_NAME), options)
         # The library makes its cache key from what it is given here. Resolved files with the hash of their
         # content, and the hash of this code, are what make an edited CSV or prompt give new rows. Its own version
         # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
@@ -1233,9 +1759,11 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
             hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
-            **{name: value for name, value in options.items() if value is not None},
+            **options,
         )
-        self.config.check()
+
+    def get_exported_dataset_info(self):
+        return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
 
     def _info(self):
         return datasets.DatasetInfo(
@@ -1273,6 +1801,18 @@ def cut(entries: list, parts: int) -> list[tuple]:
     return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
 
 
+def check_options(name: str, options: dict) -> None:
+    """Raises CandidatesError for a value that no option of that config takes, before the library sees it."""
+    kind = PreferenceConfig if name == "preference" else CoveredCallCandidatesConfig
+    kind(name=name, **{option: value for option, value in options.items() if option in options_of(kind)}).check()
+
+
+def options_of(kind: type) -> list[str]:
+    """The options that load_candidates takes for a kind of config, beside data_files and data_dir."""
+    its_own = {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
+    return [field.name for field in dataclasses.fields(kind) if field.name not in its_own]
+
+
 def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:
     """Absolute paths of the CSVs to read: those named, else those in data/, else the simulated sample."""
     if isinstance(data_files, dict):
@@ -1281,28 +1821,39 @@ def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base
             "(see the options splits, validation_from and test_from)."
         )
     if data_files is not None:
-        patterns = [data_files] if isinstance(data_files, (str, os.PathLike)) else list(data_files)
+        one = isinstance(data_files, (str, bytes, os.PathLike)) or not isinstance(data_files, Iterable)
+        patterns = [data_files] if one else list(data_files)
         if not patterns:
             raise CandidatesError("data_files is an empty list: give a path, a glob, or leave it out.")
-        return list(dict.fromkeys(path for pattern in patterns for path in match(os.fspath(pattern), data_dir or "")))
+        folder = "" if data_dir is None else path_of("data_dir", data_dir)
+        patterns = [path_of("data_files", pattern) for pattern in patterns]
+        return list(dict.fromkeys(path for pattern in patterns for path in match(pattern, folder)))
     if data_dir is not None:
-        return match(os.path.join(data_dir, "*.csv"), or_gzipped=True)
+        return match("*.csv", path_of("data_dir", data_dir), or_gzipped=True)
     for folder, what in (("data", "the CSVs"), (os.path.join("data", "sample"), "the simulated sample")):
-        found = [p for pattern in CSV_PATTERNS for p in glob.glob(os.path.join(base_path, folder, pattern))]
+        place = glob.escape(os.path.join(base_path, folder))
+        found = [path for pattern in CSV_PATTERNS for path in glob.glob(os.path.join(place, pattern))]
         if found:
             logger.warning("No data_files given: reading %s in %s.", what, os.path.join(base_path, folder))
             return sorted(map(os.path.abspath, found))
     raise CandidatesError(f"No {CSV_PATTERNS[0]} in {os.path.join(base_path, 'data')} and no sample: give data_files.")
 
 
+def path_of(option: str, path) -> str:
+    if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)):
+        raise CandidatesError(f"{option}={shown(path)}: give a path, a glob such as 'runs/*.csv', or a list of them.")
+    return os.path.expanduser(os.fspath(path))
+
+
 def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]:
-    """Files that a path or glob names, relative to ``folder`` or the current one, sorted."""
-    pattern = os.path.abspath(os.path.join(folder, os.path.expanduser(pattern)))
-    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    """Files that a path or glob names, relative to ``folder`` (no glob) or the current one, sorted."""
+    path = os.path.abspath(os.path.join(folder, pattern))
+    pattern = os.path.join(glob.escape(os.path.abspath(folder)), pattern)
+    found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
     found += glob.glob(pattern + ".gz") if or_gzipped else []
-    found = sorted(filter(os.path.isfile, found))
+    found = sorted(os.path.abspath(one) for one in found if os.path.isfile(one))
     if not found:
-        raise CandidatesError(f"No file matches {pattern}. Give a path, a glob such as 'runs/*.csv', or a list.")
+        raise CandidatesError(f"No file matches {path}. Give a path, a glob such as 'runs/*.csv', or a list.")
     return found
 
 
@@ -1332,13 +1883,43 @@ def load_candidates(
     Raises:
         CandidatesError: for files or options that cannot be used.
     """
-    if name not in RECORDS:
-        raise CandidatesError(f"{name!r} is no config: choose one of {', '.join(RECORDS)}.")
-    builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
-    if streaming:
-        return builder.as_streaming_dataset()
-    builder.download_and_prepare(num_proc=num_proc)
-    return builder.as_dataset()
+    check_call(name, options, cache_dir=cache_dir, streaming=streaming, num_proc=num_proc)
+    try:
+        builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
+        if streaming:
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare(num_proc=num_proc)
+        return builder.as_dataset()
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise plain_error(error) from error
+
+
+def check_call(name, options: dict, cache_dir, streaming, num_proc) -> None:
+    """Raises CandidatesError for an argument of load_candidates that is none."""
+    if not isinstance(name, str) or name not in RECORDS:
+        raise CandidatesError(f"{shown(name)} is no config: choose one of {', '.join(RECORDS)}.")
+    known = ["data_dir", *options_of(PreferenceConfig if name == "preference" else CoveredCallCandidatesConfig)]
+    strange = [option for option in options if option not in known]
+    if strange:
+        raise CandidatesError(f"{strange[0]} is no option of {name}: choose from {', '.join(known)}.")
+    if cache_dir is not None:
+        path_of("cache_dir", cache_dir)
+    if not isinstance(streaming, bool):
+        raise CandidatesError(f"streaming={shown(streaming)}: give True or False.")
+    if num_proc is not None and (isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1):
+        raise CandidatesError(f"num_proc={shown(num_proc)}: give a whole number from 1, or leave it out.")
+
+
+def plain_error(error: BaseException) -> CandidatesError:
+    """What went wrong while files were read or the cache was written, whatever the library made of it."""
+    while error.__cause__ is not None and not isinstance(error, (OSError, CandidatesError)):
+        error = error.__cause__
+    if isinstance(error, CandidatesError):
+        return error
+    return CandidatesError(
+        f"The data cannot be read, or the cache not be written: {error}. Is the disk full, or the file not yours? "
+        "cache_dir, or HF_HOME in the environment, says where the cache is."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1348,6 +1929,9 @@ def load_candidates(
 def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> collections.Counter:
     """Writes one ``{"messages": [...]}`` a line under a temporary name, renames it, and returns the label counts."""
     labels = collections.Counter()
+    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # by an export that was killed
+        if has_ended(left.split(".")[-2]):
+            os.unlink(left)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -1362,6 +1946,18 @@ def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCand
         if os.path.exists(temporary):
             os.unlink(temporary)
     return labels
+
+
+def has_ended(process: str) -> bool:
+    if os.name != "posix" or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)  # which sends nothing
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def export_paths(source: str, output_dir: str | None) -> dict[str, str]:
@@ -1389,7 +1985,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         choices=["instrument", "csv", "shuffle"], help="default: %(default)s")  # fmt: skip
     add("--seed", type=int, default=defaults.seed, help="of the shuffle, default: %(default)s")
     add("--on_bad_rows", "--on-bad-rows", default=defaults.on_bad_rows, choices=["error", "skip"],
-        help="default: %(default)s")  # fmt: skip
+        help="or skip decisions with a bad row, whole; default: %(default)s")  # fmt: skip
+    add("--max_iv", "--max-iv", type=float, default=defaults.max_iv, metavar="IV",
+        help="an iv above this is taken for a percentage, and is bad; default: %(default)s")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -1398,8 +1996,9 @@ def export(arguments: argparse.Namespace) -> None:
     targets = [path for source in sources for path in export_paths(source, arguments.output_dir).values()]
     if len(set(targets)) < len(targets):
         raise CandidatesError("Two inputs have the same name, so one export would replace the other. Rename one.")
-    names = ("underlying", "exit_style", "hindsight", "candidate_order", "seed", "on_bad_rows")
+    names = ("underlying", "exit_style", "hindsight", "candidate_order", "seed", "on_bad_rows", "max_iv")
     options = {name: getattr(arguments, name) for name in names}
+    check_options("per_candidate", options)
     # All are read before any is written, so that a bad one leaves every export as it was.
     decisions = {source: read_candidates([source], CoveredCallCandidatesConfig(**options)) for source in sources}
     for source, logged in decisions.items():
@@ -1415,7 +2014,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         export(parse_arguments(arguments))
     except (CandidatesError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {in_command_words(error)}")
+
+
+def in_command_words(error: Exception) -> str:
+    """A message that names options as Python writes them, as the command line does: --duplicates latest."""
+    options = "|".join(options_of(PreferenceConfig))
+    return re.sub(rf"\b({options})=(['\"]?)([^'\"\s,;:]+)\2(?=[\s,;:.)]|$)", r"--\1 \3", str(error))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ candidate = st.fixed_dictionaries(
         "dte": st.floats(0, 400),
         "delta": st.floats(-1, 1),
         "score": number,
-        "iv": maybe,
+        "iv": st.one_of(st.just(""), st.floats(0, 5)),
         "ivrv_ratio": maybe,
     }
 )
