@@ -320,20 +320,22 @@ DERIBIT_NAME = re.compile(r"([A-Z0-9]+)(?:_[A-Z]+)?-(\d{1,2}[A-Z]{3}\d{2})-(\d+(
 def wrong_number(name: str, value: float, max_iv: float) -> str | None:
     """Why this cannot be the number of that column; None if it can."""
     low, high = NUMBERS.get(name, (-math.inf, math.inf))
+    high = max_iv if name == "iv" else high
+    if low <= value <= high and math.isfinite(value) and (value or name not in ABOVE_ZERO):
+        return None
     if not math.isfinite(value):
         return "is not finite"
-    if name in ABOVE_ZERO and value == 0:
+    if value == 0:
         return "is zero, and must be above"
-    if name == "iv" and value > max_iv:
+    if name == "iv" and value > 0:
         return (
             f"is above {max_iv:g}: iv is a fraction a year, 0.7 for 70 %. If it is a percentage, divide the column by "
             "100; if it is meant, raise the option max_iv"
         )
-    if low <= value <= high:
-        return None
     return "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]"
 
 
+@functools.lru_cache(maxsize=65_536)
 def wrong_name(text: str) -> str | None:
     """Why this cannot be a name that a prompt shows; None if it can."""
     if not text or not text.isprintable():  # a line break would write its own line into the prompt

@@ -231,3 +231,22 @@ def test_an_input_that_is_not_there_is_named(tmp_path, capsys):
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", GOOD)
     assert "a.csv" in exits_with_one_line(capsys, "--input", path, "--output_dir", Path(path) / "out")
+
+
+def test_what_a_killed_export_left_is_gone_after_the_next_and_that_of_a_running_one_is_not(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", GOOD)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    (tmp_path / f"a_per_candidate.jsonl.{ended.pid}.tmp").write_text("half")
+    (tmp_path / f"a_per_candidate.jsonl.{os.getppid()}.tmp").write_text("at work")
+    main(["--input", path])
+    assert files(tmp_path) == [
+        "a.csv", "a_per_candidate.jsonl", f"a_per_candidate.jsonl.{os.getppid()}.tmp",
+        "a_per_decision_ranking.jsonl",
+    ]  # fmt: skip
+
+
+def test_messages_name_options_as_the_command_line_does(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [*GOOD[:2], GOOD[2] | {"score": "?"}, *GOOD[3:]])
+    said = exits_with_one_line(capsys, "--input", path)
+    assert said.endswith("or drop such decisions whole with --on_bad_rows skip.")
