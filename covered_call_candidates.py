@@ -578,10 +578,10 @@ def stamp(path: str) -> str:
 
 
 def nothing_left(paths, options, present, skipped) -> CandidatesError:
-    asked = [f"{name}={getattr(options, name)!r}" for name in present if getattr(options, name)]
+    asked = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
     if skipped or not asked:
         return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
-    found = [f"{name} {', '.join(sorted(values))}" for name, values in present.items()]
+    found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
     return CandidatesError(
         f"{', '.join(paths)}: no row is left with {' and '.join(asked)}. The files hold {'; '.join(found)}."
     )
@@ -678,7 +678,7 @@ def check_name_of(run: Run, row: Row, cells: Cells) -> None:
 # --- Rows that seem to be another decision's: their time, underlying or exit style is wrong, but valid in itself.
 
 RARE = 0.02  # of a file's decisions: so many may break an order that counts as one all the same
-BESIDE_ONE = 10  # rows of another value beside which a value that stands on one row is a slip
+BESIDE_ONE = 5  # rows of another value beside which a value that stands on one row is a slip
 
 
 class Stray(NamedTuple):
@@ -698,7 +698,7 @@ def spoilt_by_strays(path: str, runs: list[Run], scattered: bool, complain) -> s
     Raises:
         CandidatesError: where the rows of decisions do not stand together, so that nobody could tell whose it is.
     """
-    spoilt = mixed(runs)
+    spoilt = beside_a_bad_row(runs)
     everywhere, together = (unknown, slips, misnamed), (intruders, pieces, lone)
     for find in everywhere if scattered else everywhere + together:
         strays = find(runs)
@@ -715,15 +715,15 @@ def spoilt_by_strays(path: str, runs: list[Run], scattered: bool, complain) -> s
         if strays:  # what has been found is set aside, or one stray would look like several
             places = {stray.place for stray in strays}
             runs = joined([run for place, run in enumerate(runs) if place not in places])
-    return spoilt - {None}
+    return (spoilt | mixed(runs)) - {None}
 
 
 def may_have_its_rows(runs: list[Run], key: tuple) -> set[tuple]:
-    """The neighbours that may hold a row of a decision that contradicts itself: those of one row; of one row, all."""
+    """The neighbours that may hold a row of a decision that contradicts itself, or of which it may hold one."""
     place = next(place for place, run in enumerate(runs) if run.key == key)
-    near = [runs[i] for i in neighbours(runs, place)]
-    alone = runs[place].size == 1
-    return {run.key for run in near if alone or (run.size == 1 and NO_CANDIDATES not in run.instruments)} - {None}
+    near = {i for i in neighbours(runs, place) if runs[place].size == 1 or runs[i].size == 1}
+    placeholders = {i for i in near if NO_CANDIDATES in runs[i].instruments}
+    return {runs[i].key for i in (near - placeholders).union(shared_spots(runs, place))} - {None}
 
 
 def whose_is_it(path: str, line: int) -> CandidatesError:
@@ -760,6 +760,16 @@ def are_scattered(runs: list[Run]) -> bool:
     split = sum(count > 1 for count in times.values())
     few = whole >= max(3, 2 * split) and len(known) - len(times) <= max(2, RARE * len(times))
     return split > 0 and not few
+
+
+def beside_a_bad_row(runs: list[Run]) -> set[tuple]:
+    """The neighbours that a decision of one row may belong to which is bad in other cells than its key, too."""
+    found = set()
+    for place, run in enumerate(runs):
+        if run.spoilt and run.size == 1:
+            legible = all(re.fullmatch(r"[\d.]+", spot) for spot in run.spots)
+            found |= {runs[near].key for near in (shared_spots if legible else neighbours)(runs, place)}
+    return found
 
 
 def mixed(runs: list[Run]) -> set[tuple]:
@@ -927,7 +937,9 @@ def lines(path: str, text: io.TextIOWrapper) -> Iterator[str]:
     """The lines of a text, none of which may fill the memory."""
     for number, line in enumerate(iter(lambda: text.readline(MAX_LINE), ""), start=1):
         if len(line) == MAX_LINE:
-            raise CandidatesError(f"{path}, line {number} is longer than {MAX_LINE:,} characters: is this a CSV?")
+            raise CandidatesError(
+                f"{path}, line {number} is longer than {MAX_LINE:,} characters: no CSV of a backtest. Export it again."
+            )
         yield line
 
 
@@ -1380,7 +1392,7 @@ def balance_pairs(entries: list[LoggedDecision], options) -> list[LoggedDecision
     commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
     if len(commonest) == 2:
         most, second = (by_label[label] for label in commonest)
-        by_label[commonest[0]] = random.Random(options.seed).sample(most, len(second))
+        by_label[commonest[0]] = random.Random(int(options.seed)).sample(most, len(second))
     logger.warning("Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(by_label), before)
     return [entries[place] for place in sorted(place for places in by_label.values() for place in places)]
 
@@ -1842,7 +1854,7 @@ def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base
 
 
 def path_of(option: str, path) -> str:
-    if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)):
+    if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
         raise CandidatesError(f"{option}={shown(path)}: give a path, a glob such as 'runs/*.csv', or a list of them.")
     return os.path.expanduser(os.fspath(path))
 

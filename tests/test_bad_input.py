@@ -16,7 +16,10 @@ from covered_call_candidates import CandidatesError
 ONE = {"splits": "train"}
 
 # Lines 2 to 4, 5 to 7, 8 to 10, 11 to 13, 14: three trades, one decision without a trade, one without candidates.
-GOOD = [*decision(0, 0), *decision(1, 0), *decision(2), *decision(3, 2), no_candidates(4)]
+GOOD = [
+    *decision(0, 0), *decision(1, 0, spot=58566.0), *decision(2, spot=58666.0), *decision(3, 2, spot=58766.0),
+    no_candidates(4, spot=58866.0),
+]  # fmt: skip
 
 
 def spoilt(changes: dict[int, dict]) -> list[dict]:
@@ -130,10 +133,22 @@ def test_a_ragged_row_is_named_or_its_decision_dropped_whole(tmp_path, caplog, t
 
 @pytest.mark.parametrize("cells", [{"decision_time": "?"}, {"underlying": ""}, {"exit_style": "\t"}])
 def test_a_row_whose_decision_is_unknown_drops_the_decisions_on_either_side(tmp_path, caplog, cells):
-    # Line 5 is the first row of day 1: it may as well have been the last of day 0.
-    path = write_csv(tmp_path / "a.csv", spoilt({5: cells}))
+    # Line 5 is the first row of day 1: where spots do not tell, it may as well have been the last of day 0.
+    same = {line: {"spot": "58466.0"} for line in range(2, 15)}
+    path = write_csv(tmp_path / "a.csv", spoilt(same | {5: cells | {"spot": "58466.0"}}))
     assert days(records(path, "per_decision_ranking", on_bad_rows="skip")) == [2, 3, 4]
     assert "Dropped 2 decision(s)" in caplog.text
+
+
+def test_a_row_that_has_the_spot_of_one_of_its_neighbours_drops_that_one(tmp_path):
+    path = write_csv(tmp_path / "a.csv", spoilt({5: {"decision_time": "?"}}))
+    assert days(records(path, "per_decision_ranking", on_bad_rows="skip")) == [0, 2, 3, 4]
+
+
+def test_where_spots_do_not_tell_a_decision_that_contradicts_itself_drops_those_beside_it(tmp_path):
+    same = {line: {"spot": "58466.0"} for line in range(2, 15)}
+    path = write_csv(tmp_path / "a.csv", spoilt(same | {8: {"spot": "58466.0", "decision_time": time(1)}}))
+    assert days(records(path, "per_decision_ranking", on_bad_rows="skip")) == [3, 4]
 
 
 @pytest.mark.parametrize("cells", [{"underlying": ""}, {"exit_style": ""}])
