@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import atomic  # noqa: E402
 import metrics  # noqa: E402
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
@@ -42,8 +43,8 @@ from covered_call_candidates import (  # noqa: E402
     split_decisions,
 )
 from evaluate_policy import pick_of  # noqa: E402
-from policy import Policy, write_text  # noqa: E402
-from q_scorer import QScorer, fit  # noqa: E402
+from policy import Policy  # noqa: E402
+from value_model import QScorer, fit  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "sample" / "*.csv")
@@ -139,7 +140,7 @@ def play(fold: Fold, logged: list[LoggedDecision], asked: argparse.Namespace, fi
     if kept.get("settings") != settings:
         kept = {"settings": settings, "picks": decide(fold, logged, asked, files)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(kept))
+        atomic.write(path, json.dumps(kept))
     known = [all(ghost.pnl_vs_hodl is not None for ghost in entry.ghosts) for entry in fold.entries]
     picks = {
         name: [pick for pick, keep in zip(made, known, strict=True) if keep] for name, made in kept["picks"].items()

@@ -47,10 +47,10 @@ from gpu_work import (
     run_apart,
 )
 
+import atomic
 import train_sft
 from covered_call_candidates import ranking_messages
 from memory import CARD_GIB, CONTEXT_GIB, GIB, Work, choose
-from policy import write_text
 from tiny_phi3 import train_tokenizer
 
 TOLERANCE = 0.10  # of an estimate, beside what is measured
@@ -281,8 +281,8 @@ class Report:
         kept = [result for case, result in self.measured.items() if "device" not in rows.get(case, {})]
         path = self.options.output
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"size": self.options.size, "results": [*rows.values(), *kept]}, indent=2))
-        write_text(path.with_suffix(".md"), self.tables(cases) + "\n")
+        atomic.write(path, json.dumps({"size": self.options.size, "results": [*rows.values(), *kept]}, indent=2))
+        atomic.write(path.with_suffix(".md"), self.tables(cases) + "\n")
 
     def tables(self, cases: list[Case]) -> str:
         """All tables of these cases in Markdown."""

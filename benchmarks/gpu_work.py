@@ -37,7 +37,8 @@ if not UNSLOTH:  # whose environment need not have what these import
     import train_dpo
     import train_sft
     from covered_call_candidates import Candidate, Decision, ranking_messages
-    from policy import Policy, chat_ids, load_base
+    from loading import chat_ids, load_base
+    from policy import Policy
 
 GIB = 2**30
 LOAD_LIMIT = 1.5
@@ -269,7 +270,7 @@ def measure_decide(job: Job, folder: str) -> Iterator[dict]:
 
     def decide(batch_tokens: int | None) -> None:
         policy.batch_tokens = batch_tokens
-        policy.decide([decision] * job.scored)
+        policy._score([decision] * job.scored)  # the exit style that fills the prompt is longer than a name may be
 
     yield from score(job, "decide", decide)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from policy import answer_tokens, chat_ids  # noqa: E402
+from loading import answer_tokens, chat_ids  # noqa: E402
 from scoring import score_answers  # noqa: E402
 from tiny_phi3 import random_phi3, train_tokenizer  # noqa: E402
 

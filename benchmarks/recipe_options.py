@@ -16,9 +16,10 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_sft  # noqa: E402
+from first_checks import BALANCES  # noqa: E402
 
 PARTS = {
-    "per_candidate": [{"balance": balance} for balance in train_sft.BALANCES],
+    "per_candidate": [{"balance": balance} for balance in BALANCES],
     "ranking": [
         {"candidate_order": "instrument", "balance": "none"},
         {"candidate_order": "shuffle", "balance": "none"},

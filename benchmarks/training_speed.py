@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedT
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from policy import answer_tokens, encode, half_precision  # noqa: E402
+from loading import answer_tokens, encode, half_precision  # noqa: E402
 from scoring import asked_logits, collate, head_at, lay_out, pad, score_answers  # noqa: E402
 from tiny_phi3 import train_tokenizer  # noqa: E402
 from train_sft import EpochSampler  # noqa: E402

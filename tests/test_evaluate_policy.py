@@ -1,10 +1,13 @@
 """Metrics against hand-computed cases, money where outcomes are unknown, the report, and the audit."""
 
 import datetime
+import errno
 import json
 import math
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +25,12 @@ from sklearn.metrics import (
 )
 
 import evaluate_policy
+import evaluation_report
 import metrics
 from baselines import fit_baselines, fit_threshold, highest, scores
-from covered_call_candidates import CandidatesError, CoveredCallCandidatesConfig, read_candidates
-from evaluate_policy import (
+from covered_call_candidates import RECORDS, CandidatesError, CoveredCallCandidatesConfig, read_candidates
+from data_options import data_options
+from judging import (
     Case,
     comparable,
     difference,
@@ -407,6 +412,12 @@ def backtest(tmp_path) -> str:
     return write_csv(tmp_path / "backtest.csv", rows)
 
 
+def use(monkeypatch, load_model) -> None:
+    """``load_model`` in the place of a tuned model's folder."""
+    monkeypatch.setattr(evaluate_policy, "read_manifest", lambda _: {"recipe": {}})
+    monkeypatch.setattr(evaluate_policy, "load_model", load_model)
+
+
 def run(capsys, *arguments) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         evaluate_policy.main([str(argument) for argument in arguments])
@@ -419,7 +430,7 @@ def test_the_model_reads_as_many_tokens_at_once_as_it_is_told(
     backtest, tmp_path, capsys, monkeypatch, given, expected
 ):
     loaded = []
-    monkeypatch.setattr(evaluate_policy, "load_model", lambda *options: loaded.append(options) or Stub())
+    use(monkeypatch, lambda *options: loaded.append(options) or Stub())
     options = ["--model", "out/x", "--data_files", backtest, "--output_dir", tmp_path / "report", *given]
     assert run(capsys, *options)[0] == 0
     assert loaded == [("out/x", expected)]
@@ -430,12 +441,12 @@ def test_a_gpu_that_is_full_is_a_plain_error(backtest, tmp_path, capsys, monkeyp
     def load_model(*_):
         raise MemoryFull("The memory is full")
 
-    monkeypatch.setattr(evaluate_policy, "load_model", load_model)
+    use(monkeypatch, load_model)
     assert run(capsys, "--model", "out/x", "--data_files", backtest)[0] == "error: The memory is full"
 
 
 def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_policy, "load_model", lambda folder, batch_tokens: Stub())
+    use(monkeypatch, lambda *_: Stub())
     out = tmp_path / "report"
     status, printed = run(capsys, "--model", "out/x", "--data_files", backtest, "--output_dir", out)
     assert status == 0
@@ -455,7 +466,12 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
         assert group["rows"]["model"]["permutation_consistency"]["value"] == 1.0
         assert group["rows"]["first candidate"]["permutation_consistency"]["value"] < 1.0
         assert all(name in printed for name in names)
+    steps = ["Reading 1 file(s)", "Fitting the base", *(f"pass {one} of 5" for one in range(1, 6)), "Judging 11 polic"]
+    places = [printed.index(step) for step in [*steps, "best rule is", f"Saved in {out}", "Next: "]]
+    assert places == sorted(places)  # a long run says what it does, and a finished one where things are
+    assert f"publish.py --adapter out/x USER/NAME --report {out / 'metrics.json'}" in printed
     report = (out / "report.md").read_text()
+    assert str(tmp_path) not in report + (out / "metrics.json").read_text()
     for plot in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
@@ -490,13 +506,11 @@ def test_years_and_the_time_after_the_cutoff_are_judged_apart(backtest, tmp_path
 
 def test_a_cutoff_that_is_no_date_is_refused(backtest, capsys):
     status, _ = run(capsys, "--baselines-only", "--data_files", backtest, "--cutoff", "soon")
-    assert status == "error: cutoff='soon' is not a date such as 2024-01-01."
+    assert status == "error: --cutoff soon: give a date such as 2024-01-01."
 
 
 def test_decisions_that_the_model_may_have_learnt_are_told(backtest, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        evaluate_policy, "load_model", lambda folder, batch_tokens: Stub(until="2024-12-25T00:00:00+00:00")
-    )
+    use(monkeypatch, lambda *_: Stub(until="2024-12-25T00:00:00+00:00"))
     _, printed = run(capsys, "--model", "x", "--data_files", backtest, "--output_dir", tmp_path / "report")
     assert "not later than the model's training decisions, which end on 2024-12-25" in printed
 
@@ -505,13 +519,13 @@ def test_the_data_are_those_of_the_recipe_unless_the_command_line_says_other(bac
     recipe = {"data_files": [backtest], "splits": [0.5, 0.2, 0.3], "exit_style": "tp_and_roll", "purge": None,
               "candidate_order": "shuffle", "lora_r": 4}  # fmt: skip
     asked = evaluate_policy.parse_arguments(["--model", "x"])
-    files, config = evaluate_policy.data_options(asked, recipe)
+    files, config = data_options(asked, recipe)
     assert (files, config.splits, config.exit_style) == ([backtest], [0.5, 0.2, 0.3], "tp_and_roll")
     assert config.candidate_order == "instrument"  # only the training split is shuffled
     asked = evaluate_policy.parse_arguments(
         ["--model", "x", "--validation-from", "2024-10-01", "--test_from", "2024-11-01", "--purge", "false"]
     )
-    _, config = evaluate_policy.data_options(asked, recipe)
+    _, config = data_options(asked, recipe)
     assert (config.validation_from, config.test_from, config.purge) == ("2024-10-01", "2024-11-01", False)
 
 
@@ -523,10 +537,74 @@ def test_an_empty_split_is_an_error_that_says_so(tmp_path, capsys):
 
 def test_nothing_half_written_is_left_when_the_report_fails(backtest, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
-    monkeypatch.setattr(evaluate_policy, "report_text", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluation_report, "report_text", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate_policy.main(["--baselines-only", "--data_files", backtest, "--output_dir", str(out)])
-    assert list(out.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [Path(backtest)]
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded_or_a_file_read(backtest, tmp_path, capsys, monkeypatch):
+    use(monkeypatch, lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate_policy, "read_splits", lambda *_: pytest.fail("read"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken.zip").write_text("no zip")
+    for more, message in (
+        (["--cutoff", "soon"], "--cutoff soon: give a date"),
+        (["--data_files", str(tmp_path / "none.csv")], "No file matches .*none.csv"),
+        (["--fee", "2"], "--fee 2.0: give a number from 0 to 1"),
+        (["--q_scorer", str(tmp_path / "none.zip")], "none.zip is no file"),
+        (["--q_scorer", str(tmp_path / "broken.zip")], "broken.zip is not a whole Q-scorer"),
+        (["--output_dir", str(tmp_path / "file")], "file"),
+        (["--output_dir", str(tmp_path / "file" / "report")], "file"),
+    ):
+        status, _ = run(capsys, "--model", "out/x", "--data_files", backtest, *more)
+        assert re.match(f"error: .*{message}", status) and "\n" not in status
+
+
+def test_a_model_folder_that_is_missing_is_called_missing(backtest, tmp_path, capsys):
+    status, _ = run(capsys, "--model", tmp_path / "nowhere", "--data_files", backtest)
+    assert re.match("error: There is no folder .*nowhere", status)
+
+
+def test_an_equity_line_ends_where_it_is_not_known_and_says_what_it_may_come_to():
+    times = [day(number) for number in range(3)]
+    low, high = np.array([1.0, -50.0, -2000.0]), np.array([1.0, 30.0, 3000.0])
+    assert evaluation_report.unknown_from(times, 1, low, high) == (
+        " (X: not known from 2024-09-02 on; in the end -2,000 to 3,000)"
+    )
+    assert evaluation_report.unknown_from(times, 3, low, low) == ""
+    assert "nor within what bounds" in evaluation_report.unknown_from(times, 1, low * np.nan, high)
+
+
+def test_a_report_keeps_nothing_of_another_and_touches_no_other_file(tmp_path):
+    names = ("metrics.json", "report.md", "equity_hold_to_expiry.png", "calibration.png", "q_scorer.png")
+    (tmp_path / "notes.md").write_text("mine")
+    evaluation_report.write_report(tmp_path, dict.fromkeys(names, "old"))
+    new = ("metrics.json", "report.md", "equity_tp_and_roll.png")
+    evaluation_report.write_report(tmp_path, dict.fromkeys(new, "new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(new, "new") | {
+        "notes.md": "mine"
+    }
+
+
+def test_plots_of_yours_in_a_folder_without_a_report_stay(tmp_path):
+    (tmp_path / "equity_mine.png").write_text("mine")
+    evaluation_report.write_report(tmp_path, {"metrics.json": "{}"})
+    assert (tmp_path / "equity_mine.png").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_report_whole(backtest, tmp_path, capsys, monkeypatch):
+    evaluation_report.write_report(tmp_path, {"metrics.json": "old", "report.md": "old"})
+    monkeypatch.setattr(evaluate_policy, "judge_all", lambda *_: {"metrics.json": "new", "report.md": "new"})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _ = run(capsys, "--baselines-only", "--data_files", backtest, "--output_dir", tmp_path)
+    assert re.match("error: .*metrics.json: No space left on device", status) and "\n" not in status
+    assert [(tmp_path / name).read_text() for name in ("metrics.json", "report.md")] == ["old", "old"]
+    assert not list(tmp_path.glob(".*"))
 
 
 # The audit
@@ -548,17 +626,28 @@ def test_the_audit_fails_with_hindsight(backtest, capsys):
 
 
 def test_the_audit_finds_a_leak_in_words_it_does_not_know(backtest, capsys, monkeypatch):
-    original = evaluate_policy.RECORDS["per_decision_ranking"]
+    original = RECORDS["per_decision_ranking"]
 
     def leaky(entry, options):
         for record in original(entry, options):
             record["messages"][1]["content"] += f" Psst: {record['label']}"
             yield record
 
-    monkeypatch.setitem(evaluate_policy.RECORDS, "per_decision_ranking", leaky)
+    monkeypatch.setitem(RECORDS, "per_decision_ranking", leaky)
     status, printed = run(capsys, "--audit", "--data_files", backtest)
     assert status == 1
     assert "per_decision_ranking prompts change when labels and outcomes do" in printed
+
+
+def test_the_audit_finds_the_words_of_an_answer_in_names(tmp_path, capsys):
+    rows = [row for number in range(60) for row in decision(number, number % 3 or None)]
+    for cells, expected in (({"exit_style": "SELL_CALL BTC"}, 1), ({"instrument": "skip-3"}, 1), ({}, 0),
+                            ({"exit_style": "SKIPPERS"}, 0)):  # fmt: skip
+        changed = [row | (cells if "exit_style" in cells or not place % 3 else {}) for place, row in enumerate(rows)]
+        path = write_csv(tmp_path / "named.csv", changed)
+        status, printed = run(capsys, "--audit", "--data_files", path)
+        assert status == expected
+        assert ("are words of an answer" in printed) == bool(expected)
 
 
 def test_hindsight_goes_with_the_audit_alone(capsys):
