@@ -10,7 +10,7 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,8 +52,33 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk names no file by itself
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_together(folder: str | os.PathLike, files: dict[str, str | bytes], old: Iterable[str] = ()) -> None:
+    """Writes files that belong together, of which a kill leaves no mixture: either the old ones, or new ones alone.
+
+    All are whole on the disk before the first old one goes. The first of ``files`` is replaced in one step, and is
+    never missing. The old others, and ``old``, which are only removed, go before it; the new ones come after it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = unfinished(folder / "files")
+    try:
+        made.mkdir()
+        for name, content in files.items():
+            write(made / name, content)
+        first, *others = files
+        for name in {*others, *old} - {first}:
+            (folder / name).unlink(missing_ok=True)
+        for name in (first, *others):
+            os.replace(made / name, folder / name)
+    finally:
+        remove(made)
 
 
 def delete_folder(folder: str | os.PathLike) -> None:
@@ -102,9 +127,13 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
     Raises:
         FolderBusy: if another process that is still running holds it. One that is gone is taken over from, and said.
+        OSError: if it cannot be written, or is a file.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        number = errno.EACCES if folder.is_dir() else errno.ENOTDIR
+        raise OSError(number, os.strerror(number), str(folder))
     lock = SoftFileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     since, holder = started(lock.lock_file), lock.pid
     try:
