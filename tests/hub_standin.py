@@ -9,6 +9,7 @@ of a card. Commits are whole or not there. What the Hub does beyond that is not 
 """
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -26,7 +27,30 @@ WRITER, READER, STRANGER = "hf_writer", "hf_reader", "hf_stranger"
 USERS = {WRITER: ("user", "write"), READER: ("user", "read"), STRANGER: ("stranger", "write")}
 LARGE = re.compile(r".*\.(parquet|safetensors|bin|png|model)")
 PAGE = 3  # files in a page of a listing, so that a client which reads the first alone is found out
-BREAK, LOSE = "break", "lose"  # what Hub.interfere answers to have the connection cut before, or after, the deed
+# What Hub.interfere answers: the connection is cut before, or after, the deed; success is said, and nothing done;
+# nothing is answered, or a byte now and then, of the head or the body, until Hub.release.
+BREAK, LOSE, PRETEND, HANG, TRICKLE, DRIP = "break", "lose", "pretend", "hang", "trickle", "drip"
+
+
+class Answer(NamedTuple):
+    """What to answer in the place of the real answer, before or after the deed.
+
+    Args:
+        headers: {url} in them is what was asked for.
+        length: to announce, if not that of the content.
+    """
+
+    content: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = {}
+    after: bool = False
+    length: int | None = None
+
+
+class Changed(NamedTuple):
+    """The deed is done, and its answer changed."""
+
+    change: Callable[[bytes], bytes]
 
 
 class Blob(NamedTuple):
@@ -74,7 +98,8 @@ class Hub:
     """The server and what it keeps.
 
     Args:
-        interfere: from method and path to None, BREAK, LOSE or a status to answer; called before anything is done.
+        interfere: from method and path to None, one of the words above, a status, an Answer or a Changed; called
+            before anything is done.
     """
 
     def __init__(self):
@@ -82,7 +107,8 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.announced: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
-        self.interfere: Callable[[str, str], str | int | None] = lambda method, path: None
+        self.interfere: Callable[[str, str], str | int | Answer | Changed | None] = lambda method, path: None
+        self.released = threading.Event()
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -92,7 +118,13 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
+    def release(self) -> None:
+        """Ends all that hangs."""
+        self.released.set()
+        self.released = threading.Event()
+
     def __exit__(self, *_):
+        self.release()
         self.server.shutdown()
         self.server.server_close()
 
@@ -125,6 +157,7 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms between its head and its body
 
     def log_message(self, *_):
         pass
@@ -138,12 +171,19 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read1(1024)  # midway: a part has arrived
             return self.cut()
         body = self.read_body()
-        self.lost = verdict == LOSE
+        if verdict in (HANG, TRICKLE, DRIP):
+            return self.stall(verdict)
+        self.verdict = verdict
         try:
             if isinstance(verdict, int):
                 raise Refused(verdict, "As the test wants it")
+            if isinstance(verdict, Answer) and not verdict.after:
+                return self.send(b"", 200, {})
             with self.hub.lock:
+                before = copy.deepcopy((self.hub.repos, self.hub.objects)) if verdict == PRETEND else None
                 self.route(body)
+                if before:
+                    self.hub.repos, self.hub.objects = before
         except Refused as refused:
             self.send_json(
                 {"error": refused.message, **refused.body},
@@ -158,6 +198,20 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
+    def stall(self, how: str):
+        released = self.hub.released
+        try:
+            if how == DRIP:
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            elif how == TRICKLE:
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not released.wait(0.1):
+                if how != HANG:
+                    self.connection.sendall(b" ")
+            self.cut()
+        except OSError:  # the client has had enough
+            self.close_connection = True
+
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -169,11 +223,17 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def send(self, content: bytes, status: int, headers: dict[str, str]):
-        if self.lost:
+        if self.verdict == LOSE:
             return self.cut()
+        length = None
+        if isinstance(self.verdict, Answer):
+            content, status, headers, _, length = self.verdict
+        elif isinstance(self.verdict, Changed):
+            content = self.verdict.change(content)
+        self.close_connection = self.close_connection or length is not None
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
-            self.send_header(name, value)
+        for name, value in ({"Content-Length": str(len(content) if length is None else length)} | headers).items():
+            self.send_header(name, value.replace("{url}", self.hub.endpoint + self.path))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)

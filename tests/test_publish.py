@@ -1,24 +1,46 @@
 """Sharing: against a Hub on 127.0.0.1 that keeps real files, with the real client, in processes of their own."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from attack import hub as attack_hub
 from conftest import REAL_DATA, SCRIPT, decision, load_candidates, needs_real_data, no_candidates, write_csv
 from datasets import load_dataset
-from hub_standin import BREAK, LOSE, READER, STRANGER, WRITER, Hub
-from huggingface_hub import DatasetCard, ModelCard
+from hub_standin import (
+    BREAK,
+    DRIP,
+    HANG,
+    LOSE,
+    PRETEND,
+    READER,
+    STRANGER,
+    TRICKLE,
+    WRITER,
+    Answer,
+    Changed,
+    Hub,
+)
+from huggingface_hub import DatasetCard, ModelCard, constants, get_session
+from huggingface_hub.utils._runtime import is_xet_available
 
+import atomic
 import metrics
 import publish
+import publish_hub
 from covered_call_candidates import CHATS, PROMPT_VERSION, RECORDS
 
 REPO = SCRIPT.parent
@@ -99,27 +121,37 @@ def run(words, environment: dict, cwd: Path, python: str = sys.executable) -> su
 
 
 @pytest.fixture
-def push(hub, tmp_path):
-    """publish.py against the stand-in: returns what it printed, after checking that it succeeded."""
+def command(hub, monkeypatch):
+    """publish.py in this process against the stand-in, with what its environment would tell the Hub's client."""
 
-    def pushed(*words, token=WRITER, **environment) -> str:
-        done = run([PUBLISH, *words], hub.environment(tmp_path / "hf_home", token) | environment, tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def performed(*words, token=WRITER, patience=1, **environment) -> str:
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(constants, "ENDPOINT", environment.get("HF_ENDPOINT", hub.endpoint))
+            patch.setattr(constants, "HF_HUB_OFFLINE", environment.get("HF_HUB_OFFLINE") == "1")
+            patch.setattr(publish_hub, "PATIENCE", patience)
+            patch.setenv("HF_TOKEN", token) if token else patch.delenv("HF_TOKEN", raising=False)
+            local(*words)
+        return printed.getvalue()
 
-    return pushed
+    return performed
 
 
 @pytest.fixture
-def refused(hub, tmp_path):
+def push(command):
+    """publish.py against the stand-in, where it must succeed: returns what it printed."""
+    return command
+
+
+@pytest.fixture
+def refused(command):
     """publish.py against the stand-in, where it must fail: returns the one line that says why."""
 
-    def refusal(*words, token=WRITER, **environment) -> str:
-        done = run([PUBLISH, *words], hub.environment(tmp_path / "hf_home", token) | environment, tmp_path)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-        last = done.stderr.splitlines()[-1]
-        assert last.startswith("error: ")
-        return last
+    def refusal(*words, **options) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            command(*words, **options)
+        said = str(stopped.value)
+        assert said.startswith("error: ") and said.isprintable()
+        return said
 
     return refusal
 
@@ -324,6 +356,74 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(data, tmp_path, name):
     assert files(tmp_path / "out") == [name]
 
 
+@pytest.mark.parametrize("name", ["mine", "per_candidate/mine"])
+def test_an_empty_folder_of_somebody_else_is_not_lost(data, tmp_path, name):
+    local("--to", tmp_path / "out", *data, "--splits", "train")
+    (tmp_path / "out" / name).mkdir()
+    assert f"holds {name}, which was not written here" in error_of("--to", tmp_path / "out", *data)
+    assert (tmp_path / "out" / name).is_dir()
+
+
+def test_a_readme_of_yours_is_not_overwritten(data, tmp_path):
+    card = tmp_path / "out" / "README.md"
+    card.parent.mkdir()
+    card.write_text(CARD)  # has the sections of ours, and is none
+    assert f"{card} was not written here, or was changed since" in error_of("--to", card.parent, *data)
+    assert card.read_text() == CARD
+    card.unlink()
+    local("--to", card.parent, *data, "--splits", "train")
+    edited = card.read_text().replace("The end.", "My notes.")
+    card.write_text(edited)
+    assert "was changed since" in error_of("--to", card.parent, *data)
+    assert card.read_text() == edited
+    local("--to", tmp_path / "other", *data, "--card", card, "--splits", "train")  # as the message says
+    filled_in = (tmp_path / "other" / "README.md").read_text()
+    assert "My notes." in filled_in and filled_in.count("publish.py wrote this file") == 1
+
+
+def test_a_link_is_refused_for_it_would_be_replaced_by_a_folder(data, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    assert "out is a link, to real: give the folder itself" in error_of("--to", tmp_path / "out", *data)
+    local("--to", tmp_path / "real", *data, "--splits", "train")
+    shard = tmp_path / "real" / "per_candidate" / "train-00000-of-00001.parquet"
+    shard.rename(tmp_path / "mine.parquet")
+    shard.symlink_to(tmp_path / "mine.parquet")
+    assert f"holds per_candidate/{shard.name}, which was not" in error_of("--to", tmp_path / "real", *data)
+    assert shard.is_symlink() and (tmp_path / "mine.parquet").is_file()
+
+
+KILLED = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+import atomic, publish
+done = atomic.exchange
+def exchange(one, other):
+    if sys.argv[1] == "after":
+        done(one, other)
+    os._exit(9)
+atomic.exchange = exchange
+publish.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_leaves_one_whole_version_and_the_next_run_clears_up(data, tmp_path, moment):
+    folder = tmp_path / "runs" / "out"
+    local("--to", folder, *data, "--splits", "train")
+    done = run(["-c", KILLED, moment, "--to", folder, *data], {"HF_HUB_OFFLINE": "1"}, tmp_path)
+    assert done.returncode == 9
+    assert len(files(folder)) == {"before": 3, "after": 7}[moment] and len(list(folder.parent.iterdir())) > 1
+    local("--to", folder, *data)
+    assert len(files(folder)) == 7 and [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_two_writers_of_one_folder_do_not_meet(data, tmp_path):
+    with atomic.locked(tmp_path / "out"):
+        said = error_of("--to", tmp_path / "out", *data)
+    assert f"is being written by process {os.getpid()}" in said and not (tmp_path / "out").exists()
+
+
 def test_a_build_that_fails_leaves_the_folder_as_it_was(data, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     local("--to", folder, *data)
@@ -332,7 +432,7 @@ def test_a_build_that_fails_leaves_the_folder_as_it_was(data, tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError):
         local("--to", folder, *data, "--configs", "per_candidate")
     assert {path: (folder / path).read_bytes() for path in files(folder)} == before
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".publish_")]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_dry_run_prints_files_rows_bytes_and_the_card_and_asks_no_network(data, capsys, tmp_path, monkeypatch):
@@ -561,6 +661,13 @@ def test_without_a_token_it_says_how_to_get_one_before_any_work(hub, refused, da
     assert hub.repos == {}
 
 
+def test_the_command_ends_with_status_1_and_one_line_of_error(hub, data, tmp_path):
+    done = run([PUBLISH, DATA, *data, "--private"], hub.environment(tmp_path / "hf_home", "hf_wrong"), tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: the Hub does not accept your token.")
+
+
 def test_a_token_that_the_hub_does_not_accept_is_named(refused, data):
     assert "does not accept your token" in refused(DATA, *data, "--private", token="hf_wrong")
 
@@ -645,6 +752,16 @@ def test_a_shard_size_that_is_none_is_an_error(data):
     assert "--max_shard_size huge" in error_of(DATA, *data, "--private", "--dry-run", "--max_shard_size", "huge")
 
 
+def test_the_help_is_in_groups_and_says_units_and_defaults(capsys):
+    assert error_of("--help") == "0"
+    printed = " ".join(capsys.readouterr().out.split())
+    for title in ("where to:", "datasets:", "data:", "splits:", "outcomes and costs:", "a tuned model:"):
+        assert title in printed
+    for text in ("default: 500MB", "default: dataset_card.md", "default: report/metrics.json", "default: main"):
+        assert text in printed
+    assert "made if it is missing; default: main" in printed and "of a Parquet file, in memory" in printed
+
+
 def test_the_help_has_examples(capsys):
     assert error_of("--help") == "0"
     printed = capsys.readouterr().out
@@ -658,6 +775,12 @@ MANIFEST = {
     "prompt_version": PROMPT_VERSION,
     "task": "per_decision_ranking",
     "base_model": "microsoft/Phi-3-mini-4k-instruct",
+    "base_revision": "f39ac1d28e925b323eae81227eaba4464caced4e",
+    "quantization": "int4",
+    "adapter": True,
+    "recipe": {"model_name_or_path": "microsoft/Phi-3-mini-4k-instruct", "data_files": None},
+    "splits": {"train": {"to": "2024-07-08T00:00:00+00:00"}},
+    "tuned_on": {"underlyings": ["BTC"], "exit_styles": ["tp_and_roll"], "numbers": {}},
 }
 MODEL_CARD = """\
 ---
@@ -677,16 +800,26 @@ Limits: it copies a rule.
 """
 
 
+def describe(folder: Path, **changes) -> None:
+    """Writes the manifest, with the hashes of the files that are there."""
+    saved = [
+        path for path in folder.glob("*") if re.search("^(adapter_|model|tokenizer)", path.name) and path.is_file()
+    ]
+    files = {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in saved}
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"files": files} | changes))
+
+
 @pytest.fixture
 def adapter(tmp_path) -> Path:
     """A folder as train_sft.py leaves it."""
     folder = tmp_path / "ranking"
     (folder / "checkpoint-5").mkdir(parents=True)
     (folder / "runs").mkdir()
-    names = ("adapter_model.safetensors", "adapter_config.json", "checkpoint-5/optimizer.pt", "runs/events", "x.tmp")
+    names = ("adapter_model.safetensors", "checkpoint-5/optimizer.pt", "runs/events", "x.tmp")
     for name in names:
         (folder / name).write_bytes(name.encode())
-    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 16}))
+    describe(folder)
     (folder / "README.md").write_text(MODEL_CARD)
     return folder
 
@@ -761,12 +894,234 @@ def test_a_report_of_another_model_is_not_put_on_the_card(adapter, report, capsy
     "change, said", [({"finished": None}, "has not finished"), ({"prompt_version": "0"}, "prompts of version 0")]
 )
 def test_an_adapter_that_nobody_could_use_is_not_shared(adapter, change, said):
-    (adapter / "manifest.json").write_text(json.dumps(MANIFEST | change))
+    describe(adapter, **change)
     assert said in error_of("--adapter", adapter, "user/ranking", "--dry-run")
 
 
 def test_a_folder_that_is_no_adapter_is_an_error(tmp_path):
     assert "no folder that train_sft.py saved" in error_of("--adapter", tmp_path, "user/ranking", "--dry-run")
+
+
+def test_what_lies_in_the_folder_and_training_did_not_save_is_not_pushed_and_named(hub, push, adapter):
+    (adapter / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    (adapter / "notes").mkdir()
+    (adapter / "notes" / "idea.md").write_text("mine")
+    (adapter / "link.json").symlink_to(adapter.parent / "elsewhere.json")
+    (adapter / "model.safetensors").write_bytes(b"of another run")  # has a good name, and no hash in the manifest
+    (adapter / "training_args.bin").write_bytes(b"a pickle")
+    os.mkfifo(adapter / "pipe")  # whoever opens it waits for ever
+    printed = push("--adapter", adapter, "user/ranking")
+    pushed = ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert list(hub.files("user/ranking")) == pushed
+    left_out = "checkpoint-5/, id_rsa, link.json, model.safetensors, notes/, pipe, runs/, training_args.bin, x.tmp"
+    assert f"Not shared, for training did not save it to be loaded: {left_out}" in printed
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors", "recipe.yaml"])
+def test_a_link_in_the_place_of_a_file_is_refused_by_its_name(hub, refused, adapter, name):
+    (adapter / "recipe.yaml").write_text("seed: 0")
+    (adapter / name).rename(adapter.parent / "secret")
+    (adapter / name).symlink_to(adapter.parent / "secret")
+    assert f"{adapter / name} is a link" in refused("--adapter", adapter, "user/ranking")
+    assert hub.repos == {}
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_opened(refused, adapter):
+    os.mkfifo(adapter / "training.png")
+    assert f"{adapter / 'training.png'} is no regular file" in refused("--adapter", adapter, "user/ranking")
+
+
+def test_a_file_that_is_not_the_one_that_was_saved_is_not_shared(hub, refused, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"swapped")
+    assert "adapter_model.safetensors is not the file that was saved" in refused("--adapter", adapter, "user/ranking")
+    assert hub.repos == {}
+
+
+def of_this_machine(adapter: Path) -> dict:
+    """What is pushed of an adapter whose every file says where things lie here."""
+    base = adapter.parent / "models" / "tiny-phi3"
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 16}))
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(base), "eos_token": "</s>"}))
+    recipe = {
+        "model_name_or_path": "models/tiny-phi3",
+        "data_files": [str(adapter.parent / "runs" / "a.csv"), "runs/*.csv"],
+        "data_dir": "../elsewhere/csvs",
+        "output_dir": str(adapter),
+        "logging_dir": f"out/runs/Nov21_{socket.gethostname()}",
+        "resume_from_checkpoint": "~/old/checkpoint-5",
+        "learning_rate": 0.002,
+        "chat": "a / b",
+    }
+    start = {"adapter": "out/tiny_ranking", "recipe": {"data_files": str(Path.home() / "x" / "b.csv")}}
+    describe(adapter, base_model=str(base), base_revision="sha256:" + "ab" * 32, recipe=recipe, start=start)
+    (adapter / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (adapter / "README.md").write_text(
+        f"{MODEL_CARD}\nTuned from `{base}` on {adapter.parent}/runs/a.csv, `{Path.home()}/notes.txt`, "
+        "/mnt/disk/b.csv and /home/her/c.csv; 1/2 of https://x.org/a/b, SELL/SKIP.\n"
+    )
+    return recipe
+
+
+def test_no_byte_that_is_pushed_says_where_things_lie_on_this_machine(hub, push, adapter):
+    of_this_machine(adapter)
+    before = {path: (adapter / path).read_bytes() for path in files(adapter)}
+    push("--adapter", adapter, "user/ranking")
+    pushed = hub.files("user/ranking")
+    private = (str(adapter.parent), str(Path.home()), WRITER, socket.gethostname(), "models/", "runs/", "out/", "../")
+    for path, content in pushed.items():
+        assert not [text for text in private if text.encode() in content], path
+    recipe = yaml.safe_load(pushed["recipe.yaml"])
+    assert recipe["model_name_or_path"] == "tiny-phi3" and recipe["data_files"] == ["a.csv", "*.csv"]
+    assert recipe["data_dir"] == "csvs" and recipe["resume_from_checkpoint"] == "checkpoint-5"
+    assert recipe["learning_rate"] == 0.002 and recipe["chat"] == "a / b" and "logging_dir" not in recipe
+    manifest = json.loads(pushed["manifest.json"])
+    assert manifest["base_model"] == "tiny-phi3" and manifest["base_revision"] == "sha256:" + "ab" * 32
+    assert manifest["start"] == {"adapter": "tiny_ranking", "recipe": {"data_files": "b.csv"}}
+    said = "Tuned from `tiny-phi3` on a.csv, `notes.txt`, b.csv and c.csv; 1/2 of https://x.org/a/b, SELL/SKIP."
+    assert said in pushed["README.md"].decode()
+    # The hashes are those of the pushed files, so that they can be trusted too; and nothing was changed here.
+    assert manifest["files"].keys() == {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"}
+    for name, digest in manifest["files"].items():
+        assert digest == f"sha256:{hashlib.sha256(pushed[name]).hexdigest()}"
+    assert {path: (adapter / path).read_bytes() for path in files(adapter)} == before
+
+
+def test_a_name_on_the_hub_is_no_path(hub, push, adapter):
+    push("--adapter", adapter, "user/ranking")
+    manifest = json.loads(hub.files("user/ranking")["manifest.json"])
+    assert manifest == json.loads((adapter / "manifest.json").read_text())
+    assert hub.files("user/ranking")["adapter_config.json"] == (adapter / "adapter_config.json").read_bytes()
+
+
+def test_a_path_that_no_name_can_stand_for_is_refused(hub, refused, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b'{"__metadata__":{"from":"%s/x"}}' % bytes(Path.home()))
+    describe(adapter)
+    said = refused("--adapter", adapter, "user/ranking")
+    assert f"adapter_model.safetensors holds a path of this machine, {Path.home()}/x" in said and hub.repos == {}
+
+
+LIKE_A_TOKEN = "hf_" + "aB3" * 11 + "x"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("manifest.json", json.dumps({"recipe": {"hub_token": "anything"}})),
+        ("recipe.yaml", "training:\n- hub_token: anything\n"),
+        ("recipe.yaml", f"comment: see {LIKE_A_TOKEN}\n"),
+        ("README.md", f"{MODEL_CARD}\nLog in with {WRITER}.\n"),
+        ("adapter_model.safetensors", "x" * (2**20 - 10) + LIKE_A_TOKEN),
+    ],
+)
+def test_nothing_with_a_token_in_it_is_pushed_and_the_message_does_not_show_it(hub, refused, adapter, name, content):
+    (adapter / name).write_text(content)
+    describe(adapter, **(json.loads(content) if name == "manifest.json" else {}))
+    said = refused("--adapter", adapter, "user/ranking")
+    assert name in said and "https://huggingface.co/settings/tokens" in said
+    assert hub.repos == {} and not any(secret in said for secret in (LIKE_A_TOKEN, WRITER, "anything"))
+
+
+def test_a_token_in_the_card_of_the_data_is_not_pushed(hub, refused, data, card):
+    Path(card).write_text(f"{CARD}\nDownload with {LIKE_A_TOKEN}.\n")
+    assert "README.md holds what looks like a token" in refused(DATA, *data, "--private", "--splits", "train")
+    assert hub.repos == {}
+
+
+def test_the_card_of_a_branch_says_where_the_model_lies(hub, push, adapter):
+    push("--adapter", adapter, "user/ranking", "--revision", "v2")
+    card = hub.files("user/ranking", "v2")["README.md"].decode()
+    assert 'Policy.load(snapshot_download("user/ranking", revision="v2"))' in card
+
+
+# A Hub that is silent, slow or makes no sense; tests/attack/hub.py tries many more
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    for name, seconds in {"SILENCE": 0.5, "ANSWER": 1.5, "ASKING": 4}.items():
+        monkeypatch.setattr(publish_hub, name, seconds)
+
+
+@pytest.mark.parametrize(
+    "how, place",
+    [(HANG, place) for place in ("whoami", "/api/models/user/ranking", "/tree/", "/lfs/", "/commit/")]
+    + [(TRICKLE, "/commit/"), (DRIP, "/tree/")],
+)
+def test_a_hub_that_connects_and_never_answers_is_given_up(hub, refused, adapter, hasty, how, place):
+    hub.interfere = lambda method, path: how if place in path else None
+    began = time.monotonic()
+    said = refused("--adapter", adapter, "user/ranking")
+    assert "the connection to" in said and "Check the network and run this again" in said
+    assert time.monotonic() - began < 20
+
+
+def test_a_listing_without_end_is_given_up(hub, refused, adapter, hasty):
+    endless = Answer(b"[]", headers={"Link": '<{url}>; rel="next"'})
+    hub.interfere = lambda method, path: endless if "/tree/" in path else None
+    assert "have taken too long" in refused("--adapter", adapter, "user/ranking")
+
+
+def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub, refused, adapter):
+    busy = Answer(status=429, headers={"Retry-After": "3600"})
+    hub.interfere = lambda method, path: busy if path.startswith("/lfs/") else None
+    said = refused("--adapter", adapter, "user/ranking")
+    assert "it answers 429 and wants 3,600 s of rest" in said and "Nothing was changed" in said
+
+
+def test_a_long_upload_that_breaks_is_tried_again_and_one_that_keeps_breaking_is_not():
+    patience, now = publish_hub.Patience(), time.monotonic()
+    patience.failed(now - 5000, "it broke")
+    patience.failing_since -= publish_hub.PATIENCE
+    with pytest.raises(publish_hub.GaveUp, match="it broke, and trying again did not help"):
+        patience.failed(now, "it broke")
+    with pytest.raises(publish_hub.GaveUp):  # the other uploads of the same push too, at once
+        patience.check()
+
+
+def test_uploads_go_through_the_client_that_has_deadlines():
+    assert is_xet_available()  # it has an upload client of its own
+    with publish_hub.deadlines():
+        assert not is_xet_available() and isinstance(get_session(), publish_hub.HubClient)
+    assert is_xet_available() and not isinstance(get_session(), publish_hub.HubClient)
+
+
+def test_a_fault_that_passes_is_waited_for(hub, push, adapter):
+    faults = iter([503, BREAK])
+    hub.interfere = lambda method, path: next(faults, None) if path.startswith("/lfs/") else None
+    push("--adapter", adapter, "user/ranking", patience=30)
+    assert len(hub.commits("user/ranking")) == 1
+
+
+@pytest.mark.parametrize("place", ["/commit/", "/preupload/"])
+def test_a_commit_that_the_hub_only_says_it_took_is_no_success(hub, refused, adapter, place):
+    leave_out = Changed(lambda content: content.replace(b'"shouldIgnore": false', b'"shouldIgnore": true'))
+    hub.interfere = lambda method, path: (PRETEND if place == "/commit/" else leave_out) if place in path else None
+    said = refused("--adapter", adapter, "user/ranking")
+    assert "cannot be read back" in said or "would leave README.md out of the commit" in said
+    assert hub.files("user/ranking") == {}
+
+
+def test_what_a_server_says_is_shown_clipped_without_escapes_and_tokens(hub, refused, adapter):
+    words = f"\x1b[31mBearer {WRITER} {LIKE_A_TOKEN} " + "x" * 5000
+    hub.interfere = lambda method, path: Answer(json.dumps({"error": words}).encode(), 400)
+    said = refused("--adapter", adapter, "user/ranking")
+    assert "\\x1b[31mBearer hf_*** hf_*** xxx" in said and len(said) < 1000
+
+
+def test_a_slice_of_the_campaign_of_faults_finds_nothing():
+    found = []
+    assert attack_hub.run(15, 0, found.append) == {"tried": 15, "handled": 15, "unclear": 0, "wrong": 0}, found
+
+
+def test_the_campaign_sees_what_it_looks_for(monkeypatch):
+    """With what mends them undone, faults are found: a success that is none, and a traceback."""
+    monkeypatch.setattr(publish_hub, "check_arrived", lambda *_: None)
+    monkeypatch.setattr(publish_hub, "HUB_ERRORS", (publish_hub.GaveUp,))
+    found = []
+    monkeypatch.setattr(attack_hub, "PLACES", {"commit": attack_hub.PLACES["commit"]})
+    monkeypatch.setattr(attack_hub, "KINDS", {name: attack_hub.KINDS[name] for name in (PRETEND, BREAK)})
+    attack_hub.run(4, 0, found.append)
+    assert any("wrong" in line for line in found), found
 
 
 # The stand-in itself: a wrong client must fail
