@@ -9,11 +9,13 @@ SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_si
 
 # The sample, both configs, a fine-tune on the CPU, and the tiny model that it makes beside the baselines.
 run: $(DEFAULT)/ready $(SAMPLE)
-	HF_DATASETS_TRUST_REMOTE_CODE=1 $(DEFAULT)/bin/python -W ignore -c "from datasets import load_dataset; \
-	[print(name, load_dataset('./covered_call_candidates.py', name), sep='\n') \
+	$(DEFAULT)/bin/python -c "from datasets import load_dataset; \
+	[print(name, load_dataset('./covered_call_candidates.py', name, trust_remote_code=True), sep='\n') \
 	for name in ('per_candidate', 'per_decision_ranking')]"
-	$(DEFAULT)/bin/python -W ignore train_sft.py --config tiny --overwrite_output_dir
-	$(DEFAULT)/bin/python -W ignore evaluate_policy.py --model out/tiny --output_dir out/report
+	$(DEFAULT)/bin/python train_sft.py --config tiny --overwrite_output_dir
+	$(DEFAULT)/bin/python evaluate_policy.py --model out/tiny --output_dir out/report
+	@printf '%s\n' "" "The whole path works. Next, with your own files:" "    source $(DEFAULT)/bin/activate" \
+	"    python train_sft.py --config tiny --data_files 'runs/*.csv' --output_dir out/mine"
 
 test: $(DEFAULT)/ready
 	$(DEFAULT)/bin/python -m pytest

@@ -24,6 +24,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -37,6 +38,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+if __name__ == "__main__" and importlib.util.find_spec("datasets") is None:
+    sys.exit(
+        f"error: {sys.executable} has no package datasets. `make run` sets up an environment with all of them in "
+        f".venv: enter it with `source .venv/bin/activate`, or run .venv/bin/python {sys.argv[0]} ..."
+    )
 
 import datasets
 import numpy as np
@@ -2025,16 +2032,22 @@ def export(arguments: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    asked = parse_arguments(arguments)
     try:
-        export(parse_arguments(arguments))
+        export(asked)
     except (CandidatesError, OSError) as error:
-        sys.exit(f"error: {in_command_words(error)}")
+        sys.exit(f"error: {as_typed(error, asked)}")
 
 
-def in_command_words(error: Exception) -> str:
-    """A message that names options as Python writes them, as the command line does: --duplicates latest."""
-    options = "|".join(options_of(PreferenceConfig))
-    return re.sub(rf"\b({options})=(['\"]?)([^'\"\s,;:]+)\2(?=[\s,;:.)]|$)", r"--\1 \3", str(error))
+def as_typed(error: Exception, asked: argparse.Namespace) -> str:
+    """A message about options, such as duplicates="latest", as its command line has them: --duplicates latest."""
+    value = r"""\((?P<many>.*?)\)|"(?P<one>.*?)"|'(?P<other>.*?)'|[^\s,:;]+"""
+
+    def as_flag(found: re.Match) -> str:
+        inner = next((text for text in found.group("many", "one", "other") if text is not None), found[2])
+        return f"--{found[1]} {inner.replace(',', '') if found['many'] else inner}"
+
+    return re.sub(rf"(?<![\w/.-])({'|'.join(vars(asked))})=({value})", as_flag, str(error))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ may take what a model was tuned with instead.
 import argparse
 import copy
 import dataclasses
-import re
 from pathlib import Path
 
 from covered_call_candidates import (
@@ -152,17 +151,6 @@ def typed(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> argpars
         except ValueError:
             parser.error(f'--splits {" ".join(asked.splits)}: give three fractions that add up to 1, or "train".')
     return asked
-
-
-def as_typed(error: Exception, asked: argparse.Namespace) -> str:
-    """A message about options, such as duplicates="latest", as its command line has them: --duplicates latest."""
-    value = r"""\((?P<many>.*?)\)|"(?P<one>.*?)"|'(?P<other>.*?)'|[^\s,:;]+"""
-
-    def as_flag(found: re.Match) -> str:
-        inner = next((text for text in found.group("many", "one", "other") if text is not None), found[2])
-        return f"--{found[1]} {inner.replace(',', '') if found['many'] else inner}"
-
-    return re.sub(rf"(?<![\w/.-])({'|'.join(vars(asked))})=({value})", as_flag, str(error))
 
 
 def align(cells: list[list[str]]) -> str:

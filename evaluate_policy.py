@@ -38,11 +38,12 @@ from covered_call_candidates import (
     Decision,
     LoggedDecision,
     as_recorded,
+    as_typed,
     iso_time,
     present_in_order,
     utc,
 )
-from data_options import OUTCOME_OPTIONS, Help, add_data_options, as_typed, data_options, flags, read_splits, typed
+from data_options import OUTCOME_OPTIONS, Help, add_data_options, data_options, flags, read_splits, typed
 from evaluation_report import Study, how_measured, report_files, terminal_table, write_report
 from judging import (
     HODL,

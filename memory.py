@@ -41,7 +41,7 @@ def count_parameters(config: PretrainedConfig, adapter: LoraConfig | None) -> Mo
     logging.disable(logging.WARNING)
     try:
         with init_empty_weights():
-            base = AutoModelForCausalLM.from_config(config)
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     finally:
         logging.disable(logging.NOTSET)
     head = base.get_output_embeddings()

@@ -1,305 +1,59 @@
-"""A tuned model as a decision function: every admissible answer is scored, none is sampled.
+"""A tuned model as a decision function: every admissible answer is scored, none is sampled."""
 
-Training, evaluation and decisions turn chats into tokens, load models and score answers through this file.
-"""
-
-import hashlib
 import json
-import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from jinja2 import TemplateError
-from peft import PeftModel
 from scipy.optimize import minimize_scalar
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-import covered_call_candidates
+import atomic
 from covered_call_candidates import (
     NO_TRADE,
-    PROMPT_VERSION,
     CoveredCallCandidatesConfig,
+    Decision,
     LoggedDecision,
     admissible_answers,
     candidate_messages,
+    check_decision,
     present_in_order,
     ranking_messages,
 )
-from scoring import MemoryFull, PolicyError, score_answers
+from loading import answer_tokens, chat_ids, context_limit, load_tuned
+from runs import CALIBRATION, TEMPERATURES, PolicyError, is_temperature, read_temperature
+from scoring import score_answers
 
-# One warning for each 8-bit layer each time it multiplies, of the cast that multiplying in 8 bits begins with.
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda r: "inputs will be cast" not in str(r.msg))
-
-QUANTIZATIONS = ("int4", "int8", "none")
-MANIFEST, CALIBRATION = "manifest.json", "calibration.json"
 CHUNK = 2_000  # decisions whose prompts are in memory at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; its pad token is never the token that ends an answer."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.chat_template:
-        raise PolicyError(f"{name} has no chat template: take a model tuned for chat, such as an -instruct one.")
-    [(_, answer)] = encode(tokenizer, [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]])
-    end = tokenizer.convert_ids_to_tokens(answer[-1])
-    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token):
-        if token not in (None, end):
-            tokenizer.pad_token = token
-            return tokenizer
-    raise PolicyError(f"{name} has no token to pad with but {end}, which ends an answer: give its tokenizer one.")
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]]) -> list[tuple[list[int], list[int]]]:
-    """For each chat the token ids of its prompt, and of its answer through the token that ends the turn.
-
-    Raises:
-        PolicyError: if the chat template takes no such chat, changes the prompt when the answer follows, or ends an
-            answer with no special token, so that nothing would teach the model to stop.
-    """
-    try:
-        prompts = chat_ids(tokenizer, [chat[:-1] for chat in chats], add_generation_prompt=True)
-        wholes = chat_ids(tokenizer, chats)
-    except TemplateError as error:
-        raise PolicyError(f"The chat template of {tokenizer.name_or_path} refuses this chat: {error}") from None
-    # Not all_special_ids, which knows only the tokens with a role in the tokenizer: Phi-3's <|end|> has none.
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return [(prompt, cut_answer(prompt, whole, special)) for prompt, whole in zip(prompts, wholes, strict=True)]
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], **options) -> list[list[int]]:
-    return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **options)["input_ids"]
-
-
-def cut_answer(prompt: list[int], whole: list[int], special: set[int]) -> list[int]:
-    if whole[: len(prompt)] != prompt:
-        raise PolicyError(
-            "The model's chat template writes another prompt when an answer follows, so that what is learnt would not "
-            "be what is asked. Take a model whose template only adds to the prompt."
-        )
-    for end, token in enumerate(whole[len(prompt) :], start=len(prompt) + 1):
-        if token in special:
-            return whole[len(prompt) : end]
-    raise PolicyError("The model's chat template ends an answer with no special token. Take another model.")
-
-
-def answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answers: list[str]
-) -> dict[str, tuple[int, ...]]:
-    """The token ids of each answer after a prompt, through the end of its turn.
-
-    Raises:
-        PolicyError: if one answer's tokens begin another's, so that their scores could not be told apart. The end
-            token is what keeps 1 from beginning 10.
-    """
-    chats = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-    tokens = {answer: tuple(ids) for answer, (_, ids) in zip(answers, encode(tokenizer, chats), strict=True)}
-    for one, short in tokens.items():
-        for other, long in tokens.items():
-            if one != other and long[: len(short)] == short:
-                raise PolicyError(f"The tokens of the answer {one} begin those of {other}: {short} and {long}.")
-    return tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load_base(
-    name: str,
-    quantization: str,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    revision: str | None = None,
-    sharded: bool = False,
-    liger: bool | None = None,
-) -> PreTrainedModel:
-    """A causal language model, its linear layers quantised while they are read.
-
-    Args:
-        quantization: "int4" (NF4 with double quantisation, https://arxiv.org/abs/2305.14314), "int8" (LLM.int8(),
-            https://arxiv.org/abs/2208.07339) or "none".
-        dtype: of what is not quantised, and of the arithmetic.
-        device: where to put it.
-        sharded: FSDP will spread it over the GPUs. It is loaded on the CPU, or each GPU would hold the whole of it
-            first; its 4-bit weights are stored as ``dtype``, the only way that FSDP takes them.
-        liger: whether Liger's kernels compute norms, rotation and MLP on a GPU; None: where they are installed.
-
-    Raises:
-        MemoryFull: if there is no room for it.
-        PolicyError: if Liger is asked for and not there.
-    """
-    config = {
-        "int4": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
-        ),
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "none": None,
-    }[quantization]
-    full_before = times_full()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": "cpu" if sharded else device},
-            revision=revision,
-        )
-    except RuntimeError as error:
-        # Transformers raises another error when memory runs out while it quantises, so the allocator is asked too.
-        if not isinstance(error, torch.OutOfMemoryError) and times_full() == full_before:
-            raise
-        raise MemoryFull(
-            f"The memory does not hold {name} in {quantization}: close what else uses the GPU, load it in int4, or "
-            "take a smaller model."
-        ) from error
-    if sharded:
-        model.hf_device_map = None  # accelerate would take it for a model that is to stay on the CPU
-    if sharded or torch.device(device).type == "cuda":  # Triton compiles nothing for a CPU
-        use_liger(model, liger)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation and round their
-            # scales to bfloat16 for good: training would go on from other weights than a resumed run loads.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def use_liger(model: PreTrainedModel, wanted: bool | None) -> None:
-    """Liger's kernels (https://arxiv.org/abs/2410.10989) of what they compute alike, on a GPU: not its losses."""
-    if wanted and not is_liger_kernel_available():
-        raise PolicyError("use_liger_kernel: liger-kernel is not installed. Run: pip install liger-kernel")
-    if wanted is not False and is_liger_kernel_available():
-        losses = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
-        apply_liger_kernel(model, {**dict.fromkeys(("rope", "rms_norm", "swiglu"), True), **losses})
-
-
-def times_full() -> int:
-    """How often PyTorch has found the GPU's memory full."""
-    return torch.cuda.memory_stats().get("num_ooms", 0) if torch.cuda.is_available() else 0
-
-
-def half_precision() -> torch.dtype:
-    """The 16 bits that this GPU computes in, for training and deciding alike: one from before Ampere (2020) only
-    emulates bfloat16, slowly."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def context_limit(config: PretrainedConfig) -> int | float:
-    """The most tokens of a prompt with its answer: all of them must be seen at once, so a sliding window counts."""
-    seen = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((tokens for tokens in seen if tokens), default=math.inf)
-
-
-def base_revision(name: str) -> str | None:
-    """The commit of a Hub model; for a local folder, a hash of its configuration and weights."""
-    if not os.path.isdir(name):
-        return AutoConfig.from_pretrained(name)._commit_hash
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).iterdir()):
-        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def read_manifest(folder: str | os.PathLike) -> dict:
-    """What a tuned model was made from; raises PolicyError if it cannot be trusted with today's prompts."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise PolicyError(f"{folder} holds no {MANIFEST}: it is no folder that train_sft.py saved.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not manifest["finished"]:
-        raise PolicyError(f"The run in {folder} has not finished: start it again with the same command.")
-    if manifest["prompt_version"] != PROMPT_VERSION:
-        raise PolicyError(
-            f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and covered_call_candidates.py "
-            f"now renders version {PROMPT_VERSION}. Tune it again, or go back to the code it was tuned with."
-        )
-    return manifest
-
-
-def load_tuned(
-    folder: str | os.PathLike, quantization: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
-    """A finished fine-tune with its tokenizer and manifest, on the GPU if there is one.
-
-    Args:
-        quantization: of the base; default as it was tuned.
-
-    Raises:
-        PolicyError: if the run has not finished, the prompts have changed since, or the base is another one.
-    """
-    manifest = read_manifest(folder)
-    quantization = quantization or manifest["quantization"]
-    if quantization not in QUANTIZATIONS:
-        raise PolicyError(f"quantization={quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = half_precision() if device == "cuda" else torch.float32
-    liger = manifest["recipe"].get("use_liger_kernel")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not manifest["adapter"]:
-        return load_base(str(folder), quantization, dtype, device, liger=liger).eval(), tokenizer, manifest
-    revision = pinned_revision(folder, manifest)
-    base = load_base(manifest["base_model"], quantization, dtype, device, revision, liger=liger)
-    return PeftModel.from_pretrained(base, folder).eval(), tokenizer, manifest
-
-
-def pinned_revision(folder: str | os.PathLike, manifest: dict) -> str | None:
-    """The commit of the base that an adapter was tuned on; None for a folder, whose weights must still be the same."""
-    name, revision = manifest["base_model"], manifest["base_revision"]
-    if not os.path.isdir(name):
-        return revision
-    if base_revision(name) != revision:
-        raise PolicyError(f"The model in {name} is not the one that {folder} was tuned on: its weights have changed.")
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Deciding
-
-
-class Decision(NamedTuple):
+class Answer(NamedTuple):
     """What a policy answers to one decision.
 
     Args:
         answer: "1" to "N", an index into the candidates in the order the caller gave them, or "NO_TRADE".
+        instrument: the candidate's, None for NO_TRADE.
         probability: of what the model likes best: the answer, unless it abstained.
         margin: that probability less the runner-up's, 1 where there is none.
         scores: log-probabilities (nats), after the temperature. For per_decision_ranking one for each answer, NO_TRADE
             last; their probabilities add up to 1. For per_candidate P(SELL_CALL) of each candidate, "1" to "N", each
             set against its own SKIP, so that they need not add up to anything.
         abstained: the model would have traded, but with a probability below the threshold.
+        outside: the numbers, such as "delta", that are at some candidate beyond all that the model was tuned on: of
+            those its answer is a guess. The manifest has the ranges, under "tuned_on".
     """
 
     answer: str
+    instrument: str | None
     probability: float
     margin: float
     scores: dict[str, float]
     abstained: bool
+    outside: tuple[str, ...]
 
 
 @dataclass
@@ -327,8 +81,11 @@ class Policy:
     def __post_init__(self):
         if not 0 <= self.threshold <= 1:
             raise PolicyError(f"threshold={self.threshold!r}: give a probability, from 0 to 1.")
+        if not is_temperature(self.temperature):
+            low, high = TEMPERATURES
+            raise PolicyError(f"temperature={self.temperature!r}: give a number from {low} to {high}.")
         # A model tuned on shuffled candidates takes any order: it gets the one it was evaluated in.
-        self.candidate_order = "csv" if self.manifest["recipe"]["candidate_order"] == "csv" else "instrument"
+        self.candidate_order = "csv" if self.manifest["recipe"].get("candidate_order") == "csv" else "instrument"
 
     @classmethod
     def load(
@@ -347,9 +104,8 @@ class Policy:
             PolicyError: if the folder cannot be used with today's prompts (see load_tuned), or for a threshold or
                 quantization that cannot be.
         """
+        temperature = read_temperature(folder)
         model, tokenizer, manifest = load_tuned(folder, quantization)
-        path = Path(folder) / CALIBRATION
-        temperature = json.loads(path.read_text(encoding="utf-8"))["temperature"] if path.is_file() else 1.0
         return cls(Path(folder), model, tokenizer, manifest, temperature, threshold, batch_tokens)
 
     @property
@@ -357,45 +113,78 @@ class Policy:
         """ "per_candidate" or "per_decision_ranking": what the model was tuned to answer."""
         return self.manifest["task"]
 
-    def decide(self, decisions: Sequence[covered_call_candidates.Decision]) -> list[Decision]:
-        """An answer to each decision. The candidates may come in any order; answers are in the caller's.
+    def decide(self, decisions: Sequence[Decision | dict]) -> list[Answer]:
+        """An answer to each decision, or what Decision.from_dict makes one of. The candidates may come in any order;
+        answers are in the caller's.
 
         per_candidate: the candidate with the highest P(SELL_CALL), if that is over 0.5, else NO_TRADE with what is
         left of 1. A tie with NO_TRADE is no trade. A decision without candidates is NO_TRADE for certain.
 
         Raises:
-            PolicyError: for a prompt that is too long for the model, or scores that are not finite.
+            CandidatesError: for a decision that no CSV could hold; see check_decision.
+            PolicyError: for an underlying or an exit style that the model was not tuned on, a prompt that is too long
+                for it or holds a control token, or scores that are not finite.
             MemoryFull: if the memory does not even hold one decision.
         """
-        return [self._pick(scores) for scores in self.score(decisions)]
+        checked = self._check(decisions)
+        return [self._pick(decision, one) for decision, one in zip(checked, self._score(checked), strict=True)]
 
-    def score(self, decisions: Sequence[covered_call_candidates.Decision]) -> list[torch.Tensor]:
+    def score(self, decisions: Sequence[Decision | dict]) -> list[torch.Tensor]:
         """The model's own log-probabilities, without temperature, of each admissible answer through its end token.
 
         Returns:
             For each decision of N candidates, in the caller's order, a float64 tensor: per_candidate of shape (N, 2),
             SELL_CALL before SKIP; per_decision_ranking of shape (1, N + 1), NO_TRADE last, or (0, 1) without any.
         """
-        decisions, scores = list(decisions), []
+        return self._score(self._check(decisions))
+
+    def _check(self, decisions: Iterable[Decision | dict]) -> list[Decision]:
+        """The decisions, each as strictly looked at as a CSV row, and of what the model was tuned on."""
+        checked = []
+        for decision in decisions:
+            if isinstance(decision, Decision):
+                check_decision(decision, self.manifest["recipe"].get("max_iv"))
+            else:
+                decision = Decision.from_dict(decision)
+            for name in ("underlying", "exit_style"):
+                known = self.manifest["tuned_on"][f"{name}s"]
+                if getattr(decision, name) not in known:
+                    raise PolicyError(
+                        f"{decision.decision_id}: the model was tuned on the {name} {', '.join(known)}, and not on "
+                        f"{getattr(decision, name)}. Tune one on it, or leave such decisions out."
+                    )
+            checked.append(decision)
+        return checked
+
+    def _outside(self, decision: Decision) -> tuple[str, ...]:
+        """The numbers that are at some candidate beyond what the model was tuned on."""
+        return tuple(
+            name
+            for name, (low, high) in self.manifest["tuned_on"]["numbers"].items()
+            if not all(low <= value <= high for c in decision.candidates if (value := getattr(c, name)) is not None)
+        )
+
+    def _score(self, decisions: list[Decision]) -> list[torch.Tensor]:
+        scores = []
         for start in range(0, len(decisions), CHUNK):
             scores += self._score_chunk(decisions[start : start + CHUNK])
         return scores
 
-    def _score_chunk(self, decisions: list) -> list[torch.Tensor]:
+    def _score_chunk(self, decisions: list[Decision]) -> list[torch.Tensor]:
         options = CoveredCallCandidatesConfig(candidate_order=self.candidate_order)
         # In the place of outcomes, which no prompt shows, travel the candidates' places in the caller's order.
-        shown = [
+        ordered = [
             present_in_order(LoggedDecision(decision, None, range(len(decision.candidates))), options)
             for decision in decisions
         ]
-        asked = [self._prompts(entry.decision) for entry in shown]
+        asked = [self._prompts(entry.decision) for entry in ordered]
         found = iter(self._score_prompts(asked))
         return [
             self._in_callers_order(torch.tensor([next(found) for _ in prompts], dtype=torch.float64), entry.outcomes)
-            for prompts, entry in zip(asked, shown, strict=True)
+            for prompts, entry in zip(asked, ordered, strict=True)
         ]
 
-    def _prompts(self, decision: covered_call_candidates.Decision) -> list[tuple[list[dict], list[str]]]:
+    def _prompts(self, decision: Decision) -> list[tuple[list[dict], list[str]]]:
         """Each prompt that the decision takes, with its admissible answers; none if there is nothing to choose."""
         if self.task == "per_candidate":
             return [
@@ -425,11 +214,12 @@ class Policy:
             return scores.reshape(-1, 2)[back]
         return scores.reshape(-1, len(places) + 1)[:, [*back, len(places)]]
 
-    def _pick(self, scores: torch.Tensor) -> Decision:
-        """A Decision from one decision's row of ``score``."""
+    def _pick(self, decision: Decision, scores: torch.Tensor) -> Answer:
+        """The answer to a decision from its row of ``score``."""
         normalised = (scores / self.temperature).log_softmax(-1)
         if not len(normalised):
-            return Decision(NO_TRADE, 1.0, 1.0, {} if self.task == "per_candidate" else {NO_TRADE: 0.0}, False)
+            certain = {} if self.task == "per_candidate" else {NO_TRADE: 0.0}
+            return Answer(NO_TRADE, None, 1.0, 1.0, certain, False, ())
         if self.task == "per_candidate":
             picks, no_trade = normalised[:, 0], normalised[normalised[:, 0].argmax(), 1]
         else:
@@ -439,12 +229,16 @@ class Policy:
         answer, runner_up = sorted(either, key=either.get, reverse=True)[:2]
         probability = math.exp(either[answer])
         abstained = answer != NO_TRADE and probability < self.threshold
-        return Decision(
-            NO_TRADE if abstained else answer,
+        if abstained:
+            answer = NO_TRADE
+        return Answer(
+            answer,
+            None if answer == NO_TRADE else decision.candidates[int(answer) - 1].instrument,
             probability,
             probability - math.exp(either[runner_up]),
             named if self.task == "per_candidate" else {**named, NO_TRADE: either[NO_TRADE]},
             abstained,
+            self._outside(decision),
         )
 
 
@@ -480,7 +274,7 @@ def calibrate(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
         raise PolicyError("None of the decisions to calibrate on has a candidate: give the validation split.")
     fitted = fit_temperature(scores, targets)
     policy.temperature = fitted["temperature"]
-    write_text(policy.folder / CALIBRATION, json.dumps(fitted, indent=2))
+    atomic.write(policy.folder / CALIBRATION, json.dumps(fitted, indent=2))
     return policy.temperature
 
 
@@ -498,17 +292,10 @@ def fit_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> d
         return torch.nn.functional.cross_entropy(padded / math.exp(log_temperature), target).item()
 
     # Within bounds, for answers that are all right would be made certain by a temperature of 0.
-    fitted = minimize_scalar(nll, bounds=(math.log(0.05), math.log(20)), method="bounded")
+    fitted = minimize_scalar(nll, bounds=tuple(map(math.log, TEMPERATURES)), method="bounded")
     return {
         "temperature": math.exp(fitted.x),
         "nll_before": nll(0.0),
         "nll_after": float(fitted.fun),
         "records": len(scores),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first: the file is whole or not there."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

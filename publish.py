@@ -23,8 +23,8 @@ from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub.utils import validate_repo_id
 
 from command_line import disk_trouble, start_logging
-from covered_call_candidates import RECORDS, CandidatesError
-from data_options import DATA_OPTIONS, add_data_options, as_typed, data_options, flags, read_splits, typed
+from covered_call_candidates import RECORDS, CandidatesError, as_typed
+from data_options import DATA_OPTIONS, add_data_options, data_options, flags, read_splits, typed
 from publish_card import CARD
 from publish_dataset import (
     OWNED,

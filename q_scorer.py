@@ -25,8 +25,8 @@ from pathlib import Path
 
 import atomic
 from command_line import disk_trouble, start_logging
-from covered_call_candidates import CandidatesError, fingerprint, hashes_of
-from data_options import Help, add_data_options, align, as_typed, data_options, flags, read_splits, typed
+from covered_call_candidates import CandidatesError, as_typed, fingerprint, hashes_of
+from data_options import Help, add_data_options, align, data_options, flags, read_splits, typed
 from gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
 from value_model import (
     FILE_NAME,

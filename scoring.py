@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from runs import PolicyError
+
 logger = logging.getLogger("scoring")
 
 # What a masked attention score is lowered by: its weight is 0 in every precision, and float16 can still hold it.
@@ -26,10 +28,6 @@ ROW_TOKENS = 2_048  # prompts of one decision share a row up to here: attention 
 CPU_TOKENS = 4_096  # scored together on a CPU, whose memory is not asked for
 MOST_TOKENS = 65_536  # scored together on a GPU however large; where more stops to pay is not measured
 SHARE_OF_FREE = 0.8  # of the free memory, for the allocator loses some to fragments
-
-
-class PolicyError(ValueError):
-    """A model, its tokenizer or its folder cannot be used as it is; the message says why and what to do."""
 
 
 class MemoryFull(PolicyError):

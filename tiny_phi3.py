@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
+
+import atomic
+from training_log import talk_plainly
 
 logger = logging.getLogger("tiny_phi3")
 
@@ -88,21 +92,36 @@ def tiny_base_path(folder: str, train: Dataset, steps: int, seed: int) -> str:
 def build_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
     """Saves a tiny Phi-3 whose weights were all trained for ``steps``, in full precision, on these answers.
 
-    LoRA over a frozen random base learns next to nothing, so the base must be able to read the prompts first.
+    LoRA over a frozen random base learns next to nothing, so the base must be able to read the prompts first. While
+    another process builds the same one, this one waits for it.
 
     Args:
         path: where to save it, as tiny_base_path says.
         train: conversational ``prompt`` and ``completion`` columns.
     """
+    told = False
+    while not os.path.isdir(path):
+        try:
+            with atomic.locked(path):
+                if not os.path.isdir(path):
+                    train_tiny_base(path, train, steps, seed)
+        except atomic.FolderBusy as busy:
+            if not told:
+                logger.warning("Waiting for another run to build the tiny Phi-3: %s", busy)
+            told = True
+            time.sleep(1)
+
+
+def train_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
     rows = list(train)
     logger.warning("Building a tiny Phi-3 in %s: %d steps on %d records, once.", path, steps, len(rows))
     tokenizer = train_tokenizer(message["content"] for row in rows for message in row["prompt"] + row["completion"])
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as unfinished:
+    unfinished = atomic.unfinished(path)
+    try:
         trainer = SFTTrainer(
             model=random_phi3(tokenizer, seed),
             args=SFTConfig(
-                output_dir=unfinished,
+                output_dir=str(unfinished),
                 max_steps=steps,
                 per_device_train_batch_size=32,
                 learning_rate=3e-3,
@@ -112,7 +131,7 @@ def build_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
                 completion_only_loss=True,
                 use_cpu=True,
                 bf16=False,
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 seed=seed,
                 logging_steps=50,
                 save_strategy="no",
@@ -121,7 +140,9 @@ def build_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
             train_dataset=train,
             processing_class=tokenizer,
         )
+        talk_plainly(trainer)
         trainer.train()
-        finished = os.path.join(unfinished, "model")
-        trainer.save_model(finished)
-        os.rename(finished, path)
+        trainer.save_model(str(unfinished / "model"))
+        os.rename(unfinished / "model", path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

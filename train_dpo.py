@@ -11,9 +11,17 @@ answers of each pair is scored once, before the first step, so that no second mo
 prompt of a pair once, with the two answers in branches behind it.
 """
 
+if __name__ == "__main__":  # before all that takes long to import, or is missing outside of the environment
+    import command_line
+
+    command_line.begin()
+
+    import first_checks
+
+    first_checks.check(first_checks.DPO_RECIPES)
+
 import copy
 import datetime
-import hashlib
 import math
 import sys
 from collections import Counter
@@ -28,17 +36,21 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from sklearn.metrics import accuracy_score
-from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_fsdp_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from command_line import quiet
 from covered_call_candidates import find_csvs
-from policy import answer_tokens, load_tokenizer, pinned_revision, read_manifest
+from first_checks import DPO_RECIPES, RANKING, check_pair_keys, check_start_keys, read_start
+from loading import ADAPTER, answer_tokens, check_adapter, load_config, load_tokenizer, pinned_revision
+from recipe_help import data_key
+from run_card import SHARES, Panel, fill_card
+from runs import held, of_the_run
 from scoring import Batch, Scored, asked_logits, collate, lay_out
 from train_sft import (
     REFUSED,
-    SHARES,
     DataArguments,
     EpochSampler,
     ModelArguments,
@@ -61,7 +73,6 @@ from train_sft import (
     describe_tokens,
     describe_work,
     encode_split,
-    fill_card,
     global_batch,
     is_trade,
     lay_out_preflight,
@@ -73,17 +84,14 @@ from train_sft import (
     memory_for,
     open_run,
     parse_recipe,
-    plot_history,
     predictions,
     push,
     run,
     save,
     thin_out,
+    tuned_on,
+    what_next,
 )
-
-RANKING = "per_decision_ranking"
-ADAPTER = "adapter_model.safetensors"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parse
@@ -104,10 +112,7 @@ class StartArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.adapter or self.model_name_or_path):
-            raise RecipeError("Nothing to start from: give adapter, a fine-tune's folder, or model_name_or_path.")
-        if not self.lora_r:
-            raise RecipeError("lora_r: 0 trains all weights; here only an adapter is trained. Give it a rank, as 16.")
+        check_start_keys(self)
 
 
 @dataclass
@@ -116,22 +121,27 @@ class PairArguments(DataArguments):
 
     dataset_config: str = field(default="preference", init=False)
     balance: str = field(default="none", init=False)  # the pairs come balanced
-    rejected: str | None = field(default=None, metadata={"help": "teacher or worst: against what the best is set."})
-    min_edge: float | None = field(default=None, metadata={"help": "USD by which the better answer must be better."})
-    min_edge_pct: float | None = field(default=None, metadata={"help": "The same in % of spot."})
-    fee: float | None = field(default=None, metadata={"help": "A share of spot, each trade; on Deribit 0.0003."})
-    fee_cap: float | None = field(default=None, metadata={"help": "The most a fee takes of the premium."})
-    half_spread: float | None = field(default=None, metadata={"help": "A share of the premium, each trade."})
-    slippage: float | None = field(default=None, metadata={"help": "A share of spot, each trade."})
-    expiry_tolerance: float | None = field(default=None, metadata={"help": "Hours that a price may be off."})
-    horizon: float | None = field(default=None, metadata={"help": "Days after which to judge; default: at expiry."})
-    take_profit: float | None = field(default=None, metadata={"help": "Of tp_and_roll: the share to capture."})
-    roll_delta: float | None = field(default=None, metadata={"help": "Of tp_and_roll: the delta to roll into."})
+    rejected: str | None = field(
+        default=None, metadata={"help": "Against what the best answer is set: teacher or worst; default: teacher."}
+    )
+    min_edge: float | None = field(
+        default=None, metadata={"help": "By how much the better answer must be better; default: 0.", "metavar": "USD"}
+    )
+    min_edge_pct: float | None = field(
+        default=None, metadata={"help": "The same in percent of spot; default: 0.1.", "metavar": "PERCENT"}
+    )
+    fee: float | None = data_key("fee")
+    fee_cap: float | None = data_key("fee_cap")
+    half_spread: float | None = data_key("half_spread")
+    slippage: float | None = data_key("slippage")
+    expiry_tolerance: float | None = data_key("expiry_tolerance")
+    horizon: float | None = data_key("horizon")
+    take_profit: float | None = data_key("take_profit")
+    roll_delta: float | None = data_key("roll_delta")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.candidate_order == "shuffle":
-            raise RecipeError("candidate_order: shuffle is for train_sft.py; pairs are made in one order, instrument.")
+        check_pair_keys(self)
 
     def rankings(self) -> DataArguments:
         """The same decisions, with the teacher's answers."""
@@ -172,7 +182,7 @@ class PreferenceArguments(RunArguments, DPOConfig):
 DPO = Script(
     "train_dpo.py",
     __doc__,
-    ("preference", "tiny_dpo"),
+    DPO_RECIPES,
     (StartArguments, PairArguments, PreferenceArguments),
 )
 
@@ -190,13 +200,7 @@ def take_over(model: StartArguments, data: PairArguments, given: dict) -> dict |
     """
     if not model.adapter:
         return None
-    start = read_manifest(model.adapter)
-    if start["task"] != RANKING or not start["adapter"]:
-        raise RecipeError(
-            f"{model.adapter} is a fine-tune of {start['task']}{'' if start['adapter'] else ', of all weights'}: "
-            f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with train_sft.py "
-            "--config ranking, or start from a base: model_name_or_path."
-        )
+    start = read_start(model.adapter)
     orders = [
         "csv" if order == "csv" else "instrument"
         for order in (start["recipe"]["candidate_order"], data.candidate_order)
@@ -284,10 +288,10 @@ def preflight(
     Raises:
         RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
     """
-    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    config = load_config(model.model_name_or_path)
     sides = {"chosen": pairs, "rejected": rejected, "asked": rankings}
     records = {f"{name}, {side}": split for side, splits in sides.items() for name, split in splits.items()}
-    lengths = {name: check_records(name, split, answers) for name, split in records.items()}
+    lengths = {name: check_records(name, split, answers, tokenizer) for name, split in records.items()}
     check_lengths(records, lengths, training.max_length, config)
     # Both answers stand in one row, and the longest ones may follow the longest prompt.
     longest_answer = max(map(len, answers.values()))
@@ -330,6 +334,7 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
         if adapter:
             # Not attached before: TRL would copy it, keep the copy beside it, and round it to bfloat16.
             self.model.load_adapter(adapter, "default", is_trainable=True)
+            check_adapter(self.model, adapter)
         self.train_dataset = self.with_reference(self.train_dataset)
         scored = {name: self.score(split) for name, split in judged.items()}
         self.at_start = {
@@ -436,14 +441,25 @@ def describe_start(model: StartArguments, start: dict | None, manifest: dict) ->
     described = {**manifest, "task": RANKING, "method": "dpo", "start": None}
     if start is None:
         return described
-    weights = (Path(model.adapter) / ADAPTER).read_bytes()
     seen, own = start["splits"]["train"], manifest["splits"]["train"]
     train = {**own, "from": min(own["from"], seen["from"]), "to": max(own["to"], seen["to"])}
+    recipe = of_the_run(start["recipe"])
     return {
         **described,
         "base_revision": start["base_revision"],
-        "start": {"adapter": model.adapter, "sha256": hashlib.sha256(weights).hexdigest(), "recipe": start["recipe"]},
+        "start": {"adapter": model.adapter, "sha256": start["files"][ADAPTER], "recipe": recipe},
         "splits": {**manifest["splits"], "train": train},
+        "tuned_on": on_both(start["tuned_on"], manifest["tuned_on"]),
+    }
+
+
+def on_both(first: dict, then: dict) -> dict:
+    """What a model was tuned on first and then, as one; see tuned_on."""
+    ranges = [*first["numbers"].items(), *then["numbers"].items()]
+    ends = {name: [end for key, pair in ranges if key == name for end in pair] for name, _ in ranges}
+    return {
+        **{names: sorted({*first[names], *then[names]}) for names in ("underlyings", "exit_styles")},
+        "numbers": {name: [min(found), max(found)] for name, found in ends.items()},
     }
 
 
@@ -517,32 +533,48 @@ EXPLAINED = (
 )
 
 
-def model_card(manifest: dict, name: str) -> ModelCard:
+def model_card(manifest: dict, folder: str) -> ModelCard:
     head = ["split", "records", "pairs", "answers by", *FIGURES.values()]
     rows = [head, ["---"] * len(head), *map(cells, manifest["results"])]
     figures = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return fill_card(manifest, name, "dpo", PREFERS, f"{figures}\n\n{EXPLAINED}", HINDSIGHT)
+    return fill_card(manifest, folder, "dpo", PREFERS, f"{figures}\n\n{EXPLAINED}", HINDSIGHT)
 
 
-def plot(history: list[dict], best: int | None, path: Path) -> None:
-    losses = {"loss": "training pairs", "eval_dpo_loss": "validation pairs"}
-    plot_history(history, best, path, losses, {"eval_pairs_won": "pairs won", **SHARES}, "DPO loss (nats a pair)")
+PANELS = (
+    Panel(
+        "Does it come to prefer what paid more than it did at the start?",
+        f"DPO loss (nats a pair)\n{math.log(2):.3f} at the start",
+        {"loss": "training", "eval_dpo_loss": "validation"},
+    ),
+    Panel(
+        "How often does the better answer score higher?", "share of validation pairs", {"eval_pairs_won": "pairs won"}
+    ),
+    Panel("How does it answer the validation records?", "share of the records", SHARES),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     model, data, training, given = parse_recipe(sys.argv[1:] if arguments is None else arguments, DPO)
+    with held(training.output_dir, training.process_index == 0 and not training.dry_run):
+        tune(model, data, training, given)
+
+
+def tune(model: StartArguments, data: PairArguments, training: PreferenceArguments, given: dict) -> None:
     first, wants_push = training.process_index == 0, training.push_to_hub
-    training.push_to_hub = False  # the Trainer would push each checkpoint as it goes
     if is_fsdp_enabled():
         raise RecipeError("train_dpo.py does not shard a model: run it with python or plain accelerate launch.")
     start = take_over(model, data, given)
     check_model(model)
     revision = pinned_revision(model.adapter, start) if start else None
     repo = check_push(training) if wants_push else None
+    token = training.take_login()
     with training.main_process_first():
         files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
-        rankings, pairs = (load_splits(part, files, training.seed) for part in (data.rankings(), data))
+        pairs = load_splits(data, files, training.seed)
+        with quiet():  # of the same decisions
+            rankings = load_splits(data.rankings(), files, training.seed)
         check_dates(model, start, rankings)
+        seen = tuned_on(rankings["train"])
         build_base_if_tiny(model, rankings["train"], training)
         tokenizer = load_tokenizer(model.adapter or model.model_name_or_path)
         commonest = Counter(rankings["train"]["label"]).most_common(1)[0][0]
@@ -564,7 +596,7 @@ def main(arguments: list[str] | None = None) -> None:
     if training.dry_run:
         return
     manifest = describe_run(
-        model, data, training, given, files, {**rankings, "train": chosen["train"]}, answers, sampler
+        model, data, training, given, files, {**rankings, "train": chosen["train"]}, answers, sampler, seen
     )
     manifest = describe_start(model, start, manifest)
     with training.main_process_first():
@@ -586,11 +618,12 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     scored = {name: trainer.score(split) for name, split in judged.items()}
     results = report(trainer, judged, scored, model.adapter, commonest)
-    save(trainer, manifest, results, calibrate_on(judged["validation"], scored["validation"]), plot, model_card)
+    save(trainer, manifest, results, calibrate_on(judged["validation"], scored["validation"]), PANELS, model_card)
     if first:
         print(table(results))
+        print(what_next(training.output_dir))
     if first and wants_push:
-        push(training, repo)
+        push(training, repo, token)
 
 
 if __name__ == "__main__":

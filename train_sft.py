@@ -10,7 +10,15 @@ A recipe is a YAML file in configs/; every key of it can be given on the command
 killed goes on from its last checkpoint when the same command is given again.
 """
 
-import argparse
+if __name__ == "__main__":  # before all that takes long to import, or is missing outside of the environment
+    import command_line
+
+    command_line.begin()
+
+    import first_checks
+
+    first_checks.check(first_checks.SFT_RECIPES)
+
 import datetime
 import difflib
 import importlib.metadata
@@ -19,34 +27,34 @@ import json
 import logging
 import math
 import os
-import shutil
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from sklearn.metrics import accuracy_score, recall_score
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
 from transformers.integrations import is_fsdp_enabled
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
 
+import atomic
+from command_line import disk_trouble, quiet, start_logging
 from covered_call_candidates import (
     NO_TRADE,
     PROMPT_VERSION,
@@ -57,38 +65,59 @@ from covered_call_candidates import (
     fingerprint,
     load_candidates,
 )
-from memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
-from policy import (
-    CALIBRATION,
-    MANIFEST,
-    QUANTIZATIONS,
+from first_checks import (
+    SFT_RECIPES,
+    check_base,
+    check_data_keys,
+    check_model_keys,
+    in_words_of_the_command_line,
+    no_model,
+    read_recipe,
+    with_recipe_path,
+)
+from loading import (
     answer_tokens,
     base_revision,
     context_limit,
+    control_beside,
+    control_in,
+    control_tokens,
     encode,
-    fit_temperature,
     half_precision,
     load_base,
+    load_config,
     load_tokenizer,
-    write_text,
 )
+from memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
+from policy import fit_temperature
 from publish import PublishError, check_login, push_model
-from scoring import ROW_TOKENS, PolicyError, Scored, head_at, score_answers
+from recipe_help import RecipeParser, data_key, plain
+from run_card import SFT_PANELS, Panel, fill_card, plot_course
+from runs import (
+    CALIBRATION,
+    CHECKPOINT,
+    MANIFEST,
+    RECIPE,
+    PolicyError,
+    RecipeError,
+    begun_run,
+    hash_of,
+    held,
+    of_the_run,
+    open_run,
+)
+from scoring import ROW_TOKENS, Scored, head_at, score_answers
 from tiny_phi3 import build_tiny_base, tiny_base_path
+from training_log import talk_plainly
 
 logger = logging.getLogger("train_sft")
 
-RECIPES = Path(__file__).parent / "configs"
-RECIPE, CARD, PLOT, CHECKPOINT = "recipe.yaml", "README.md", "training.png", "checkpoint-"
-BALANCES = ("none", "downsample", "weight")
+CARD, PLOT = "README.md", "training.png"
+ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label of a token that carries no loss
 ZERO_GRADIENT_STEPS = 20
 AUTO = "auto"
 ALIKE, NEAR = 8, 512  # records of like length that come together, out of so many neighbours of an epoch's order
-
-
-class RecipeError(ValueError):
-    """The recipe cannot run as it is; the message says what to change."""
 
 
 class TrainingStopped(RuntimeError):
@@ -103,8 +132,10 @@ class TrainingStopped(RuntimeError):
 class ModelArguments:
     """The model, how it is quantised, and the adapter."""
 
-    model_name_or_path: str = field(metadata={"help": "A Hub name or a local folder."})
-    quantization: Literal["int4", "int8", "none"] = field(metadata={"help": "int4 is NF4, doubly quantised."})
+    model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
+    quantization: Literal["int4", "int8", "none"] = field(
+        metadata={"help": "Bits of the frozen weights; int4 is NF4, doubly quantised."}
+    )
     tiny_base_steps: int = field(
         default=0,
         metadata={
@@ -113,40 +144,37 @@ class ModelArguments:
         },
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains all weights (with quantization none)."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter counts lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of the adapter's inputs left out."})
 
     def __post_init__(self):
-        if self.quantization not in QUANTIZATIONS:
-            raise RecipeError(f"quantization: {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}.")
-        if self.lora_r == 0 and self.quantization != "none":
-            raise RecipeError(
-                f"lora_r: 0 trains all weights, which {self.quantization} freezes: use quantization none."
-            )
+        check_model_keys(self)
 
 
 @dataclass
 class DataArguments:
     """What load_candidates is called with; what is not given takes its default there."""
 
-    dataset_config: str = field(metadata={"help": "per_candidate or per_decision_ranking."})
-    data_files: list[str] | None = field(default=None, metadata={"help": "CSVs or globs; default: data/, or sample."})
-    data_dir: str | None = field(default=None, metadata={"help": "A folder of CSVs."})
-    underlying: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. BTC."})
-    exit_style: str | None = field(default=None, metadata={"help": "Keep only this one, e.g. tp_and_roll."})
+    dataset_config: str = field(metadata={"help": "What is asked: per_candidate or per_decision_ranking."})
+    data_files: list[str] | None = data_key("data_files")
+    data_dir: str | None = data_key("data_dir")
+    underlying: str | None = data_key("underlying")
+    exit_style: str | None = data_key("exit_style")
     candidate_order: str | None = field(
         default=None,
         metadata={
             "help": "instrument, csv, or shuffle: the training split, in another order each epoch; validation and "
-            "test stay in instrument order."
+            "test stay in instrument order; default: instrument",
+            "metavar": "ORDER",
         },
     )
-    splits: list[float] | None = field(default=None, metadata={"help": "Fractions of train, validation and test."})
-    validation_from: str | None = field(default=None, metadata={"help": "A date; goes with test_from."})
-    test_from: str | None = field(default=None, metadata={"help": "A date; goes with validation_from."})
-    purge: bool | None = field(default=None, metadata={"help": "Leave out decisions that outlive their split."})
-    duplicates: str | None = field(default=None, metadata={"help": "error or latest."})
-    on_bad_rows: str | None = field(default=None, metadata={"help": "error or skip."})
+    splits: list[float] | None = data_key("splits")
+    validation_from: str | None = data_key("validation_from")
+    test_from: str | None = data_key("test_from")
+    purge: bool | None = data_key("purge")
+    duplicates: str | None = data_key("duplicates")
+    on_bad_rows: str | None = data_key("on_bad_rows")
+    max_iv: float | None = data_key("max_iv")
     balance: Literal["none", "downsample", "weight"] = field(
         default="none",
         metadata={
@@ -156,12 +184,14 @@ class DataArguments:
     )
     max_eval_records: int | None = field(
         default=None,
-        metadata={"help": "While training, score at most so many validation records, evenly spaced."},
+        metadata={
+            "help": "While training, score at most so many validation records, evenly spaced; default: all.",
+            "metavar": "N",
+        },
     )
 
     def __post_init__(self):
-        if self.balance not in BALANCES:
-            raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
+        check_data_keys(self)
 
 
 # Keys of SFTConfig that would be overruled here in silence, or break what the preflight promises.
@@ -220,7 +250,10 @@ class RunArguments:
     )
     batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens read together in an evaluation; default: what the free memory holds."},
+        metadata={
+            "help": "Tokens read together in an evaluation; default: what the free memory holds.",
+            "metavar": "N",
+        },
     )
 
     def __post_init__(self):
@@ -270,6 +303,14 @@ class RunArguments:
         self.per_device_train_batch_size = 1 if size == AUTO else int(size)
         self.gradient_checkpointing = self.activation_checkpointing = checkpointing != "false"
 
+    def take_login(self) -> str | None:
+        """The token to share the run with, which is then no longer here: the Trainer pickles these arguments into each
+        checkpoint. Nor does it push each checkpoint as it goes."""
+        if self.model_init_kwargs:
+            logger.warning("model_init_kwargs is left out: the model is loaded as the other keys say.")
+        token, self.hub_token, self.push_to_hub, self.model_init_kwargs = self.hub_token, None, False, None
+        return token
+
     @property
     def records(self) -> int:
         """Of a step on one GPU."""
@@ -317,13 +358,9 @@ class Script(NamedTuple):
 SFT = Script(
     "train_sft.py",
     __doc__,
-    ("per_candidate", "ranking", "tiny"),
+    SFT_RECIPES,
     (ModelArguments, DataArguments, TrainingArguments),
 )
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description, and shows the defaults."""
 
 
 def parse_recipe(
@@ -334,12 +371,13 @@ def parse_recipe(
     Raises:
         RecipeError: for an unknown key (it names the nearest) or a value that no key takes.
     """
-    parser = TrlParser(
+    parser = RecipeParser(
         script.parts,
+        [key.name for key in fields(RunArguments)],
+        script.recipes,
+        everything=bool({"--help_all", "--help-all"} & set(arguments)),
         description=script.description,
         usage=f"{script.name} --config NAME [--KEY VALUE ...]",
-        formatter_class=Help,
-        allow_abbrev=False,
     )
     arguments = with_recipe_path(arguments, script.recipes)
     given = []
@@ -350,10 +388,7 @@ def parse_recipe(
 
 
 def check_keys(arguments: list[str], known: list[str]) -> list[str]:
-    with open(arguments[1], encoding="utf-8") as file:
-        recipe = yaml.safe_load(file)
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{arguments[1]} holds no keys: a recipe is a YAML file of `key: value` lines.")
+    recipe = read_recipe(arguments[1])
     given = [word[2:].split("=")[0].replace("-", "_") for word in arguments[2:] if word.startswith("--")]
     for where, keys in ((arguments[1], recipe), ("the command line", given)):
         for key in keys:
@@ -361,25 +396,6 @@ def check_keys(arguments: list[str], known: list[str]) -> list[str]:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
                 raise RecipeError(f"{key}, in {where}, is not a key of a recipe. Did you mean {nearest}?")
     return [*recipe, *given]
-
-
-def plain(value):
-    return value.value if isinstance(value, Enum) else value
-
-
-def with_recipe_path(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """The command line with --config first and its NAME, one of ``names`` or a path, as the path of a file."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(arguments)
-    if {"-h", "--help"} & set(rest):
-        return rest
-    if known.config is None:
-        raise RecipeError(f"Say which recipe: --config NAME, one of {', '.join(names)}, or a path.")
-    path = RECIPES / f"{known.config}.yaml" if known.config in names else Path(known.config)
-    if path.is_file():
-        return ["--config", str(path), *rest]
-    raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,14 +408,13 @@ def check_model(model: ModelArguments) -> None:
         raise RecipeError("quantization: FSDP cannot shard int8 weights. Use int4, or launch without FSDP.")
     if model.tiny_base_steps:
         return
+    check_base(model.model_name_or_path)
     try:
-        AutoConfig.from_pretrained(model.model_name_or_path)
+        load_config(model.model_name_or_path)
     except OSError as error:
-        raise RecipeError(
-            f"There is no model {model.model_name_or_path} here, nor can it be downloaded. Where there is a network, "
-            f"run: hf download {model.model_name_or_path}; or give a folder with the weights: --model_name_or_path "
-            "FOLDER."
-        ) from error
+        raise no_model(model.model_name_or_path) from error
+    except ValueError as error:
+        raise RecipeError(f"{model.model_name_or_path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_splits(data: DataArguments, files: list[str], seed: int) -> DatasetDict:
@@ -423,13 +438,10 @@ def loading_options(data: DataArguments) -> dict:
 def load_epochs(data: DataArguments, files: list[str], seed: int, copies: int) -> Dataset:
     """The training split ``copies`` times over, each with its candidates shuffled anew."""
     epochs = []
-    logging.disable(logging.WARNING)  # the same files were loaded, and spoken of, a moment ago
-    try:
+    with quiet():  # the same files were loaded, and spoken of, a moment ago
         for epoch in range(copies):
             options = loading_options(data) | {"candidate_order": "shuffle", "seed": seed + epoch}
             epochs.append(load_candidates(**options, data_files=files)["train"])
-    finally:
-        logging.disable(logging.NOTSET)
     return concatenate_datasets(epochs)
 
 
@@ -513,8 +525,8 @@ def preflight(
     Raises:
         RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
     """
-    config = AutoConfig.from_pretrained(model.model_name_or_path)
-    lengths = {name: check_records(name, split, answers) for name, split in splits.items()}
+    config = load_config(model.model_name_or_path)
+    lengths = {name: check_records(name, split, answers, tokenizer) for name, split in splits.items()}
     check_lengths(splits, lengths, training.max_length, config)
     longest_answer = max(map(len, answers.values()))
     work = describe_model(config, model, training, longest_record(lengths), longest_answer)
@@ -656,10 +668,21 @@ def is_trade(label: str) -> bool:
     return label not in (SKIP, NO_TRADE)
 
 
-def check_records(name: str, split: Dataset, answers: dict[str, tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens."""
+def check_records(
+    name: str, split: Dataset, answers: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens, and its
+    control tokens are those of the chat template."""
     totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
-    for index, row in enumerate(split.select_columns(["labels", "label", "decision_id"])):
+    control = control_tokens(tokenizer)
+    [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
+    template = control_in(prompt + answer, control)
+    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id"])):
+        if strange := control_beside(template, row["input_ids"], control):
+            raise RecipeError(
+                f"{name}, {row['decision_id']}: a name holds the text {strange}, which is a control token of the "
+                "model. Correct the file."
+            )
         label_ids = tuple(token for token in row["labels"] if token != IGNORE)
         if label_ids != answers[row["label"]]:
             raise RecipeError(
@@ -789,7 +812,8 @@ class ScoringTrainer:
 
     def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
         self.sampler, self.answers = sampler, answers
-        super().__init__(*args, callbacks=[StopOnTrouble()], **kwargs)
+        super().__init__(*args, callbacks=[StopOnTrouble(), FindBest()], **kwargs)
+        talk_plainly(self)
         if not self.is_fsdp_enabled:
             # TRL keeps a quantised model's adapter in bfloat16, whose 8 bits swallow small steps, which float16
             # training cannot scale, and which a resumed run would load as float32.
@@ -808,6 +832,12 @@ class ScoringTrainer:
             for name in state.keys() & {"state1", "state2"}:
                 paged = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
                 state[name] = paged.copy_(state[name])
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # The run was killed after its last step. The Trainer asks whether that was the last only once it took another.
+        self.control.should_training_stop = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         return self.sampler
@@ -939,6 +969,18 @@ class StopOnTrouble(TrainerCallback):
             )
 
 
+class FindBest(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in its folder, which may have been moved, or named from elsewhere.
+
+    The Trainer goes by the path it once had, and where that leads nowhere keeps the last weights.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
 def thin_out(split: Dataset, limit: int | None) -> Dataset:
     """At most ``limit`` records, evenly spaced."""
     if not limit or len(split) <= limit:
@@ -959,8 +1001,14 @@ def describe_run(
     splits: DatasetDict,
     answers: dict[str, tuple[int, ...]],
     sampler: EpochSampler,
+    seen: dict,
 ) -> dict:
-    """The manifest: all that decides what comes out of a run. Equal manifests give equal weights."""
+    """The manifest: all that decides what comes out of a run. Equal manifests give equal weights.
+
+    Args:
+        splits: as encode_split made them.
+        seen: of the training split; see tuned_on.
+    """
     csvs = fingerprint(files)["train"]
     return {
         "task": data.dataset_config,
@@ -981,12 +1029,8 @@ def describe_run(
             }
             for name, split in splits.items()
         },
-        "recipe": {
-            **keys_of(model),
-            **keys_of(data),
-            **{key: given[key] for key in given if key not in NOT_OF_THE_RUN},
-            **training.settled(),
-        },
+        "recipe": of_the_run({**keys_of(model), **keys_of(data), **given, **training.settled()}),
+        "tuned_on": seen,
         "processes": training.world_size,
         "micro_batch": training.per_device_train_batch_size,
         "seed": training.seed,
@@ -998,83 +1042,29 @@ def describe_run(
     }
 
 
+def tuned_on(train: Dataset) -> dict:
+    """What the training prompts show of a market: its names, and from where to where each number of a candidate goes.
+
+    Args:
+        train: as load_splits makes it of per_candidate or per_decision_ranking.
+    """
+    ranking = "candidates" in train.column_names
+    shown = ["dte", "delta", "score"] if ranking else ["dte", "delta", "score", "iv", "ivrv_ratio"]
+    if ranking:
+        rows = pd.DataFrame(itertools.chain(*train["candidates"]), columns=shown)
+    else:
+        rows = train.select_columns(shown).to_pandas()
+    ends = rows.astype(float).agg(["min", "max"]).dropna(axis=1)  # of what is always blank there are none
+    return {
+        "underlyings": sorted(set(train["underlying"])),
+        "exit_styles": sorted(set(train["exit_style"])),
+        "numbers": {name: ends[name].tolist() for name in ends},
+    }
+
+
 def keys_of(part: ModelArguments | DataArguments) -> dict:
     """What a recipe can say, with its values."""
     return {key.name: getattr(part, key.name) for key in fields(part) if key.init}
-
-
-# What changes nothing that comes out of a run: it may go on with another.
-NOT_OF_THE_RUN = (
-    "dry_run", "overwrite_output_dir", "push_to_hub", "output_dir", "batch_tokens", "gradient_checkpointing",
-)  # fmt: skip
-
-
-def open_run(folder: Path, manifest: dict, overwrite: bool) -> Path | None:
-    """Prepares the output folder, and returns the checkpoint to go on from, if this very run was begun there.
-
-    Raises:
-        RecipeError: if the folder holds a finished run, another run, or something else.
-    """
-    begun = begun_run(folder)
-    if begun and overwrite:
-        shutil.rmtree(folder)
-        begun = None
-    if begun is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
-        return None
-    if begun["finished"]:
-        raise RecipeError(
-            f"{folder} holds a run that finished on {begun['finished']}. Give another output_dir, or "
-            "--overwrite_output_dir to delete it first."
-        )
-    then, now = flat(begun), flat(manifest)
-    changes = [
-        f"{key}: {then.get(key)!r}, now {now.get(key)!r}" for key in now | then if then.get(key) != now.get(key)
-    ]
-    if changes:
-        raise RecipeError(
-            f"{folder} holds another run that was begun ({'; '.join(changes)}). Give the same command to go on with "
-            "it, another output_dir, or --overwrite_output_dir to delete it first."
-        )
-    return last_checkpoint(folder)
-
-
-def begun_run(folder: Path) -> dict | None:
-    """The manifest of the run in a folder, None if there is nothing; RecipeError if there is something else."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if "prompt_version" in manifest:
-            return manifest
-    except (OSError, json.JSONDecodeError):
-        pass  # another program's file, or none
-    raise RecipeError(f"{folder} is no run of train_sft.py and not empty: give another output_dir.")
-
-
-def flat(manifest: dict) -> dict:
-    """One level of nesting written into the keys."""
-    parts = {key: value for key, value in manifest.items() if not isinstance(value, dict)}
-    for key, value in manifest.items():
-        if isinstance(value, dict):
-            parts |= {f"{key}.{name}": part for name, part in value.items()}
-    return json.loads(json.dumps(parts))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written whole; its state file is the last thing written."""
-    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s was not written to its end: deleting it.", path)
-            shutil.rmtree(path)
-            continue
-        logger.warning("Going on from %s.", path)
-        return path
-    return None
 
 
 def save(
@@ -1082,7 +1072,7 @@ def save(
     manifest: dict,
     results: list[dict],
     calibration: dict,
-    plot: Callable[[list[dict], int | None, Path], None],
+    panels: tuple[Panel, ...],
     card: Callable[[dict, str], ModelCard],
 ) -> None:
     """Adapter, tokenizer, recipe, calibration, plot, card and, last, the manifest that says the run has finished."""
@@ -1091,9 +1081,11 @@ def save(
     trainer.save_model(str(unfinished))  # all processes take part; the first one writes
     if not trainer.args.should_save:
         return
-    (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe is the readable form
-    for path in unfinished.iterdir():
-        os.replace(path, folder / path.name)
+    for name in ("training_args.bin", CARD):  # a pickle, of which the recipe is the readable form; PEFT's empty card
+        (unfinished / name).unlink(missing_ok=True)
+    files = {path.name: hash_of(path) for path in sorted(unfinished.iterdir())}
+    for name in files:
+        os.replace(unfinished / name, folder / name)
     unfinished.rmdir()
     best = trainer.state.best_global_step
     manifest = {
@@ -1102,115 +1094,28 @@ def save(
         "steps": trainer.state.global_step,
         "best_step": best,
         "results": results,
+        "files": files,
     }
     recipe = {key: value for key, value in manifest["recipe"].items() if value is not None}
     recipe["output_dir"] = trainer.args.output_dir
-    write_text(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
-    write_text(folder / CALIBRATION, json.dumps(calibration, indent=2))
-    plot(trainer.state.log_history, best, folder / PLOT)
-    write_text(folder / CARD, str(card(manifest, folder.name)))
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
+    atomic.write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
+    atomic.write(folder / CALIBRATION, json.dumps(calibration, indent=2))
+    plot_course(trainer.state.log_history, best, folder / PLOT, panels)
+    atomic.write(folder / CARD, str(card(manifest, trainer.args.output_dir)))
+    atomic.write(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
-LOSSES = {"loss": "training loss (a token)", "eval_loss": "validation loss (an answer)"}
-SHARES = {
-    "eval_balanced_accuracy": "balanced accuracy",
-    "eval_accuracy": "accuracy",
-    "eval_trade_rate": "trade rate",
-    "eval_outside": "answers outside the set",
-}
-
-
-def plot_history(
-    history: list[dict],
-    best: int | None,
-    path: Path,
-    losses: dict[str, str] = LOSSES,
-    shares: dict[str, str] = SHARES,
-    unit: str = "cross-entropy (nats)",
-) -> None:
-    """Loss above, the answers' metrics below, over the optimiser steps."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    for axis, curves in ((above, losses), (below, shares)):
-        for key, label in curves.items():
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=label)
-    above.set_ylabel(unit)
-    below.set(ylabel="share of validation records", xlabel="optimiser step", ylim=(-0.02, 1.02))
-    if best:
-        for axis in (above, below):
-            axis.axvline(best, color="grey", linestyle=":", label=f"best step, {best}")
-    for axis in (above, below):
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-CARD_TEXT = """\
-# {name}
-
-{what} {aim}: given one decision's options it answers {answers}. Only what was known at decision time is in its \
-prompts.
-
-{table}
-
-The validation split chose the checkpoint (step {best_step} of {steps}); the test split was looked at once. Data: \
-{files}; training decisions from {since} to {until}. Prompts of version {prompt_version}.
-
-Use it with the code that tuned it, which renders the same prompts and scores the admissible answers:
-
-<!-- loading -->
-```python
-from policy import Policy
-
-policy = Policy.load("{name}")
-```
-<!-- /loading -->
-
-`recipe.yaml` is the recipe as run, `manifest.json` what went into it, `training.png` its course.
-
-Limits: {limits} Not investment advice.
-"""
 IMITATES = "It imitates a covered-call backtest (the teacher)"
 COPIES = "it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit."
 
 
-def model_card(manifest: dict, name: str) -> ModelCard:
+def model_card(manifest: dict, folder: str) -> ModelCard:
     rows = [
         f"| {r['split']} | {r['records']} | {r['answers_by']} | {r['accuracy']:.3f} | {r['balanced_accuracy']:.3f} |"
         for r in manifest["results"]
     ]
     head = ["| split | records | answers by | accuracy | balanced accuracy |", "|---|---|---|---|---|"]
-    return fill_card(manifest, name, "sft", IMITATES, "\n".join([*head, *rows]), COPIES)
-
-
-def fill_card(manifest: dict, name: str, method: str, aim: str, table: str, limits: str) -> ModelCard:
-    """A short card: what the model is, what it was measured at, and its limits."""
-    head = ModelCardData(
-        base_model=manifest["base_model"] if not os.path.exists(manifest["base_model"]) else None,
-        library_name="peft" if manifest["adapter"] else "transformers",
-        pipeline_tag="text-generation",
-        tags=["covered-call", "trl", method],
-    )
-    train = manifest["splits"]["train"]
-    body = CARD_TEXT.format(
-        name=name,
-        what=f"A LoRA adapter for `{manifest['base_model']}` in {manifest['quantization']}."
-        if manifest["adapter"]
-        else f"A tuned `{manifest['base_model']}`.",
-        answers="SELL_CALL or SKIP for one option" if "SKIP" in manifest["labels"] else "1..N or NO_TRADE",
-        aim=aim,
-        table=table,
-        limits=limits,
-        files=", ".join(f"`{file}`" for file in manifest["data_files"]),
-        since=train["from"][:10],
-        until=train["to"][:10],
-        **{key: manifest[key] for key in ("best_step", "steps", "prompt_version")},
-    )
-    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")
+    return fill_card(manifest, folder, "sft", IMITATES, "\n".join([*head, *rows]), COPIES)
 
 
 def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[Scored]], commonest: str) -> list[dict]:
@@ -1251,6 +1156,16 @@ def table(results: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
+def what_next(folder: str) -> str:
+    """The last lines of a training: where its result lies, and what to do with it."""
+    quoted = shlex.quote(folder)
+    return (
+        f"\nSaved in {folder}: the model, its card (README.md), its course ({PLOT}), its recipe ({RECIPE}).\n"
+        f"Is it any good?  python evaluate_policy.py --model {quoted}\n"
+        f"Decide with it:  from policy import Policy; Policy.load({json.dumps(folder)}).decide(decisions)"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Share
 
@@ -1265,20 +1180,27 @@ def check_push(training: RunArguments) -> str:
     return name if "/" in name else f"{user}/{name}"
 
 
-def push(training: RunArguments, repo: str) -> None:
+def push(training: RunArguments, repo: str, token: str | None) -> None:
     """Shares the finished folder in one commit; private unless hub_private_repo is false."""
-    push_model(training.output_dir, repo, training.hub_private_repo is not False, token=training.hub_token)
+    push_model(training.output_dir, repo, training.hub_private_repo is not False, token=token)
 
 
 def main(arguments: list[str] | None = None) -> None:
     model, data, training, given = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    first = training.process_index == 0
+    with held(training.output_dir, first and not training.dry_run):
+        tune(model, data, training, given)
+
+
+def tune(model: ModelArguments, data: DataArguments, training: TrainingArguments, given: dict) -> None:
     first, wants_push = training.process_index == 0, training.push_to_hub
-    training.push_to_hub = False  # the Trainer would push each checkpoint as it goes
     check_model(model)
     repo = check_push(training) if wants_push else None
+    token = training.take_login()
     with training.main_process_first():
         files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
         splits = load_splits(data, files, training.seed)
+        seen = tuned_on(splits["train"])
         build_base_if_tiny(model, splits["train"], training)
         tokenizer = load_tokenizer(model.model_name_or_path)
         labels, prompt = list(splits["train"]["label"]), splits["train"][0]["messages"][:-1]
@@ -1295,7 +1217,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(ready)
     if training.dry_run:
         return
-    manifest = describe_run(model, data, training, given, files, splits, answers, sampler)
+    manifest = describe_run(model, data, training, given, files, splits, answers, sampler, seen)
     with training.main_process_first():
         checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
     set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed
@@ -1314,25 +1236,32 @@ def main(arguments: list[str] | None = None) -> None:
     scored = {name: trainer.score(splits[name]) for name in ("validation", "test") if name in splits}
     results = report(trainer, splits, scored, commonest)
     calibration = calibrate_on(splits["validation"], scored["validation"])
-    save(trainer, manifest, results, calibration, plot_history, model_card)
+    save(trainer, manifest, results, calibration, SFT_PANELS, model_card)
     if first:
         print(table(results))
+        print(what_next(training.output_dir))
     if first and wants_push:
-        push(training, repo)
+        push(training, repo, token)
 
 
 def run(command: Callable[[], None]) -> None:
     """Runs a training from the command line: an error is one line and a bad exit."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_logging()
     try:
         command()
-    except (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, yaml.YAMLError) as error:
-        sys.exit(f"error: {error}")
+    except (
+        RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, atomic.FolderBusy, yaml.YAMLError
+    ) as error:  # fmt: skip
+        sys.exit(f"error: {in_words_of_the_command_line(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(
             "error: the GPU's memory is full: give --per_device_train_batch_size 1, with gradient_accumulation_steps "
             f"as many as a step has records, --gradient_checkpointing true, or --quantization int4. ({error})"
         )
+    except Exception as error:
+        if disk_trouble(error):
+            sys.exit(f"error: {disk_trouble(error)}")
+        raise
 
 
 if __name__ == "__main__":

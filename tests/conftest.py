@@ -5,6 +5,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,13 @@ def python(*arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
     env = {**os.environ, "HF_HOME": str(cwd / "hf_home"), **environment}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def unasked(output: str) -> list[str]:
+    """What a training wrote to standard error beside its bars and what its reader needs."""
+    said = r"Purged|Pairs of|Building|Going on|Looking through|Pushing|Process \d+,"
+    needed = re.compile(rf"$|.*(\d+%\||\d examples )|({said}) ")
+    return [line for line in map(str.strip, re.split(r"[\r\n]+", output)) if not needed.match(line)]
 
 
 def messages(dataset) -> list[str]:

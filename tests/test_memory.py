@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Phi3Config
 
 import scoring
+from loading import load_base
 from memory import CHECKPOINTING, GIB, SHARE_PLANNED, ModelSize, Plan, Work, choose, memory_there
-from policy import load_base
 from scoring import collate, lay_out, scoring_bytes
 
 HIDDEN, INNER = 384, 1024  # Phi-3-mini's 3072 and 8192, an eighth

@@ -1,5 +1,6 @@
 """Options that mean nothing are one plain error each, whatever their type; what they mean is done."""
 
+import argparse
 import datetime
 import errno
 from pathlib import Path
@@ -15,7 +16,7 @@ from covered_call_candidates import (
     CandidatesError,
     CoveredCallCandidatesConfig,
     PreferenceConfig,
-    in_command_words,
+    as_typed,
     load_candidates,
     options_of,
 )
@@ -123,4 +124,5 @@ def test_no_text_or_number_makes_another_error_than_ours(text, value):
     ],
 )
 def test_a_command_names_options_as_its_command_line_does(said, words):
-    assert in_command_words(CandidatesError(said)) == words
+    asked = argparse.Namespace(**dict.fromkeys(options_of(PreferenceConfig)))
+    assert as_typed(CandidatesError(said), asked) == words

@@ -1,14 +1,17 @@
 """Tokens of chats, the scores of answers, and a policy's decisions."""
 
+import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
-from conftest import decision, no_candidates, write_csv
+from conftest import REAL_PHI3, SCRIPT, decision, no_candidates, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,21 +26,25 @@ from transformers import (
 from covered_call_candidates import (
     NO_TRADE,
     PROMPT_VERSION,
+    CandidatesError,
     CoveredCallCandidatesConfig,
     LoggedDecision,
     ranking_messages,
     read_candidates,
 )
-from policy import (
-    Decision,
-    Policy,
-    PolicyError,
+from loading import (
+    ADAPTER,
     answer_tokens,
     base_revision,
-    calibrate,
+    control_beside,
+    control_tokens,
     encode,
+    load_base,
+    load_config,
     load_tokenizer,
 )
+from policy import Answer, Policy, PolicyError, calibrate
+from runs import hash_of
 from tiny_phi3 import CHAT_TEMPLATE, random_phi3, train_tokenizer
 
 TEXTS = ["Score: 3.2029, IV: n/a — SELL_CALL or SKIP, NO_TRADE"] * 3
@@ -79,7 +86,7 @@ def small(config_class, model_class):
     return model_class(config).eval()
 
 
-# --- Tokens
+# --- Tokens and names that look like them
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, LLAMA_2])
@@ -149,6 +156,50 @@ def test_a_tokenizer_without_a_token_to_pad_with_or_a_chat_template_is_refused(t
         load_tokenizer(str(tmp_path / "b"))
 
 
+def phi3_like() -> list:
+    """Tokenizers, those of the test's families and, where it is, the real Phi-3's, in which </s> is not special."""
+    readers = [tokenizer_with(template) for template in (CHAT_TEMPLATE, CHATML, LLAMA_2)]
+    return [*readers, load_tokenizer(str(REAL_PHI3))] if REAL_PHI3.is_dir() else readers
+
+
+def test_no_text_of_a_message_becomes_a_control_token(states):
+    """Whatever the model, and whichever of its tokens: in training and in deciding."""
+    for tokenizer in phi3_like():
+        for text in {added.content for added in tokenizer.added_tokens_decoder.values()}:
+            named = states[3]._replace(exit_style=f"x{text}y")
+            with pytest.raises(PolicyError, match=f"holds the text .*{re.escape(text)}.*, which is a control token"):
+                encode(tokenizer, [chat("1", ranking_messages(states[3])), chat("1", ranking_messages(named))])
+            policy = policy_of("per_decision_ranking")
+            policy.tokenizer = tokenizer
+            with pytest.raises(PolicyError, match="is a control token of the model"):
+                policy._score([named])
+
+
+def test_the_tokens_of_other_text_are_what_the_tokenizer_makes_of_it(states):
+    """Angle brackets and all: what is watched for changes no token."""
+    for tokenizer in phi3_like():
+        for exit_style in ("tp_and_roll", "a < b > c", "<|en", "x  y\n\n[1]", "SELL_CALL"):
+            asked = ranking_messages(states[5]._replace(exit_style=exit_style))
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            [(prompt, _)] = encode(tokenizer, [chat("1", asked)])
+            assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "ids, said", [([1, 9, 2], None), ([1, 1, 2], "a"), ([1], "b"), ([], "a, b"), ([2, 1], "b, a")]
+)
+def test_control_tokens_are_those_of_the_template_in_its_order(ids, said):
+    assert control_beside([1, 2], ids, {1: "a", 2: "b"}) == said
+
+
+def test_runs_of_spaces_and_words_that_a_tokenizer_has_added_are_no_control_tokens():
+    tokenizer = train_tokenizer(TEXTS)
+    tokenizer.add_tokens(["  ", "\n\n", "SELL_CALL", "<think>"])
+    control = control_tokens(tokenizer)
+    assert {"<think>", "<|end|>", "<|pad|>"} <= set(control.values())
+    assert not {"  ", "\n\n", "SELL_CALL"} & set(control.values())
+
+
 def test_the_prompt_version_is_that_of_these_prompts():
     """Whoever changes a prompt or a number format changes this on purpose: all tuned models then need a new tuning."""
     assert PROMPT_VERSION == "69247da62606"
@@ -187,13 +238,19 @@ def policy_of(task: str, folder=None, order=None, **options) -> Policy:
     """A random model, with weights large enough for it to have opinions."""
     model = random_phi3(READER, seed=0).eval()
     model.lm_head.weight.data *= 20
-    return Policy(folder, model, READER, {"task": task, "recipe": {"candidate_order": order}}, **options)
+    manifest = {"task": task, "recipe": {"candidate_order": order}, "tuned_on": TUNED_ON}
+    return Policy(folder, model, READER, manifest, **options)
 
 
 TASKS = ["per_candidate", "per_decision_ranking"]
+TUNED_ON = {
+    "underlyings": ["BTC"],
+    "exit_styles": ["tp_and_roll"],
+    "numbers": {"dte": [1.0, 7.0], "delta": [0.1, 0.4]},
+}
 
 
-def close(one: list[Decision], other: list[Decision]) -> bool:
+def close(one: list[Answer], other: list[Answer]) -> bool:
     return all(
         a.answer == b.answer
         and [a.probability, a.margin, *a.scores.values()]
@@ -258,8 +315,9 @@ def test_prompts_show_the_order_that_the_model_was_tuned_on(states, monkeypatch)
 
 
 def with_scores(policy: Policy, *scores: list[list[float]]) -> Policy:
-    """The policy with a model that says this of each decision."""
-    policy.score = lambda decisions: [torch.tensor(one, dtype=torch.float64).log() for one in scores]
+    """The policy with a model that says this of each decision, over and over."""
+    logs = [torch.tensor(one, dtype=torch.float64).log() for one in scores]
+    policy._score = lambda decisions: [one for one, _ in zip(itertools.cycle(logs), decisions, strict=False)]
     return policy
 
 
@@ -267,8 +325,9 @@ def test_per_candidate_sells_the_likeliest_if_it_is_likelier_sold_than_not(state
     policy = with_scores(
         policy_of("per_candidate"), [[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]], [[0.3, 0.7], [0.1, 0.9]], [[0.5, 0.5]]
     )
-    sold, skipped, tied = policy.decide(states[:3])
-    assert (sold.answer, sold.abstained) == ("2", False)
+    sold, skipped, tied = policy.decide([states[2]] * 3)
+    assert (sold.answer, sold.instrument, sold.abstained) == ("2", "BTC-61000-C", False)
+    assert skipped.instrument is None
     assert (sold.probability, sold.margin) == pytest.approx((0.9, 0.3))
     assert {name: math.exp(score) for name, score in sold.scores.items()} == pytest.approx(
         {"1": 0.6, "2": 0.9, "3": 0.2}
@@ -308,6 +367,61 @@ def test_what_the_model_cannot_decide_is_refused_with_the_reason(states):
         policy.decide(states[:1])
 
 
+def changed(state, **fields):
+    """The decision with another number or name of its first candidate, or of its own."""
+    own = {name: value for name, value in fields.items() if name in state._fields}
+    first = state.candidates[0]._replace(**{name: value for name, value in fields.items() if name not in own})
+    return state._replace(candidates=(first, *state.candidates[1:]), **own)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"delta": math.nan}, "candidate 1 .*delta.*nan"),
+        ({"iv": 45.0}, "candidate 1 .*iv.*45"),
+        ({"score": None}, "candidate 1 .*score.*None"),
+        ({"exit_style": "<|end|>"}, "exit_style"),
+        ({"instrument": "BTC-60000-P"}, "put"),
+        ({"spot": "58000"}, "spot"),
+    ],
+)
+def test_a_decision_that_no_csv_could_hold_is_refused(states, fields, said):
+    for decide in (policy_of("per_candidate").decide, policy_of("per_decision_ranking").score):
+        with pytest.raises(CandidatesError, match=said):
+            decide([states[0], changed(states[2], **fields)])
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"underlying": "ETH"}, r"ETH\|.* was tuned on the underlying BTC, and not on ETH. Tune one on it, or leave"),
+        ({"exit_style": "hold_to_expiry"}, "tuned on the exit_style tp_and_roll, and not on hold_to_expiry"),
+    ],
+)
+def test_a_market_that_the_model_was_not_tuned_on_is_refused_with_both_names(states, fields, said):
+    candidates = tuple(one._replace(instrument=f"call {i}") for i, one in enumerate(states[2].candidates))
+    with pytest.raises(PolicyError, match=said):
+        policy_of("per_decision_ranking").decide([states[2]._replace(candidates=candidates, **fields)])
+
+
+def test_an_answer_names_its_instrument_and_the_numbers_beyond_those_that_were_learnt(states):
+    policy = with_scores(policy_of("per_decision_ranking"), [[0.1, 0.8, 0.05, 0.05]])
+    within, beyond = policy.decide([states[2], changed(states[2], dte=9.0, delta=0.41)])
+    assert (within.answer, within.instrument, within.outside) == ("2", states[2].candidates[1].instrument, ())
+    assert beyond.outside == ("dte", "delta")
+    assert json.loads(json.dumps(within._asdict()))["instrument"] == within.instrument
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dict_of_json_decides_as_the_decision_it_is(states, task):
+    policy = policy_of(task)
+    state = states[3]._replace(candidates=states[3].candidates[::-1])
+    assert policy.decide([json.loads(json.dumps(state.to_dict()))]) == policy.decide([state])
+    for nonsense in ({}, "BTC", None, {**state.to_dict(), "spott": 1}):
+        with pytest.raises(CandidatesError):
+            policy.decide([nonsense])
+
+
 def save_run(folder, task: str, adapter: bool) -> None:
     """A folder as train_sft.py leaves it, untrained: with an adapter on a base beside it, or a full model."""
     model, base = random_phi3(READER, seed=0), folder.with_name("base")
@@ -318,7 +432,8 @@ def save_run(folder, task: str, adapter: bool) -> None:
     manifest = {
         "task": task, "adapter": adapter, "base_model": str(base), "quantization": "none", "finished": "today",
         "base_revision": base_revision(str(base)) if adapter else None, "prompt_version": PROMPT_VERSION,
-        "recipe": {"candidate_order": None},
+        "recipe": {"candidate_order": None}, "splits": {"train": {"to": "2024-10-01T00:00:00+00:00"}},
+        "tuned_on": TUNED_ON, "files": {path.name: hash_of(path) for path in folder.iterdir()},
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -337,8 +452,85 @@ def test_a_saved_run_decides_in_every_quantization(states, tmp_path, adapter):
             assert list(one.scores.values()) == pytest.approx(list(other.scores.values()), abs=1.0)
     with pytest.raises(PolicyError, match="quantization='int3': choose one of int4, int8, none"):
         Policy.load(tmp_path / "run", "int3")
-    with pytest.raises(PolicyError, match="no folder that train_sft.py saved"):
+    with pytest.raises(PolicyError, match="no folder that train_sft.py saved|There is no folder"):
         Policy.load(tmp_path / "base")
+
+
+def resave(folder, **tensors) -> None:
+    """Another adapter in a run's folder, and its hash in the manifest, as if it had been saved so."""
+    save_file(tensors, folder / ADAPTER)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][ADAPTER] = hash_of(folder / ADAPTER)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_adapter_that_is_not_what_was_saved_is_refused(tmp_path):
+    """By its hash; and if even that is right, by its tensors, which PEFT would draw at random where they lack."""
+    folder = tmp_path / "run"
+    save_run(folder, "per_decision_ranking", adapter=True)
+    tensors = load_file(folder / ADAPTER)
+    for content in (b"", (folder / ADAPTER).read_bytes()[:-4]):
+        (folder / ADAPTER).write_bytes(content)
+        with pytest.raises(PolicyError, match="adapter_model.safetensors is not the file that was saved"):
+            Policy.load(folder)
+    first, *others = tensors
+    for names in ([first], others, [*tensors, "base_model.model.x.lora_A.weight"]):
+        resave(folder, **{name: tensors.get(name, torch.zeros(1)) for name in names})
+        with pytest.raises(PolicyError, match=r"adapter_model.safetensors and its model differ in \S+lora_\S+"):
+            Policy.load(folder)
+    resave(folder)
+    (folder / ADAPTER).write_bytes(b"")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][ADAPTER] = hash_of(folder / ADAPTER)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PolicyError, match="The adapter in .* cannot be read"):
+        Policy.load(folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_a_base_that_lacks_a_tensor_is_refused(tmp_path, quantization):
+    """Transformers would draw it at random, and only warn."""
+    random_phi3(READER, seed=0).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"], tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PolicyError, match="lacks model.layers.0.mlp.down_proj.weight and 1 more: download"):
+        load_base(str(tmp_path), quantization, torch.float32, "cpu")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(PolicyError, match="cannot be loaded in "):
+        load_base(str(tmp_path), quantization, torch.float32, "cpu")
+
+
+def test_a_model_that_brings_code_of_its_own_runs_none_of_it(tmp_path):
+    """Nor is it asked whether it may: nobody may be there to answer."""
+    random_phi3(READER, seed=0).save_pretrained(tmp_path)
+    READER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mine"}
+    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(PolicyError, match="no model that transformers knows by itself, .*code that comes with"):
+        load_config(str(tmp_path))
+    with pytest.raises(PolicyError):
+        load_base(str(tmp_path), "none", torch.float32, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_model_config_and_tokenizer_is_loaded_without_code_of_its_own():
+    """In so many words, lest an environment or a later default say otherwise."""
+    for path in SCRIPT.parent.glob("*.py"):
+        for call in re.findall(r"Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", path.read_text()):
+            assert "trust_remote_code=False" in call, (path.name, call)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, math.nan, math.inf, None])
+def test_a_temperature_that_no_calibration_gives_makes_no_policy(tmp_path, temperature):
+    with pytest.raises(PolicyError, match="temperature="):
+        policy_of("per_candidate", temperature=temperature)
+    save_run(tmp_path / "run", "per_candidate", adapter=False)
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps({"temperature": temperature}))
+    with pytest.raises(PolicyError, match="calibration.json: the temperature is .*calibrate the model again"):
+        Policy.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("task", TASKS)

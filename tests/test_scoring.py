@@ -9,7 +9,7 @@ from test_policy import FAMILIES, READER, one_by_one, small, tokenizer_with
 
 import scoring
 from covered_call_candidates import NO_TRADE, admissible_answers
-from policy import answer_tokens, encode, load_base
+from loading import answer_tokens, encode, load_base
 from scoring import MemoryFull, branch_mask, collate, lay_out, score_answers, score_rows
 from tiny_phi3 import random_phi3
 

@@ -14,7 +14,17 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import yaml
-from conftest import REAL_DATA, REAL_PHI3, SCRIPT, decision, needs_real_data, needs_real_phi3, python, write_csv
+from conftest import (
+    REAL_DATA,
+    REAL_PHI3,
+    SCRIPT,
+    decision,
+    needs_real_data,
+    needs_real_phi3,
+    python,
+    unasked,
+    write_csv,
+)
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_train_sft import adapter, difference
@@ -23,10 +33,12 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import evaluate_policy
+import first_checks
 import train_dpo
 import train_sft
 from covered_call_candidates import load_candidates
 from policy import Policy, PolicyError
+from runs import hash_of
 from scoring import Scored
 from tiny_phi3 import random_phi3, train_tokenizer
 from train_sft import RecipeError
@@ -125,7 +137,7 @@ def manifest_of(folder: Path) -> dict:
 
 
 def test_every_recipe_belongs_to_one_of_the_two_scripts():
-    found = sorted(path.stem for path in train_sft.RECIPES.glob("*.yaml"))
+    found = sorted(path.stem for path in first_checks.RECIPES.glob("*.yaml"))
     assert found == sorted([*train_sft.SFT.recipes, *train_dpo.DPO.recipes])
 
 
@@ -262,6 +274,13 @@ def test_a_record_longer_than_max_length_stops_the_run_with_the_length_it_needs(
     train_dpo.main([*words, "--max_length", str(needed), "--dry_run"])
     with pytest.raises(RecipeError, match="longer than max_length"):
         train_dpo.main([*words, "--max_length", str(needed - 1), "--dry_run"])
+
+
+def test_what_a_model_was_tuned_on_first_and_then_is_what_it_knows():
+    first = {"underlyings": ["BTC"], "exit_styles": ["a"], "numbers": {"dte": [1.0, 7.0], "iv": [0.7, 0.7]}}
+    then = {"underlyings": ["BTC"], "exit_styles": ["b"], "numbers": {"dte": [3.0, 9.0]}}
+    both = {"underlyings": ["BTC"], "exit_styles": ["a", "b"], "numbers": {"dte": [1.0, 9.0], "iv": [0.7, 0.7]}}
+    assert train_dpo.on_both(first, then) == both
 
 
 def test_a_pair_of_a_decision_that_is_in_another_split_is_an_error():
@@ -521,6 +540,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(words, base
     assert not (folder / "adapter_model.safetensors").exists()
     done = python(script, *words, cwd=tmp_path)
     assert "Going on from" in done.stderr and done.returncode == 0, done.stderr
+    assert not unasked(done.stderr)
     train_dpo.main([*words, "--output_dir", str(tmp_path / "whole")])
     assert difference(adapter(folder), adapter(tmp_path / "whole")) == 0
     assert difference(adapter(folder / "checkpoint-2"), adapter(folder)) > 1e-4
@@ -534,6 +554,11 @@ def test_a_run_is_not_gone_on_with_from_another_start_or_with_other_costs(words,
         train_dpo.main([*words, "--fee", "0.01"])
     weights = tmp_path / "changed" / "adapter_model.safetensors"
     save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(PolicyError, match="adapter_model.safetensors is not the file that was saved"):
+        train_dpo.main(words)
+    manifest = manifest_of(weights.parent)
+    manifest["files"][weights.name] = hash_of(weights)
+    (weights.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RecipeError, match="another run .*start.sha256"):
         train_dpo.main(words)
 
@@ -545,6 +570,7 @@ def test_the_manifest_names_the_start_and_the_recipe_can_be_run_again(words, sta
     assert manifest["start"]["adapter"] == str(start) and manifest["method"] == "dpo"
     assert manifest["base_revision"] == manifest_of(start)["base_revision"]
     assert manifest["splits"]["train"]["records"] == 62
+    assert manifest["tuned_on"]["exit_styles"] == ["hold_to_expiry"]
     again = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert (again["beta"], again["fee"], again["adapter"]) == (0.2, 0.0003, str(start))
     train_dpo.main(["--config", str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
@@ -562,7 +588,7 @@ def test_a_result_can_be_started_from_again(words, start, tmp_path):
 
 
 def test_an_error_is_one_line_and_a_bad_exit():
-    with pytest.raises(SystemExit, match="^error: nowhere holds no manifest.json"):
+    with pytest.raises(SystemExit, match="^error: There is no folder nowhere"):
         train_sft.run(lambda: train_dpo.main(["--config", "tiny_dpo", "--adapter", "nowhere"]))
 
 

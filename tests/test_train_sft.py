@@ -1,5 +1,6 @@
 """Recipes, the preflight, fine-tuning, resuming and what is saved, on the CPU."""
 
+import errno
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -28,9 +30,12 @@ from conftest import (
     needs_real_phi3,
     no_candidates,
     python,
+    unasked,
     write_csv,
 )
 from datasets import Dataset
+from hub_standin import READER as READER_TOKEN
+from hub_standin import WRITER as WRITER_TOKEN
 from hub_standin import Hub
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,11 +43,17 @@ from safetensors.torch import load_file
 from test_policy import FAMILIES
 from transformers import AutoConfig, AutoTokenizer, TrainerControl, TrainerState
 
-import policy
+import atomic
+import first_checks
+import loading
+import run_card
+import runs
+import tiny_phi3
 import train_sft
 from covered_call_candidates import CandidatesError
+from loading import answer_tokens, encode, load_tokenizer, load_tuned
 from memory import Plan
-from policy import answer_tokens, check_fits, encode, load_tokenizer, load_tuned
+from policy import check_fits
 from scoring import MemoryFull, PolicyError, Scored
 from tiny_phi3 import build_tiny_base, random_phi3, tiny_base_path, train_tokenizer
 
@@ -105,7 +116,7 @@ def parse(*arguments):
 
 def recipe(path: Path, **changes) -> Path:
     """The tiny recipe with some keys changed, as a file of its own."""
-    keys = yaml.safe_load((train_sft.RECIPES / "tiny.yaml").read_text())
+    keys = yaml.safe_load((first_checks.RECIPES / "tiny.yaml").read_text())
     path.write_text(yaml.safe_dump(keys | changes))
     return path
 
@@ -164,7 +175,7 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
     monkeypatch.setattr(train_sft.TrainingArguments, "world_size", 1)
     arguments = train_sft.TrainingArguments(bf16=True)
     assert (arguments.bf16, arguments.fp16) == (False, True)
-    assert policy.half_precision() == torch.float16  # what a policy is loaded in
+    assert loading.half_precision() == torch.float16  # what a policy is loaded in
 
 
 def test_one_of_several_gpus_is_used_unless_launched_and_that_is_said(monkeypatch, caplog):
@@ -247,12 +258,6 @@ def test_an_error_is_one_line_and_a_bad_exit(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: No file matches")
     assert "Traceback" not in done.stderr
-
-
-def test_help_has_examples(tmp_path):
-    done = python(SCRIPT.parent / "train_sft.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "--config ranking" in done.stdout and "--quantization {int4,int8,none}" in done.stdout
 
 
 # --- Records
@@ -428,14 +433,19 @@ def test_max_length_beyond_the_models_context_is_refused(words):
 
 
 def test_a_record_whose_loss_is_not_its_whole_answer_is_named():
+    prompt, (*_, end) = encode(READER, [[{"role": role, "content": "x"} for role in train_sft.ROLES]])[0]
     row = {"labels": [[train_sft.IGNORE, 7]], "label": ["SKIP"], "decision_id": ["BTC|2024"]}
+    row["input_ids"] = [[*prompt, 7, end]]
     with pytest.raises(
         train_sft.RecipeError, match=r"train, BTC\|2024: .* tokens \(7,\), and the answer SKIP is \(7, 2\)"
     ):
-        train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)})
+        train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)}, READER)
     row["labels"] = [[train_sft.IGNORE, 7, 2]]
-    totals, learnt = train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)})
+    totals, learnt = train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)}, READER)
     assert (totals.tolist(), learnt.tolist()) == ([3], [2])
+    row["input_ids"] = [[*prompt, *prompt[:1], 7, end]]
+    with pytest.raises(train_sft.RecipeError, match=r"train, BTC\|2024: a name holds the text <\|system\|>,"):
+        train_sft.check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)}, READER)
 
 
 @pytest.mark.parametrize("drop_last, steps", [(False, 4), (True, 3)])
@@ -626,7 +636,9 @@ def test_a_tiny_base_has_a_place_of_its_own_for_its_data(splits, tmp_path):
     assert path == tiny_base_path(str(tmp_path / "tiny"), train, steps=2, seed=0)
     assert path != tiny_base_path(str(tmp_path / "tiny"), train.select(range(20)), steps=2, seed=0)
     assert path != tiny_base_path(str(tmp_path / "tiny"), train, steps=2, seed=1)
-    build_tiny_base(path, train, steps=2, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of keys of our own
+        build_tiny_base(path, train, steps=2, seed=0)
     assert AutoTokenizer.from_pretrained(path).chat_template
     assert [found.name for found in tmp_path.glob("tiny*")] == [Path(path).name]
 
@@ -641,6 +653,14 @@ def test_a_tiny_base_is_built_once(words, tmp_path, monkeypatch):
     train_sft.main([*words, "--dry_run"])
     train_sft.main([*words, "--dry_run"])
     assert len(built) == 1
+
+
+def test_a_tiny_base_that_another_run_builds_is_waited_for(splits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tiny_phi3, "train_tiny_base", lambda *_: pytest.fail("it was built twice"))
+    monkeypatch.setattr(tiny_phi3.time, "sleep", lambda _: (tmp_path / "tiny").mkdir())
+    with atomic.locked(tmp_path / "tiny"):
+        build_tiny_base(str(tmp_path / "tiny"), splits["train"], steps=2, seed=0)
+    assert caplog.text.count("Waiting for another run to build the tiny Phi-3") == 1
 
 
 # --- Training
@@ -835,13 +855,45 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_weights(words, tmp_
     assert tables[0] == tables[1]
 
 
+OFTEN = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+OFTEN += ["--load_best_model_at_end", "true", "--learning_rate", "0.01"]
+
+
+def test_a_run_killed_after_its_last_step_takes_no_other_and_saves_its_best_model(words, tmp_path, monkeypatch):
+    """Killed while it saved, moved since, and of three steps the first was the best."""
+    folder, moved = tmp_path / "out", tmp_path / "moved"
+    with monkeypatch.context() as killed:
+        renames = iter(["of the manifest", "of the first file"])
+        killed.setattr(train_sft.os, "replace", lambda old, new: next(renames) and shutil.move(old, new))
+        with pytest.raises((StopIteration, RuntimeError)):
+            train_sft.main([*words, *OFTEN])
+    assert (folder / "unfinished").is_dir()
+    state = folder / "checkpoint-3" / "trainer_state.json"
+    best = {"best_global_step": 1, "best_model_checkpoint": str(folder / "checkpoint-1")}
+    state.write_text(json.dumps(json.loads(state.read_text()) | best))
+    folder.rename(moved)
+    monkeypatch.setattr(train_sft.AnswerTrainer, "training_step", lambda *_: pytest.fail("a fourth step"))
+    train_sft.main([*words, *OFTEN, "--output_dir", str(moved)])
+    assert not (moved / "unfinished").exists() and not (moved / "checkpoint-4").exists()
+    manifest = runs.read_manifest(moved)
+    assert (manifest["steps"], manifest["best_step"]) == (3, 1)
+    assert difference(adapter(moved), adapter(moved / "checkpoint-1")) == 0
+    assert difference(adapter(moved), adapter(moved / "checkpoint-3")) > 1e-4
+
+
+def test_a_folder_that_another_run_writes_is_refused_before_anything_is_read(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "find_csvs", lambda *_: pytest.fail("it went on"))
+    with atomic.locked(tmp_path / "out"), pytest.raises(SystemExit, match="error: .*out is being written by process"):
+        train_sft.run(lambda: train_sft.main(words))
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
     for step, state in ((9, '{"global_step": 9}'), (10, '{"global_st'), (11, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if state:
             (folder / "trainer_state.json").write_text(state)
-    assert train_sft.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert runs.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
 
 
@@ -879,6 +931,39 @@ def test_a_finished_run_is_not_overwritten_without_the_flag(words, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns > before
 
 
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "error: out/x: No space left on device. Is the "),
+        (CandidatesError('Give duplicates="latest".'), "^error: Give --duplicates latest."),  # as it is typed
+    ],
+)
+def test_trouble_ends_in_one_line_of_the_command_lines_words(error, message):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit, match=message):
+        train_sft.run(command)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        train_sft.run(lambda: 1 / 0)
+
+
+def test_each_panel_of_the_plot_asks_one_question_in_one_unit(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(run_card.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.9, "eval_trade_rate": 0.9}]
+    for log in (history, history[:1], []):
+        run_card.plot_course(log, 2, tmp_path / "training.png")
+    labels = [[axis.get_ylabel().split("\n")[0] for axis in figure.axes] for figure in figures]
+    assert labels == [["training loss", "validation loss", "share of the records"], *[["training loss"]] * 2]
+    assert all(axis.get_title("left").endswith("?") for figure in figures for axis in figure.axes)
+    shown = [[line.get_label() for line in axis.lines] for axis in figures[0].axes]
+    assert [len(lines) for lines in shown] == [2, 2, 3] and all("saved: step 2" in lines for lines in shown)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     "name, text",
@@ -889,6 +974,15 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite, name, 
     with pytest.raises(train_sft.RecipeError, match="no run of train_sft.py and not empty"):
         train_sft.open_run(tmp_path, {"finished": None}, overwrite)
     assert (tmp_path / name).read_text() == text
+
+
+def keys_with(text: str, value, key: str = "") -> set[str]:
+    """The keys of JSON under which a text stands, levels joined by dots."""
+    if isinstance(value, dict):
+        return {found for name, one in value.items() for found in keys_with(text, one, f"{key}.{name}")}
+    if isinstance(value, list):
+        return {found for one in value for found in keys_with(text, one, key)}
+    return {key[1:]} if isinstance(value, str) and text in value else set()
 
 
 def test_the_saved_folder_is_complete_and_its_recipe_can_be_run_again(words, base, csv_file, tmp_path):
@@ -913,10 +1007,37 @@ def test_the_saved_folder_is_complete_and_its_recipe_can_be_run_again(words, bas
         "from": "2024-09-01T00:00:00+00:00",
         "to": "2024-10-18T00:00:00+00:00",
     }
+    assert manifest["files"].keys() == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert manifest["tuned_on"] == {
+        "underlyings": ["BTC"],
+        "exit_styles": ["tp_and_roll"],
+        "numbers": {
+            "dte": [1.0, 1.0],
+            "delta": [0.23514593117822502] * 2,
+            "score": [3.0, 3.5],
+            "iv": [0.7, 0.7],
+            "ivrv_ratio": [0.9306217222978382] * 2,
+        },
+    }
+    # The keys with paths of this machine, which are replaced where a run is shared.
+    paths = {"base_model", "recipe.model_name_or_path", "recipe.data_files"}
+    assert keys_with(str(tmp_path), manifest) == paths
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert keys_with(str(tmp_path), recipe) == {"model_name_or_path", "data_files", "output_dir"}
+    found = {path.name: keys_with(str(tmp_path), json.loads(path.read_text())) for path in folder.glob("*.json")}
+    del found["manifest.json"]
+    assert {name: keys for name, keys in found.items() if keys} == {"adapter_config.json": {"base_model_name_or_path"}}
     card = (folder / "README.md").read_text()
     test = next(r for r in manifest["results"] if (r["split"], r["answers_by"]) == ("test", "tuned model"))
     assert f"| test | {test['records']} | tuned model | {test['accuracy']:.3f} |" in card
     assert "no evidence of profit" in card and manifest["prompt_version"] in card
+    assert f'Policy.load("{folder}")' in card  # as it was given: it works from where the training was run
     model, data, training = parse("--config", folder / "recipe.yaml")
     assert (training.learning_rate, model.model_name_or_path) == (0.001, str(base))
     train_sft.main(["--config", str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
@@ -931,7 +1052,7 @@ def test_a_tuned_model_is_loaded_only_with_the_prompts_and_the_base_it_was_tuned
     tuned = model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj").lora_B.default.weight
     assert tuned.abs().max() > 0 and tokenizer.chat_template and manifest["quantization"] == "int4"
     assert load_tuned(tmp_path / "out", quantization="none")[0] is not None
-    monkeypatch.setattr("policy.PROMPT_VERSION", "another")
+    monkeypatch.setattr("runs.PROMPT_VERSION", "another")
     with pytest.raises(PolicyError, match="tuned on prompts of version .* now renders version another"):
         load_tuned(tmp_path / "out")
     monkeypatch.undo()
@@ -959,15 +1080,26 @@ def test_a_push_that_could_not_work_stops_before_the_training(words, tmp_path):
 
 def test_push_to_hub_shares_the_finished_run_privately_in_one_commit(words, tmp_path):
     with Hub() as hub:
-        environment = {"HF_HUB_OFFLINE": "0", **hub.environment(tmp_path / "hf_home")}
-        done = python(SCRIPT.parent / "train_sft.py", *words, "--push_to_hub", cwd=tmp_path, **environment)
+        environment = {"HF_HUB_OFFLINE": "0", **hub.environment(tmp_path / "hf_home", READER_TOKEN)}
+        words = [*words, *OFTEN, "--report_to", "tensorboard", "--push_to_hub", "--hub_token", WRITER_TOKEN]
+        done = python(SCRIPT.parent / "train_sft.py", *words, cwd=tmp_path, **environment)
         assert done.returncode == 0, done.stderr
+        assert not unasked(done.stderr)
+        refused = python(SCRIPT.parent / "train_sft.py", *words, cwd=tmp_path, **environment)
+        assert "holds a run that finished" in refused.stderr
         assert len(hub.commits("user/out")) == 1 and hub.repos["user/out"].private
         pushed = hub.files("user/out")
     assert {"adapter_model.safetensors", "manifest.json", "recipe.yaml", "calibration.json"} < set(pushed)
     assert pushed["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     card = pushed["README.md"].decode()
     assert 'Policy.load(snapshot_download("user/out"))' in card and "| validation |" in card
+    # No token, neither the one given nor that of the environment, is in any file or line of the run.
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json", "manifest.json"} < {path.name for path in written}
+    assert any("tfevents" in path.name for path in written)
+    said = (done.stdout + done.stderr + refused.stdout + refused.stderr).encode()
+    for content in (said, *pushed.values(), *(path.read_bytes() for path in written)):
+        assert WRITER_TOKEN.encode() not in content and READER_TOKEN.encode() not in content
 
 
 # --- Several GPUs, full ones, and what is loaded
@@ -1003,14 +1135,14 @@ def test_a_memory_that_is_full_while_loading_is_a_plain_error(words, monkeypatch
     def from_pretrained(*_, **__):
         raise error
 
-    monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model, _, training = parse(*words)
     if not isinstance(error, torch.OutOfMemoryError):
-        monkeypatch.setattr(policy, "times_full", lambda: 1)  # once, in an evaluation perhaps, and not now
+        monkeypatch.setattr(loading, "times_full", lambda: 1)  # once, in an evaluation perhaps, and not now
         with pytest.raises(RuntimeError, match="some issues"):
             train_sft.load_model(model, training)
         full = iter([1, 2])
-        monkeypatch.setattr(policy, "times_full", lambda: next(full))
+        monkeypatch.setattr(loading, "times_full", lambda: next(full))
     with pytest.raises(MemoryFull, match="does not hold .*base in int4: .*load it in int4"):
         train_sft.load_model(model, training)
 
@@ -1026,16 +1158,16 @@ def test_a_memory_that_is_full_in_a_step_is_a_plain_error(words, monkeypatch):
 
 def test_ligers_kernels_are_taken_on_a_gpu_where_they_are_installed_and_its_losses_never(base, monkeypatch):
     applied = []
-    monkeypatch.setattr(policy, "apply_liger_kernel", lambda model, kernels: applied.append(kernels))
+    monkeypatch.setattr(loading, "apply_liger_kernel", lambda model, kernels: applied.append(kernels))
     with pytest.raises(PolicyError, match="liger-kernel is not installed. Run: pip install"):
-        policy.use_liger(None, True)
-    policy.use_liger(None, None)
+        loading.use_liger(None, True)
+    loading.use_liger(None, None)
     assert not applied
-    monkeypatch.setattr(policy, "is_liger_kernel_available", lambda: True)
-    policy.load_base(str(base), "none", torch.float32, "cpu")
-    policy.use_liger(None, False)
+    monkeypatch.setattr(loading, "is_liger_kernel_available", lambda: True)
+    loading.load_base(str(base), "none", torch.float32, "cpu")
+    loading.use_liger(None, False)
     assert not applied
-    policy.use_liger(None, None)
+    loading.use_liger(None, None)
     assert [name for name, on in applied[0].items() if on] == ["rope", "rms_norm", "swiglu"]
     assert [name for name, on in applied[0].items() if not on] == ["cross_entropy", "fused_linear_cross_entropy"]
     assert parse("--config", "tiny", "--use_liger_kernel", "false")[2].liger is False
@@ -1085,6 +1217,11 @@ def test_a_fine_tune_saves_a_model_and_prints_a_table(name, options, words, tmp_
         assert re.search(rf"^{split} +\d+  tuned model +[01]\.\d{{3}} +[01]\.\d{{3}}$", table, re.MULTILINE)
         assert re.search(rf"^{split} +\d+  always \w+", table, re.MULTILINE)
         assert ("its base, untuned" in table) == ("none" not in options)
+    assert re.search(r"^step 1 of \d  loss [\d.]+, learning rate [\d.e-]+$", table, re.MULTILINE) and "{" not in table
+    saved, judge, decide = table.splitlines()[-3:]  # the last lines say where it lies, and what to do with it
+    folder = tmp_path / "out"
+    assert saved.startswith(f"Saved in {folder}: ") and f"evaluate_policy.py --model {folder}" in judge
+    assert f'Policy.load("{folder}")' in decide
     model, tokenizer, manifest = load_tuned(tmp_path / "out")
     assert tokenizer.chat_template and manifest["task"] == name
     assert manifest["adapter"] == ("none" not in options)
@@ -1195,7 +1332,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(words, tmp_path):
 
 
 def test_the_fsdp_config_is_one_that_accelerate_takes():
-    config = load_config_from_file(str(train_sft.RECIPES / "accelerate" / "fsdp_qlora.yaml"))
+    config = load_config_from_file(str(first_checks.RECIPES / "accelerate" / "fsdp_qlora.yaml"))
     assert (config.distributed_type, config.mixed_precision, config.num_processes) == ("FSDP", "bf16", 2)
     known = {action.dest for action in launch_command_parser()._actions}
     assert config.fsdp_config.keys() <= known
