@@ -29,7 +29,6 @@ import io
 import json
 import logging
 import math
-import numbers
 import os
 import random
 import re
@@ -414,6 +413,10 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
         raise CandidatesError(f"{decision.decision_id}: the instrument {shown(twice[0])} stands there twice.")
 
 
+def is_number(value) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def check_name(name: str, text, where: str) -> None:
     reason = wrong_name(text) if isinstance(text, str) else "is not text"
     if reason is None and text == NO_CANDIDATES:
@@ -427,7 +430,7 @@ def check_name(name: str, text, where: str) -> None:
 def check_number(name: str, value, where: str, max_iv: float) -> None:
     if value is None and name in MAY_LACK:
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise CandidatesError(f"{where}, {name}: {shown(value)} is not a number.")
     reason = wrong_number(name, float(value), max_iv)
     if reason:
@@ -608,25 +611,28 @@ def read_file(path: str, options, present: dict, expected: str | None) -> tuple[
 
     runs = read_runs(path, options, present, expected, complain)
     scattered = are_scattered(runs)
-    spoilt = {run.key for run in runs if run.spoilt} | spoilt_by_strays(path, runs, scattered, complain)
+    bad = {run.key for run in runs if run.spoilt}  # which may hold a row of their neighbours', too
+    spoilt = spoilt_by_strays(path, runs, scattered, complain) - bad
     groups: dict[tuple, list[Row]] = collections.defaultdict(list)
     for run in runs:
         if run.wanted and run.key:
             groups[run.key] += run.rows
     logged = {}
     for key, rows in groups.items():
-        if key in spoilt:
+        if key in spoilt or not rows:
             continue
         try:
             logged[key] = log_decision(path, key, rows)
         except BadRow as problem:
-            complain(problem)
-            if scattered:  # one of its rows may be another decision's
+            if key not in bad:
+                complain(problem)
+            if key not in bad and scattered:  # one of its rows may be another decision's
                 raise whose_is_it(path, problem.line) from problem
             spoilt |= {key, *may_have_its_rows(runs, key)}
     unknown_rows = sum(run.key is None for run in runs)
     if unknown_rows:
         logger.warning("%s: skipped %d row(s) of which cannot be told whose they are.", path, unknown_rows)
+    spoilt |= bad
     good = [entry for key, entry in logged.items() if key not in spoilt]
     return good, len(spoilt & {run.key for run in runs if run.wanted})
 
@@ -791,8 +797,19 @@ def mixed(runs: list[Run]) -> set[tuple]:
 
 
 def shared_spots(runs: list[Run], place: int) -> list[int]:
-    """The neighbours that share a spot with a run: a row takes that of its decision along wherever it strays."""
-    return [near for near in neighbours(runs, place) if runs[near].spots.keys() & runs[place].spots]
+    """The neighbours that share a spot with a run: a row takes that of its decision along wherever it strays.
+
+    Beyond one of a single row, which may be a stray as well, the next.
+    """
+    found = []
+    for step in (-1, 1):
+        near = place + step
+        while 0 <= near < len(runs) and runs[near].spots.keys() & runs[place].spots:
+            found.append(near)
+            if runs[near].size > 1:
+                break
+            near += step
+    return found
 
 
 def neighbours(runs: list[Run], place: int) -> list[int]:
@@ -1249,7 +1266,7 @@ def ghost(decision: Decision, candidate: Candidate, market: Market, options) -> 
 
     Unknown where iv is blank, or where the files hold no spot near enough to the end.
     """
-    life = candidate.dte if options.horizon is None else min(candidate.dte, options.horizon)
+    life = candidate.dte if options.horizon is None else min(candidate.dte, float(options.horizon))
     end = decision.decision_time + datetime.timedelta(days=life)
     last = market.nearest(decision.underlying, microseconds(end))
     follow = {HOLD_TO_EXPIRY: hold, TP_AND_ROLL: take_profit_and_roll}.get(decision.exit_style)
@@ -1676,7 +1693,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise CandidatesError(f"{name}={shown(value)}: give a name as the files have it, or leave it out.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+        if not is_number(self.seed) or isinstance(self.seed, (float, np.floating)):
             raise CandidatesError(f"seed={shown(self.seed)}: give a whole number.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
@@ -1686,14 +1703,14 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             value = getattr(self, name, None)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= high:
+            if not is_number(value) or not 0 <= value <= high:
                 raise CandidatesError(f"{name}={shown(value)}: give a number from 0 to {high:g}.")
         self.check_splits()
 
     def check_splits(self) -> None:
         default = CoveredCallCandidatesConfig.splits
         fractions = tuple(self.splits) if isinstance(self.splits, (tuple, list)) else ()
-        real = [isinstance(f, numbers.Real) and not isinstance(f, bool) and f >= 0 for f in fractions]
+        real = [is_number(fraction) and fraction >= 0 for fraction in fractions]
         whole = isinstance(self.splits, str) and self.splits == "train"
         if not whole and (real != [True] * 3 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6)):
             raise CandidatesError(
@@ -1842,7 +1859,8 @@ def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base
             "(see the options splits, validation_from and test_from)."
         )
     if data_files is not None:
-        one = isinstance(data_files, (str, bytes, os.PathLike)) or not isinstance(data_files, Iterable)
+        one = isinstance(data_files, (str, bytes, os.PathLike)) or not hasattr(data_files, "__iter__")
+        one = one or getattr(data_files, "ndim", 1) == 0  # an array of numpy's that is one value
         patterns = [data_files] if one else list(data_files)
         if not patterns:
             raise CandidatesError("data_files is an empty list: give a path, a glob, or leave it out.")
@@ -1861,9 +1879,10 @@ def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base
 
 
 def path_of(option: str, path) -> str:
-    if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else b""
+    if not isinstance(text, str) or "\0" in text or any("\ud800" <= character <= "\udbff" for character in text):
         raise CandidatesError(f"{option}={shown(path)}: give a path, a glob such as 'runs/*.csv', or a list of them.")
-    return os.path.expanduser(os.fspath(path))
+    return os.path.expanduser(text)
 
 
 def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]:
@@ -1922,7 +1941,7 @@ def check_call(name, options: dict, cache_dir, streaming, num_proc) -> None:
     known = ["data_dir", *options_of(PreferenceConfig if name == "preference" else CoveredCallCandidatesConfig)]
     strange = [option for option in options if option not in known]
     if strange:
-        raise CandidatesError(f"{strange[0]} is no option of {name}: choose from {', '.join(known)}.")
+        raise CandidatesError(f"{shown(strange[0])[1:-1]} is no option of {name}: choose from {', '.join(known)}.")
     if cache_dir is not None:
         path_of("cache_dir", cache_dir)
     if not isinstance(streaming, bool):
