@@ -1969,10 +1969,11 @@ def plain_error(error: BaseException) -> CandidatesError:
 def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> collections.Counter:
     """Writes one ``{"messages": [...]}`` a line under a temporary name, renames it, and returns the label counts."""
     labels = collections.Counter()
-    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # by an export that was killed
+    hidden = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}")
+    for left in glob.glob(f"{glob.escape(hidden)}.*.tmp"):  # by an export that was killed
         if has_ended(left.split(".")[-2]):
             os.unlink(left)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{hidden}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for entry in tqdm(logged, desc=os.path.basename(path), unit=" decisions", disable=None):

@@ -237,12 +237,11 @@ def test_what_a_killed_export_left_is_gone_after_the_next_and_that_of_a_running_
     path = write_csv(tmp_path / "a.csv", GOOD)
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    (tmp_path / f"a_per_candidate.jsonl.{ended.pid}.tmp").write_text("half")
-    (tmp_path / f"a_per_candidate.jsonl.{os.getppid()}.tmp").write_text("at work")
+    (tmp_path / f".a_per_candidate.jsonl.{ended.pid}.tmp").write_text("half")
+    (tmp_path / f".a_per_candidate.jsonl.{os.getppid()}.tmp").write_text("at work")
     main(["--input", path])
     assert files(tmp_path) == [
-        "a.csv", "a_per_candidate.jsonl", f"a_per_candidate.jsonl.{os.getppid()}.tmp",
-        "a_per_decision_ranking.jsonl",
+        f".a_per_candidate.jsonl.{os.getppid()}.tmp", "a.csv", "a_per_candidate.jsonl", "a_per_decision_ranking.jsonl",
     ]  # fmt: skip
 
 
