@@ -42,7 +42,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from command_line import quiet
-from covered_call_candidates import find_csvs
+from covered_call_candidates import find_csvs, fingerprint, hashes_of
 from first_checks import DPO_RECIPES, RANKING, check_pair_keys, check_start_keys, read_start
 from loading import ADAPTER, answer_tokens, check_adapter, load_config, load_tokenizer, pinned_revision
 from recipe_help import data_key
@@ -570,6 +570,7 @@ def tune(model: StartArguments, data: PairArguments, training: PreferenceArgumen
     token = training.take_login()
     with training.main_process_first():
         files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
+        hashes = hashes_of(fingerprint(files))
         pairs = load_splits(data, files, training.seed)
         with quiet():  # of the same decisions
             rankings = load_splits(data.rankings(), files, training.seed)
@@ -596,7 +597,7 @@ def tune(model: StartArguments, data: PairArguments, training: PreferenceArgumen
     if training.dry_run:
         return
     manifest = describe_run(
-        model, data, training, given, files, {**rankings, "train": chosen["train"]}, answers, sampler, seen
+        model, data, training, given, hashes, {**rankings, "train": chosen["train"]}, answers, sampler, seen
     )
     manifest = describe_start(model, start, manifest)
     with training.main_process_first():

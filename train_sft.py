@@ -63,6 +63,7 @@ from covered_call_candidates import (
     admissible_answers,
     find_csvs,
     fingerprint,
+    hashes_of,
     load_candidates,
 )
 from first_checks import (
@@ -997,7 +998,7 @@ def describe_run(
     data: DataArguments,
     training: TrainingArguments,
     given: dict,
-    files: list[str],
+    hashes: dict[str, str],
     splits: DatasetDict,
     answers: dict[str, tuple[int, ...]],
     sampler: EpochSampler,
@@ -1006,19 +1007,23 @@ def describe_run(
     """The manifest: all that decides what comes out of a run. Equal manifests give equal weights.
 
     Args:
+        hashes: of the data files by path, from before they were read.
         splits: as encode_split made them.
         seen: of the training split; see tuned_on.
+
+    Raises:
+        RecipeError: if a data file is not any more as it was then.
     """
-    csvs = fingerprint(files)["train"]
+    for path, digest in hashes_of(fingerprint(list(hashes))).items():
+        if digest != hashes[path]:
+            raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")
     return {
         "task": data.dataset_config,
         "base_model": model.model_name_or_path,
         "base_revision": base_revision(model.model_name_or_path),
         "quantization": model.quantization,
         "adapter": bool(model.lora_r),
-        "data_files": {
-            os.path.basename(path): digest for path, (digest,) in zip(csvs, csvs.origin_metadata, strict=True)
-        },
+        "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
         "prompt_version": PROMPT_VERSION,
         "labels": list(answers),
         "splits": {
@@ -1199,6 +1204,7 @@ def tune(model: ModelArguments, data: DataArguments, training: TrainingArguments
     token = training.take_login()
     with training.main_process_first():
         files = find_csvs(data.data_files, data.data_dir, str(Path(__file__).parent))
+        hashes = hashes_of(fingerprint(files))
         splits = load_splits(data, files, training.seed)
         seen = tuned_on(splits["train"])
         build_base_if_tiny(model, splits["train"], training)
@@ -1217,7 +1223,7 @@ def tune(model: ModelArguments, data: DataArguments, training: TrainingArguments
         print(ready)
     if training.dry_run:
         return
-    manifest = describe_run(model, data, training, given, files, splits, answers, sampler, seen)
+    manifest = describe_run(model, data, training, given, hashes, splits, answers, sampler, seen)
     with training.main_process_first():
         checkpoint = open_run(Path(training.output_dir), manifest, training.overwrite_output_dir and first)
     set_seed(training.seed)  # the adapter is drawn before the Trainer sets its seed

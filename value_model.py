@@ -100,7 +100,7 @@ def gates_text(gates: Gates) -> str:
 
 
 class Decision(NamedTuple):
-    """What the scorer answers to one decision, after the fashion of policy.Decision.
+    """What the scorer answers to one decision, after the fashion of policy.Answer.
 
     Args:
         answer: "1" to "N", an index into the candidates in the order the caller gave them, or "NO_TRADE".

@@ -81,8 +81,10 @@ def test_a_table_takes_the_place_of_the_one_of_the_same_versions(tmp_path, monke
     page = tmp_path / "reliability.md"
     page.write_text(f"Before.\n{attack.BEGIN}\n{attack.END}\nAfter.\n")
     monkeypatch.setattr(attack, "PAGE", page)
-    for stack, tried in (("3.6.0", 1), ("5.2.0", 2), ("3.6.0", 3)):
-        attack.write_table(f"`python -m tests.attack` on a day: datasets {stack}.\n\n| {tried} |")
+    for only, stack, tried in (("csv", "3.6.0", 1), ("csv", "5.2.0", 2), ("kills", "3.6.0", 4), ("csv", "3.6.0", 3)):
+        attack.write_table(
+            f"`python -m tests.attack --only {only} --seed 0` on a day: datasets {stack}.\n\n| {tried} |"
+        )
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith(f"{attack.END}\nAfter.\n")
-    assert "| 1 |" not in text and text.index("| 3 |") < text.index("| 2 |")
+    assert "| 1 |" not in text and text.index("| 3 |") < text.index("| 2 |") < text.index("| 4 |")

@@ -921,6 +921,18 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(tmp_path):
         train_sft.open_run(tmp_path / "out", manifest, overwrite=False)
 
 
+def test_a_data_file_that_changes_while_a_run_reads_it_stops_the_run(words, csv_file, tmp_path, monkeypatch):
+    def meanwhile(*_) -> str:
+        with open(csv_file, "a") as file:
+            file.write("\n")
+        return ""
+
+    monkeypatch.setattr(train_sft, "preflight", meanwhile)
+    with pytest.raises(train_sft.RecipeError, match=f"{csv_file} has changed since this run began to read it"):
+        train_sft.main(words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_run_is_not_overwritten_without_the_flag(words, tmp_path):
     train_sft.main(words)
     before = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns

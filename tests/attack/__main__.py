@@ -78,13 +78,17 @@ def table(rows: list[str], asked: argparse.Namespace) -> str:
 
 
 def write_table(text: str) -> None:
-    """Puts the table in the place of the last one with the same version of datasets, or after the others."""
+    """Puts the table in the place of the last one of the same attacks and version of datasets, or after the others."""
     page = PAGE.read_text(encoding="utf-8")
     before, inside, after = re.fullmatch(f"(.*{BEGIN}\n)(.*)({END}.*)", page, re.DOTALL).groups()
-    mine = re.search(r"datasets [\d.]+", text).group()
     tables = [one.strip() for one in re.split(r"\n(?=`python -m)", inside) if one.strip()]
-    kept = [text if mine in one else one for one in tables]
+    kept = [text if measured(one) == measured(text) else one for one in tables]
     PAGE.write_text(before + "\n\n".join(kept if text in kept else [*kept, text]) + "\n" + after, encoding="utf-8")
+
+
+def measured(table: str) -> list[str]:
+    """Which attacks, on which stack."""
+    return re.findall(r"--only [a-z ]+|datasets [\d.]+", table.splitlines()[0])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -369,7 +369,8 @@ def broken_run(found: dict[str, bytes], old: dict[str, bytes], new: dict[str, by
 
 
 def hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
+    """Whether its name says that it is no file for a reader."""
+    return any(part.startswith(".") for part in Path(name).parts) or name.endswith(".tmp")
 
 
 def differs(found: dict[str, bytes], expected: dict[str, bytes], varied: set[str]) -> str | None:
