@@ -35,7 +35,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 if __name__ == "__main__" and importlib.util.find_spec("datasets") is None:
@@ -358,27 +358,32 @@ def wrong_instrument(name: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=65_536)
-def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime.datetime) -> tuple[str, str] | None:
-    """The column that contradicts an instrument's own name, and how; "" if none does, None if the name says nothing.
+def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime.datetime) -> str | None:
+    """The column that contradicts an instrument's own name; "" if none does, None if the name says nothing.
 
     A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
     from it, for dte may be rounded.
     """
     parts = DERIBIT_NAME.fullmatch(name)
-    if parts is None:
-        return None
-    try:
-        named = datetime.datetime.strptime(parts[2], "%d%b%y").replace(hour=8, tzinfo=UTC)
-    except ValueError:
+    named = parts and expiry_of(parts[2])
+    if not named:
         return None
     if parts[1] != underlying.upper():
-        return "underlying", f"does not go with the instrument {name}"
+        return "underlying"
     if float(parts[3].replace("d", ".")) != strike:
-        return "strike", f"does not go with the instrument {name}"
-    if abs(named - expiry) > datetime.timedelta(days=1):
-        return "decision_time", f"and dte make an expiry on {expiry.date()}, and the instrument's is on {named.date()}"
-    return "", ""
+        return "strike"
+    return "" if abs(named - expiry) <= ONE_DAY else "decision_time"
+
+
+ONE_DAY = datetime.timedelta(days=1)
+
+
+@functools.lru_cache(maxsize=4096)
+def expiry_of(day: str) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.strptime(day, "%d%b%y").replace(hour=8, tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def check_decision(decision: Decision, max_iv: float | None = None) -> None:
@@ -487,7 +492,7 @@ class Row(NamedTuple):
     chosen: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Run:
     """Rows of one decision that stand together in a file; ``key`` is None where it cannot be read whose row it is.
 
@@ -502,10 +507,10 @@ class Run:
     size: int = 0
     spoilt: bool = False
     named: int = 0
-
-    def __post_init__(self):
-        self.spots, self.instruments = collections.Counter(), set()
-        self.rows, self.misnamed = [], []
+    spots: collections.Counter = field(default_factory=collections.Counter)
+    instruments: set = field(default_factory=set)
+    rows: list = field(default_factory=list)
+    misnamed: list = field(default_factory=list)
 
 
 def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
@@ -681,11 +686,10 @@ def check_name_of(run: Run, row: Row, cells: Cells) -> None:
     if row.candidate:
         time, underlying, _ = run.key
         expiry = time + datetime.timedelta(days=row.candidate.dte)
-        found = contradicts_name(row.candidate.instrument, underlying, row.candidate.strike, expiry)
-        if found:
-            column, reason = found
-            run.named += 1
-            run.misnamed += [(row.line, column, cells.values[column], reason)] if column else []
+        name = row.candidate.instrument
+        column = contradicts_name(name, underlying, row.candidate.strike, expiry)
+        run.named += column is not None
+        run.misnamed += [(row.line, column, cells.values[column], name)] if column else []
 
 
 # --- Rows that seem to be another decision's: their time, underlying or exit style is wrong, but valid in itself.
@@ -751,8 +755,7 @@ def joined(runs: list[Run]) -> list[Run]:
     found: list[Run] = []
     for run in runs:
         if not found or found[-1].key != run.key:
-            found.append(dataclasses.replace(run))
-            found[-1].size = found[-1].named = 0
+            found.append(Run(run.key, run.line, run.wanted, spoilt=run.spoilt))
         whole = found[-1]
         whole.size += run.size
         whole.named += run.named
@@ -767,11 +770,15 @@ def are_scattered(runs: list[Run]) -> bool:
 
     Where some do not, it takes three decisions of several rows that do, and few exceptions, to call these strays.
     """
-    known = joined([run for run in runs if run.key is not None])
-    times = collections.Counter(run.key for run in known)
-    whole = sum(run.size > 1 and times[run.key] == 1 for run in known)
+    times, rows, last = collections.Counter(), collections.Counter(), None
+    for run in runs:
+        if run.key is not None:
+            times[run.key] += run.key != last
+            rows[run.key] += run.size
+            last = run.key
     split = sum(count > 1 for count in times.values())
-    few = whole >= max(3, 2 * split) and len(known) - len(times) <= max(2, RARE * len(times))
+    whole = sum(count == 1 and rows[key] > 1 for key, count in times.items())
+    few = whole >= max(3, 2 * split) and times.total() - len(times) <= max(2, RARE * len(times))
     return split > 0 and not few
 
 
@@ -850,15 +857,18 @@ def slips(runs: list[Run]) -> list[Stray]:
     return found
 
 
+MISNAMED = "does not go with the instrument {}, whose name says underlying, expiry (decision_time and dte) and strike"
+
+
 def misnamed(runs: list[Run]) -> list[Stray]:
     """Rows that contradict their instrument's name, in a file where names and rows agree."""
     wrong = sum(len(run.misnamed) for run in runs)
     if not 0 < wrong <= max(1, RARE * sum(run.named for run in runs)) or sum(run.named for run in runs) < BESIDE_ONE:
         return []
     return [
-        Stray(place, owners(runs, place) if column in KEY else [], column, reason, line, value)
+        Stray(place, owners(runs, place) if column in KEY else [], column, MISNAMED.format(name), line, value)
         for place, run in enumerate(runs)
-        for line, column, value, reason in run.misnamed
+        for line, column, value, name in run.misnamed
     ]
 
 

@@ -33,10 +33,11 @@ def write_csv(path: str, rows: int, candidates: int = 5) -> None:
         writer.writerow(ccc.COLUMNS)
         for row in range(rows):
             decision, place = divmod(row, candidates)
-            at, spot, strike = start + datetime.timedelta(hours=decision), 50000.5, 52000.0 + 1000 * place
+            at, spot, strike = start + datetime.timedelta(hours=decision), 50000.0 + decision, 52000.0 + 1000 * place
+            expiry = at + datetime.timedelta(days=7)
             outcome = [draw.gauss(0, 1000), draw.gauss(0, 500), draw.uniform(0, 10)] if place == 0 else [0.0, 0.0, 0.0]
             writer.writerow(
-                [at.isoformat(), "BTC", spot, f"BTC-{at:%d%b%y}-{strike:.0f}-C".upper(), strike, 7.0]
+                [at.isoformat(), "BTC", spot, f"BTC-{expiry:%d%b%y}-{strike:.0f}-C".upper(), strike, 7.0]
                 + [draw.uniform(0.1, 0.4), draw.uniform(0, 6), draw.uniform(0.4, 0.9), draw.uniform(0.7, 1.5)]
                 + ["hold_to_expiry", 1, int(place == 0), ccc.SKIP if place else ccc.SELL_CALL, "", *outcome]
             )
