@@ -150,6 +150,8 @@ class ModelArguments:
 
     def __post_init__(self):
         check_model_keys(self)
+        if not 0 <= self.lora_dropout < 1:
+            raise RecipeError(f"lora_dropout: {self.lora_dropout} is no share: give 0 or more, and less than 1.")
 
 
 @dataclass

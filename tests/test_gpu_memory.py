@@ -5,6 +5,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import REAL_DATA, SCRIPT, import_script, python
@@ -272,7 +273,9 @@ def test_the_plan_is_the_card_s_unless_another_was_measured():
 
 def test_what_an_evaluation_reads_is_what_the_preflight_says():
     split, known = gpu_work.random_records(4, 40), gpu_work.answer_ids()
-    row = train_sft.longest_row(split, *train_sft.check_records("train", split, known), known)
+    totals = np.array(list(map(len, split["labels"])))
+    learnt = np.array([sum(label != train_sft.IGNORE for label in labels) for labels in split["labels"]])
+    row = train_sft.longest_row(split, totals, learnt, known)
     assert row == (37 + 30, 30)
 
 

@@ -163,6 +163,12 @@ def test_a_key_that_would_break_a_promise_is_refused_with_the_reason(key, value)
         parse("--config", "tiny", f"--{key}", value)
 
 
+@pytest.mark.parametrize("share", ["nan", "inf", "-0.1", "1"])
+def test_a_dropout_that_is_no_share_is_refused(share):
+    with pytest.raises(train_sft.RecipeError, match="lora_dropout: .* is no share"):
+        parse("--config", "tiny", "--lora_dropout", share)
+
+
 def test_a_balance_that_is_none_of_three_is_refused():
     with pytest.raises(train_sft.RecipeError, match="'up' is none of none, downsample, weight"):
         train_sft.DataArguments("per_candidate", balance="up")

@@ -309,6 +309,9 @@ NUMERIC = {
 }  # fmt: skip
 
 
+NO_NUMBERS = ("auto", "None", "null")  # what some take in place of one
+
+
 class Found(Exception):
     """Carries a parser out of the function that made it."""
 
@@ -334,6 +337,7 @@ def export(words: list[str], csv_file: str) -> None:
 
 def learn(words: list[str], csv_file: str) -> None:
     asked = q_scorer.parse_arguments(["--data_files", csv_file, *words])
+    q_scorer.check_weight(asked.positive_weight)
     data_options.data_options(asked, {})
     q_scorer.Gates(
         *(getattr(asked, name) or 0.0 for name in ("threshold", "min_confidence", "min_abs_return"))
@@ -401,18 +405,15 @@ def judge_word(command: str, option: str, word: str, csv_file: str) -> tuple[str
         return (UNCLEAR, f"the message {lacks}: {str(error)[:200]!r}") if lacks else (HANDLED, "")
     except Exception as error:
         return UNCLEAR, f"{type(error).__name__}: {str(error)[:200]!r}"
-    if (
-        option.lstrip("-").replace("-", "_") in NUMERIC
-        and not is_number(word)
-        and word not in ("auto", "None", "null")
-    ):
+    name = option.lstrip("-").replace("-", "_")
+    if name in NUMERIC and not is_number(word, endless=name == "max_iv") and word not in NO_NUMBERS:
         return WRONG, "is taken for a number"
     return HANDLED, ""
 
 
-def is_number(word: str) -> bool:
+def is_number(word: str, endless: bool) -> bool:
     with contextlib.suppress(ValueError):
-        return word.isdigit() or math.isfinite(float(word))
+        return word.isdigit() or math.isfinite(float(word)) or (endless and float(word) == math.inf)
     return False
 
 

@@ -109,14 +109,15 @@ def name_in(cells: dict[str, str], column: str) -> str:
 
 
 def numbers_of(cells: dict[str, str]) -> dict:
-    row = {name: number(name, cells[name]) for name in ("spot", *FEATURES, *OUTCOMES)}
+    placeholder = cells["instrument"] == "NO_CANDIDATES"
+    blank = (*MAY_BE_BLANK, *FEATURES) if placeholder else MAY_BE_BLANK
+    row = {name: number(name, cells[name], name in blank) for name in ("spot", *FEATURES, *OUTCOMES)}
     row |= {name: FLAGS.get(cells[name]) for name in ("trade_executed", "chosen")}
     row["instrument"] = name_in(cells, "instrument")
     if None in (row["trade_executed"], row["chosen"]):
         raise Faulty("a flag")
     if cells["action"] != ("SELL_CALL" if row["chosen"] else "SKIP") or row["chosen"] > row["trade_executed"]:
         raise Faulty("the action")
-    placeholder = row["instrument"] == "NO_CANDIDATES"
     if placeholder and (row["trade_executed"] or any(row[name] for name in FEATURES)):
         raise Faulty("a placeholder with numbers")
     if not placeholder and (row["strike"] == 0 or row["spot"] == 0 or row["instrument"].upper().endswith("-P")):
@@ -134,8 +135,8 @@ def moment(text: str) -> datetime.datetime:
         raise Faulty(f"time {text!r}") from None
 
 
-def number(name: str, text: str) -> float | None:
-    if name in MAY_BE_BLANK and text.lower() in ("", "nan", "+nan", "-nan"):
+def number(name: str, text: str, blank: bool) -> float | None:
+    if blank and text.lower() in ("", "nan", "+nan", "-nan"):
         return None
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if not NUMBER.fullmatch(text) or not low <= float(text) <= high or math.isinf(float(text)):
