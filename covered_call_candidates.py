@@ -1903,7 +1903,9 @@ def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]
     found += glob.glob(pattern + ".gz") if or_gzipped else []
     found = sorted(os.path.abspath(one) for one in found if os.path.isfile(one))
     if not found:
-        raise CandidatesError(f"No file matches {path}. Give a path, a glob such as 'runs/*.csv', or a list.")
+        raise CandidatesError(
+            f"No file matches {printable(path, 1_000)}. Give a path, a glob such as 'runs/*.csv', or a list."
+        )
     return found
 
 

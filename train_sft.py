@@ -386,7 +386,9 @@ def parse_recipe(
     given = []
     if arguments[0] == "--config":
         given = check_keys(arguments, [action.dest for action in parser._actions])
-    parsed = parser.parse_args_and_config(arguments)
+    *parsed, stray = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if stray:
+        raise RecipeError(f"{stray[0]!r} belongs to no key: give --KEY VALUE, and quote a value that holds blanks.")
     return *parsed, {key: plain(value) for part in parsed for key, value in vars(part).items() if key in given}
 
 

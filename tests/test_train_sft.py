@@ -163,6 +163,11 @@ def test_a_key_that_would_break_a_promise_is_refused_with_the_reason(key, value)
         parse("--config", "tiny", f"--{key}", value)
 
 
+def test_a_word_that_belongs_to_no_key_is_named():
+    with pytest.raises(train_sft.RecipeError, match="'runs/b.csv' belongs to no key"):
+        parse("--config", "tiny", "--max_steps", "3", "runs/b.csv")
+
+
 @pytest.mark.parametrize("share", ["nan", "inf", "-0.1", "1"])
 def test_a_dropout_that_is_no_share_is_refused(share):
     with pytest.raises(train_sft.RecipeError, match="lora_dropout: .* is no share"):

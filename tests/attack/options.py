@@ -397,11 +397,11 @@ def judge_word(command: str, option: str, word: str, csv_file: str) -> tuple[str
     except SystemExit as stop:
         if stop.code == 2:  # argparse repeats what was typed, whatever it was
             return (HANDLED, "") if ": error: " in heard.getvalue() else (UNCLEAR, "exit 2 without a word")
-        text = str(stop.code).encode(errors="backslashreplace").decode()  # as it reaches a terminal
-        lacks = unclear_because(text, None) if stop.code else None
+        lacks = unclear_because(less(str(stop.code), word), None) if stop.code else None
+        text = str(stop.code)
         return (UNCLEAR, f"the message {lacks}: {text[:200]!r}") if lacks else (HANDLED, "")
     except (CandidatesError, publish.PublishError, train_sft.RecipeError, train_sft.PolicyError) as error:
-        lacks = unclear_because(str(error), None)  # which each main ends with
+        lacks = unclear_because(less(str(error), word), None)  # which each main ends with
         return (UNCLEAR, f"the message {lacks}: {str(error)[:200]!r}") if lacks else (HANDLED, "")
     except Exception as error:
         return UNCLEAR, f"{type(error).__name__}: {str(error)[:200]!r}"
@@ -409,6 +409,11 @@ def judge_word(command: str, option: str, word: str, csv_file: str) -> tuple[str
     if name in NUMERIC and not is_number(word, endless=name == "max_iv") and word not in NO_NUMBERS:
         return WRONG, "is taken for a number"
     return HANDLED, ""
+
+
+def less(text: str, word: str) -> str:
+    """A message without what was typed, which it may repeat."""
+    return text.replace(word, "") if len(word) > 1 else text
 
 
 def is_number(word: str, endless: bool) -> bool:

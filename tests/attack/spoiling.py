@@ -21,9 +21,6 @@ Table = list[list[str]]  # the cells of a file, its header first
 # Files to spoil
 
 
-SAME_SPOT = "the same spot each day"  # where one fault of a decision may hide another: docs/reliability.md
-
-
 def table_of(rows: Iterable[dict]) -> Table:
     return [list(COLUMNS), *([str(row[name]) for name in COLUMNS] for row in rows)]
 
@@ -46,7 +43,7 @@ def made_bases() -> dict[str, Table]:
     turns = flat(flat(one) for one in zip(days, other, ether, strict=True))
     return {
         "one style": table_of([*flat(days), no_candidates(6)]),
-        SAME_SPOT: table_of([*decision(0, 0), *decision(1, 0), *decision(2), *decision(3, 2)]),
+        "the same spot each day": table_of([*decision(0, 0), *decision(1, 0), *decision(2), *decision(3, 2)]),
         "styles in blocks": table_of([*flat(days), *flat(other), no_candidates(6)]),
         "styles and coins in turns": table_of(turns),
         "single candidates": table_of([*flat(small), no_candidates(4, underlying="XRP", spot=0.5)]),
@@ -161,6 +158,19 @@ def spoil_cells(rng: random.Random, table: Table) -> tuple[Table, str]:
     """Several cells, each of which would be a fault by itself."""
     drawn = [draw_cell(rng, table) for _ in range(rng.randint(2, 4))]
     return put(table, [cell for cell in drawn if is_fault(put(table, [cell])[0])])
+
+
+def spoil_distant_cells(rng: random.Random, table: Table) -> tuple[Table, str]:
+    """The same, with whole decisions between: where rows are dropped, one fault may hide another beside it."""
+    drawn = [draw_cell(rng, table) for _ in range(8)]
+    keys = [(row[0], row[1], row[10]) for row in table]
+    place = [len(list(itertools.groupby(keys[: line + 1]))) for line in range(len(table))]
+    chosen: list[tuple[int, int, str]] = []
+    for cell in drawn:
+        apart = all(abs(place[cell[0]] - place[other[0]]) > 2 for other in chosen)
+        if apart and is_fault(put(table, [cell])[0]):
+            chosen.append(cell)
+    return put(table, chosen)
 
 
 def is_fault(table: Table) -> bool:
@@ -392,15 +402,17 @@ def spoil(found: dict[str, Table], seed: int, number: int) -> Mutant:
     rng = random.Random(f"{seed}|{number}")
     small = [name for name, table in found.items() if len(table) < 200]
     base = rng.choice(small if rng.random() < 0.99 else list(found))
-    table = [list(row) for row in found[base]]
-    if rng.random() < 0.7:
-        way = rng.choice(TABLES)
-        table, said = (spoil_cell if way is spoil_cells and base == SAME_SPOT else way)(rng, table)
-        content = text_of(table).encode("utf-8", "surrogatepass")
-    else:
-        content, said = rng.choice(BYTES)(rng, text_of(table).encode())
     options = {"on_bad_rows": rng.choice(["error", "skip"])}
     for name in ("underlying", "exit_style"):
         if rng.random() < 0.3:  # keep what most rows, or some, have
             options[name] = rng.choice(found[base][1:])[found[base][0].index(name)]
+    table = [list(row) for row in found[base]]
+    if rng.random() < 0.7:
+        way = rng.choice(TABLES)
+        if way is spoil_cells and options["on_bad_rows"] == "skip":
+            way = spoil_distant_cells
+        table, said = way(rng, table)
+        content = text_of(table).encode("utf-8", "surrogatepass")
+    else:
+        content, said = rng.choice(BYTES)(rng, text_of(table).encode())
     return Mutant(base, content, said, options)
