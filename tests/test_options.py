@@ -120,6 +120,9 @@ def test_no_text_or_number_makes_another_error_than_ours(text, value):
         ('keep the later with duplicates="latest" (by', "keep the later with --duplicates latest (by"),
         ("See them with on_bad_rows='error'.", "See them with --on_bad_rows error."),
         ("line 2: 'x=1' is bad, y=2", "line 2: 'x=1' is bad, y=2"),
+        ("splits=(0.5, 0.6): give three", "--splits 0.5 0.6: give three"),
+        ("horizon=-1.0: give a number", "--horizon -1.0: give a number"),
+        ("runs/horizon=3.csv, line 2: other=1", "runs/horizon=3.csv, line 2: other=1"),
         ("underlying='BTC' and exit_style='roll'", "--underlying BTC and --exit_style roll"),
     ],
 )

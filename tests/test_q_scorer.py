@@ -1,6 +1,5 @@
 """The Q-scorer: what it learns from, when it sells, walking forward, the search for gates, and its file."""
 
-import argparse
 import contextlib
 import copy
 import datetime
@@ -27,7 +26,6 @@ from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 import atomic
-import data_options
 import evaluate_policy
 import gate_search
 import q_scorer
@@ -880,18 +878,6 @@ def test_help_shows_each_option_in_its_group_with_its_unit_and_default(command, 
         assert f"default: {default}" in lines[name]
     assert "HOURS" in lines["--expiry_tolerance"] and "share of the option's price" in lines["--half_spread"]
     assert "None" not in text and "%%" not in text
-
-
-def test_a_message_about_options_is_in_the_words_of_a_command_line():
-    asked = argparse.Namespace(duplicates=None, splits=None, on_bad_rows=None, horizon=None, purge=None)
-    for message, expected in (
-        ('keep the later with duplicates="latest" (by', "keep the later with --duplicates latest (by"),
-        ("See them with on_bad_rows='error'.", "See them with --on_bad_rows error."),
-        ("splits=(0.5, 0.6): give three", "--splits 0.5 0.6: give three"),
-        ("horizon=-1.0: give a number", "--horizon -1.0: give a number"),
-        ("runs/horizon=3.csv, line 2: other=1", "runs/horizon=3.csv, line 2: other=1"),
-    ):
-        assert data_options.as_typed(ValueError(message), asked) == expected
 
 
 def test_gates_are_given_or_searched_for(capsys):
