@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         number = errno.EACCES if folder.is_dir() else errno.ENOTDIR
         raise OSError(number, os.strerror(number), str(folder))
     lock = SoftFileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    drop_nameless(Path(lock.lock_file))
     since, holder = started(lock.lock_file), lock.pid
     try:
         lock.acquire()
@@ -149,6 +151,18 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def drop_nameless(marker: Path) -> None:
+    """Removes a lock that names no process, for it was killed while it made it: else the name is there at once."""
+    for _ in range(20):
+        try:
+            if marker.stat().st_size:
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    marker.unlink(missing_ok=True)
 
 
 def started(marker: str) -> str | None:

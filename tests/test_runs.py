@@ -85,6 +85,13 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
         pass
 
 
+def test_a_lock_that_names_nobody_is_of_a_process_killed_while_it_made_it(tmp_path):
+    (tmp_path / ".out.lock").touch()
+    with held(tmp_path / "out", True):
+        assert (tmp_path / ".out.lock").stat().st_size
+    assert not (tmp_path / ".out.lock").exists()
+
+
 # --- Killed at any moment
 
 
