@@ -618,6 +618,7 @@ def read_file(path: str, options, present: dict, expected: str | None) -> tuple[
     scattered = are_scattered(runs)
     bad = {run.key for run in runs if run.spoilt}  # which may hold a row of their neighbours', too
     spoilt = spoilt_by_strays(path, runs, scattered, complain) - bad
+    places = {run.key: place for place, run in enumerate(runs)}
     groups: dict[tuple, list[Row]] = collections.defaultdict(list)
     for run in runs:
         if run.wanted and run.key:
@@ -633,7 +634,7 @@ def read_file(path: str, options, present: dict, expected: str | None) -> tuple[
                 complain(problem)
             if key not in bad and scattered:  # one of its rows may be another decision's
                 raise whose_is_it(path, problem.line) from problem
-            spoilt |= {key, *may_have_its_rows(runs, key)}
+            spoilt |= {key, *may_have_its_rows(runs, places[key])}
     unknown_rows = sum(run.key is None for run in runs)
     if unknown_rows:
         logger.warning("%s: skipped %d row(s) of which cannot be told whose they are.", path, unknown_rows)
@@ -735,9 +736,8 @@ def spoilt_by_strays(path: str, runs: list[Run], scattered: bool, complain) -> s
     return (spoilt | mixed(runs)) - {None}
 
 
-def may_have_its_rows(runs: list[Run], key: tuple) -> set[tuple]:
+def may_have_its_rows(runs: list[Run], place: int) -> set[tuple]:
     """The neighbours that may hold a row of a decision that contradicts itself, or of which it may hold one."""
-    place = next(place for place, run in enumerate(runs) if run.key == key)
     near = {i for i in neighbours(runs, place) if runs[place].size == 1 or runs[i].size == 1}
     placeholders = {i for i in near if NO_CANDIDATES in runs[i].instruments}
     return {runs[i].key for i in (near - placeholders).union(shared_spots(runs, place))} - {None}
@@ -806,16 +806,16 @@ def mixed(runs: list[Run]) -> set[tuple]:
 def shared_spots(runs: list[Run], place: int) -> list[int]:
     """The neighbours that share a spot with a run: a row takes that of its decision along wherever it strays.
 
-    Beyond one of a single row, which may be a stray as well, the next.
+    Beyond one of a single row, which may be a stray as well, the next; of such at most four in a row.
     """
     found = []
     for step in (-1, 1):
-        near = place + step
-        while 0 <= near < len(runs) and runs[near].spots.keys() & runs[place].spots:
+        for near in range(place + step, place + 5 * step, step):
+            if not (0 <= near < len(runs) and runs[near].spots.keys() & runs[place].spots):
+                break
             found.append(near)
             if runs[near].size > 1:
                 break
-            near += step
     return found
 
 
