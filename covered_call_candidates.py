@@ -1080,7 +1080,8 @@ def parse_row(cells: Cells, options) -> Row:
         return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
     if trade_executed:
         raise cells.bad("trade_executed", f"on a {NO_CANDIDATES} row, where nothing can be sold")
-    if parse_number(cells, "strike", options, blank=True, zero=True):
+    strike, *_ = (parse_number(cells, name, options, blank=True, zero=True) for name in Candidate._fields[1:])
+    if strike:
         raise cells.bad("instrument", "stands for no option, and the row has a strike")
     return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
 

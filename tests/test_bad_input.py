@@ -77,6 +77,8 @@ BAD_ROWS = [
     ("the same instrument twice", {7: {"instrument": "BTC-62000-C"}}, 7, "instrument", "'BTC-62000-C'", 1),
     ("NO_CANDIDATES beside candidates", {9: {"instrument": "NO_CANDIDATES"}}, 9, "instrument", "'NO_CANDIDATES'", 2),
     ("NO_CANDIDATES was traded", {14: {"trade_executed": "1"}}, 14, "trade_executed", "'1'", 4),
+    ("NO_CANDIDATES with a strike", {14: {"strike": "63000"}}, 14, "instrument", "'NO_CANDIDATES' stands for no", 4),
+    ("NO_CANDIDATES with a word for a number", {14: {"ivrv_ratio": "tp"}}, 14, "ivrv_ratio", "'tp'", 4),
     ("blank instrument", {6: {"instrument": " "}}, 6, "instrument", "''", 1),
     ("blank underlying", {6: {"underlying": ""}}, 6, "underlying", "''", 1),
     ("blank exit_style", {6: {"exit_style": ""}}, 6, "exit_style", "''", 1),
