@@ -412,8 +412,8 @@ def judge_word(command: str, option: str, word: str, csv_file: str) -> tuple[str
 
 
 def less(text: str, word: str) -> str:
-    """A message without what was typed, which it may repeat."""
-    return text.replace(word, "") if len(word) > 1 else text
+    """A message as it reaches a terminal, without what was typed, which it may repeat."""
+    return (text.replace(word, "") if len(word) > 1 else text).encode(errors="backslashreplace").decode()
 
 
 def is_number(word: str, endless: bool) -> bool:

@@ -362,6 +362,8 @@ PIECES = [
 
 def put_bytes(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     place, size = rng.randrange(len(content)), rng.choice([0, 0, 1, 5])
+    if size > 1 and b"\n" in content[place : place + size]:  # not the end of one row and the begin of another
+        size = 1
     new = rng.choice(PIECES)
     if new.isspace():  # a header in two would lack a column that may be missing, beside the fault
         place = max(place, content.index(b"\n"))
