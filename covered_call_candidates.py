@@ -98,10 +98,10 @@ class Decision(NamedTuple):
     candidates: tuple[Candidate, ...]
 
     @classmethod
-    def from_dict(cls, state: dict) -> "Decision":
+    def from_dict(cls, state: dict, max_iv: float | None = None) -> "Decision":
         """A decision from JSON's types: ``decision_time`` is ISO 8601, ``candidates`` a list of dicts by column name.
 
-        ``iv`` and ``ivrv_ratio`` may be missing or None.
+        ``iv`` and ``ivrv_ratio`` may be missing or None; for ``max_iv`` see check_decision.
 
         Raises:
             CandidatesError: for a key that is missing or unknown, and for what check_decision refuses.
@@ -117,7 +117,7 @@ class Decision(NamedTuple):
         known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
         candidates = tuple(Candidate(**fields) for fields in known)
         decision = cls(**state | {"decision_time": utc(parsed), "candidates": candidates})
-        check_decision(decision)
+        check_decision(decision, max_iv)
         return decision
 
     def to_dict(self) -> dict:
@@ -416,6 +416,14 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise CandidatesError(f"{decision.decision_id}: the instrument {shown(twice[0])} stands there twice.")
+
+
+def checked_decision(state: Decision | dict, max_iv: float | None) -> Decision:
+    """A decision, or what Decision.from_dict makes one of, that check_decision has passed."""
+    if isinstance(state, dict):
+        return Decision.from_dict(state, max_iv)
+    check_decision(state, max_iv)
+    return state
 
 
 def is_number(value) -> bool:
@@ -911,8 +919,7 @@ def lone(runs: list[Run]) -> list[Stray]:
 
 
 def id_of(run: Run) -> str:
-    time, underlying, exit_style = run.key
-    return f"{underlying}|{time.isoformat()}|{exit_style}"
+    return Decision(*run.key, spot=0.0, candidates=()).decision_id
 
 
 # --- Files as rows of text.

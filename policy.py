@@ -20,7 +20,7 @@ from covered_call_candidates import (
     LoggedDecision,
     admissible_answers,
     candidate_messages,
-    check_decision,
+    checked_decision,
     present_in_order,
     ranking_messages,
 )
@@ -141,11 +141,8 @@ class Policy:
     def _check(self, decisions: Iterable[Decision | dict]) -> list[Decision]:
         """The decisions, each as strictly looked at as a CSV row, and of what the model was tuned on."""
         checked = []
-        for decision in decisions:
-            if isinstance(decision, Decision):
-                check_decision(decision, self.manifest["recipe"].get("max_iv"))
-            else:
-                decision = Decision.from_dict(decision)
+        for state in decisions:
+            decision = checked_decision(state, self.manifest["recipe"].get("max_iv"))
             for name in ("underlying", "exit_style"):
                 known = self.manifest["tuned_on"][f"{name}s"]
                 if getattr(decision, name) not in known:

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from covered_call_candidates import (
     CandidatesError,
     CoveredCallCandidatesConfig,
     LoggedDecision,
-    check_decision,
+    checked_decision,
     iso_time,
     net_outcomes,
 )
@@ -338,7 +338,7 @@ class QScorer:
             CandidatesError: for a decision that could not stand in a CSV.
         """
         fitted = self.current()
-        return decide(fitted, [checked(decision, fitted.metadata["max_iv"]) for decision in decisions])
+        return decide(fitted, [checked_decision(decision, fitted.metadata["max_iv"]) for decision in decisions])
 
     def current(self) -> Fitted:
         """The models, from the file again if it has been replaced since the last look."""
@@ -356,13 +356,6 @@ class QScorer:
             logger.info("%s has been replaced, and read again.", self.path)
         except Exception as error:  # whatever it is: a policy that decides must not stop for a file
             logger.warning("The Q-scorer goes on with the model it has, for its new file is broken. %s", error)
-
-
-def checked(decision: covered_call_candidates.Decision | dict, max_iv: float) -> covered_call_candidates.Decision:
-    if isinstance(decision, Mapping):
-        return covered_call_candidates.Decision.from_dict(decision)
-    check_decision(decision, max_iv)
-    return decision
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from covered_call_candidates import (
     CoveredCallCandidatesConfig,
     Decision,
     check_decision,
+    checked_decision,
     read_candidates,
 )
 
@@ -106,6 +107,11 @@ def test_a_vol_that_is_meant_and_a_decision_without_candidates_pass(tmp_path):
     one = state(tmp_path)
     wild = one._replace(candidates=(one.candidates[0]._replace(iv=8.0),))
     check_decision(wild, max_iv=10.0)
+    assert Decision.from_dict(wild.to_dict(), max_iv=10.0) == wild
+    for given in (wild, wild.to_dict()):  # a policy takes either, and holds both to what it was tuned with
+        assert checked_decision(given, 10.0) == wild
+        with pytest.raises(CandidatesError, match="8.0 is above 5"):
+            checked_decision(given, None)
     check_decision(one._replace(candidates=(), spot=0.0))
     with pytest.raises(CandidatesError, match="the instrument 'A-1-C' stands there twice"):
         twin = Candidate("A-1-C", 1.0, 7.0, 0.2, 3.0, None, None)
