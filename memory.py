@@ -3,7 +3,6 @@
 Nothing here is measured on a GPU; `benchmarks/gpu_memory.py` sets what it measures beside these estimates.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from command_line import quiet
 from scoring import free_memory, scoring_bytes
 
 GIB = 2**30
@@ -38,12 +38,8 @@ class ModelSize:
 
 def count_parameters(config: PretrainedConfig, adapter: LoraConfig | None) -> ModelSize:
     """Counts on a model without storage, so that nothing is read or allocated."""
-    logging.disable(logging.WARNING)
-    try:
-        with init_empty_weights():
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    finally:
-        logging.disable(logging.NOTSET)
+    with quiet(), init_empty_weights():
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = base.get_output_embeddings()
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     total = sum(parameter.numel() for parameter in base.parameters())

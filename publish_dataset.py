@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from huggingface_hub import DatasetCard
 
 import atomic
 from audit import PROMPTED, find_leaks, render_splits
+from command_line import quiet
 from covered_call_candidates import (
     RECORDS,
     CoveredCallCandidates,
@@ -74,11 +74,8 @@ def build(name: str, files: list[str], config: CoveredCallCandidatesConfig, fold
     """Builds a config from the CSVs and writes its shards to ``folder``/``name``."""
     options = {option: getattr(config, option) for option in (*DATA_OPTIONS, "hindsight")}
     with tempfile.TemporaryDirectory(prefix="arrow_", dir=folder.parent) as cache:
-        logging.disable(logging.WARNING)  # the audit read the same files, and spoke of them, a moment ago
-        try:
+        with quiet():  # the audit read the same files, and spoke of them, a moment ago
             splits = load_candidates(name, data_files=files, cache_dir=cache, **options)
-        finally:
-            logging.disable(logging.NOTSET)
         written = {split: write_split(rows, folder, f"{name}/{split}", shard_size) for split, rows in splits.items()}
         return Built(name, next(iter(splits.values())).features, written)
 

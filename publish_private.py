@@ -8,6 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from covered_call_candidates import printable
+
 
 class PublishError(Exception):
     """What was asked cannot be shared as it is; the message says why and what to do."""
@@ -30,8 +32,7 @@ def redact(said: str, tokens: Iterable[str | None] = ()) -> str:
     for token in filter(None, (get_token(), *tokens)):
         said = said.replace(token, "hf_***")
     said = re.sub(r"\bhf_\w{8,}", "hf_***", " ".join(said.split()))
-    said = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in said)
-    return said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}..."
+    return printable(said, LONGEST_SAID)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
