@@ -108,7 +108,8 @@ class Decision(NamedTuple):
         """
         state = fields_of(cls, state, "the decision")
         time = state["decision_time"]
-        parsed = time if isinstance(time, datetime.datetime) else iso_time(time) if isinstance(time, str) else None
+        text = time.isoformat() if isinstance(time, datetime.datetime) else time
+        parsed = iso_time(text) if isinstance(text, str) else None
         if parsed is None:
             raise CandidatesError(f"decision_time: {shown(time)} {NO_TIME}.")
         rows = state["candidates"]
@@ -445,7 +446,10 @@ def check_number(name: str, value, where: str, max_iv: float) -> None:
         return
     if not is_number(value):
         raise CandidatesError(f"{where}, {name}: {shown(value)} is not a number.")
-    reason = wrong_number(name, float(value), max_iv)
+    try:
+        reason = wrong_number(name, float(value), max_iv)
+    except OverflowError:  # an integer beyond all floats
+        reason = "is not finite"
     if reason:
         raise CandidatesError(f"{where}, {name}: {shown(value)} {reason}.")
 

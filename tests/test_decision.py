@@ -1,5 +1,6 @@
 """A decision that a program makes is held to the rules for one of a file, and travels as JSON."""
 
+import datetime
 import json
 import math
 
@@ -15,6 +16,9 @@ from covered_call_candidates import (
     checked_decision,
     read_candidates,
 )
+
+# In UTC it lies before the first day of the calendar.
+FIRST = datetime.datetime.min.replace(tzinfo=datetime.timezone(datetime.timedelta(hours=5)))
 
 
 def state(tmp_path) -> Decision:
@@ -47,6 +51,7 @@ def test_iv_and_its_ratio_may_be_missing_and_nothing_else(tmp_path):
     [
         ({"spto": 1.0}, "the decision: 'spto' is not known"),
         ({"decision_time": "1 Sept"}, "decision_time: '1 Sept' is not an ISO 8601 time"),
+        ({"decision_time": FIRST}, "decision_time: datetime.*is not an ISO 8601 time"),
         ({"decision_time": 5}, "decision_time: 5 is not an ISO 8601 time"),
         ({"candidates": "BTC"}, "candidates: 'BTC' is no list"),
         ({"candidates": [5]}, "candidate 1: 5 is no dict of instrument"),
@@ -66,6 +71,7 @@ def test_a_dict_that_is_no_decision_says_which_part(tmp_path, change, said):
         ("iv", 45.0, "45.0 is above 5: .*divide the column by 100; if it is meant, raise the option max_iv"),
         ("score", None, "None is not a number"),
         ("score", "3.2", "'3.2' is not a number"),
+        pytest.param("score", 10**400, "is not finite", id="an integer beyond all floats"),
         ("strike", 0.0, "0.0 is zero"),
         ("dte", -1.0, "-1.0 is negative"),
         ("dte", True, "True is not a number"),
