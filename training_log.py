@@ -1,6 +1,11 @@
 """What a training says of itself while it runs: a bar, and lines in words in the place of the Trainer's dicts."""
 
+import logging
+
 from transformers import ProgressCallback, Trainer
+
+# Said where two checkpoints are less than a second apart: their steps then order them, which is right for every run.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda r: not str(r.msg).startswith("mtime may not be"))
 
 
 class Progress(ProgressCallback):
