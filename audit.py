@@ -23,7 +23,7 @@ from covered_call_candidates import (
     CandidatesError,
     CoveredCallCandidatesConfig,
     Decision,
-    Ghost,
+    Counterfactual,
     LoggedDecision,
     Outcome,
 )
@@ -179,5 +179,5 @@ def changed_prompts(entry: LoggedDecision, config: CoveredCallCandidatesConfig) 
 
 def relabel(entry: LoggedDecision, chosen: Pick) -> LoggedDecision:
     """The same decision with another label and other outcomes."""
-    ghosts = tuple(Ghost(1.0, ghost.until) for ghost in entry.ghosts)
-    return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes), ghosts)
+    counterfactuals = tuple(Counterfactual(1.0, counterfactual.label_end) for counterfactual in entry.counterfactuals)
+    return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes), counterfactuals)

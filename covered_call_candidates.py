@@ -143,12 +143,12 @@ class Outcome(NamedTuple):
     max_drawdown_pct: float | None
 
 
-class Ghost(NamedTuple):
+class Counterfactual(NamedTuple):
     """What selling a candidate would have brought, sold or not: P&L vs HODL in USD a unit of underlying, net of the
-    costs that are set. None where unknown; ``until`` is the time of the last price it rests on."""
+    costs that are set. None where unknown; ``label_end`` is the time of the last price it rests on."""
 
     pnl_vs_hodl: float | None
-    until: datetime.datetime
+    label_end: datetime.datetime
 
 
 class LoggedDecision(NamedTuple):
@@ -157,11 +157,13 @@ class LoggedDecision(NamedTuple):
     decision: Decision
     chosen: int | None
     outcomes: tuple[Outcome, ...]
-    ghosts: tuple[Ghost, ...] = ()
+    counterfactuals: tuple[Counterfactual, ...] = ()
 
     @property
-    def outcome_end(self) -> datetime.datetime:
-        return max((ghost.until for ghost in self.ghosts), default=self.decision.last_expiry)
+    def label_end(self) -> datetime.datetime:
+        return max(
+            (counterfactual.label_end for counterfactual in self.counterfactuals), default=self.decision.last_expiry
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") ->
     if not decisions:
         raise nothing_left(paths, options, present, skipped)
     say_what_was_filtered(options, present)
-    return add_ghosts(
+    return add_counterfactuals(
         sorted((entry for _, entry in decisions.values()), key=lambda e: e.decision.decision_time), options
     )
 
@@ -1207,12 +1209,12 @@ def present_in_order(logged: LoggedDecision, options) -> LoggedDecision:
         logged.decision._replace(candidates=tuple(candidates[i] for i in order)),
         None if logged.chosen is None else order.index(logged.chosen),
         tuple(logged.outcomes[i] for i in order),
-        tuple(logged.ghosts[i] for i in order) if logged.ghosts else (),
+        tuple(logged.counterfactuals[i] for i in order) if logged.counterfactuals else (),
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ghosts: the outcome of every candidate, sold or not, from the prices of the files' own later decisions. They are
+# Counterfactuals: the outcome of every candidate, sold or not, from the prices of the files' own later decisions. They are
 # labels and stand in columns; no prompt is rendered from them.
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
@@ -1273,17 +1275,21 @@ def microseconds(time: datetime.datetime) -> int:
     return (time - EPOCH) // datetime.timedelta(microseconds=1)
 
 
-def add_ghosts(logged: list[LoggedDecision], options) -> list[LoggedDecision]:
-    """The same decisions with a ghost for each candidate; unknown for other exit styles than the two."""
+def add_counterfactuals(logged: list[LoggedDecision], options) -> list[LoggedDecision]:
+    """The same decisions with a counterfactual for each candidate; unknown for other exit styles than the two."""
     market = Market(logged, options)
     with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
         return [
-            entry._replace(ghosts=tuple(ghost(entry.decision, c, market, options) for c in entry.decision.candidates))
+            entry._replace(
+                counterfactuals=tuple(
+                    counterfactual(entry.decision, c, market, options) for c in entry.decision.candidates
+                )
+            )
             for entry in tqdm(logged, desc="Outcomes", unit=" decisions", disable=None, leave=False)
         ]
 
 
-def ghost(decision: Decision, candidate: Candidate, market: Market, options) -> Ghost:
+def counterfactual(decision: Decision, candidate: Candidate, market: Market, options) -> Counterfactual:
     """The outcome of selling this candidate, until it expires or until the horizon.
 
     Unknown where iv is blank, or where the files hold no spot near enough to the end.
@@ -1293,10 +1299,10 @@ def ghost(decision: Decision, candidate: Candidate, market: Market, options) -> 
     last = market.nearest(decision.underlying, microseconds(end))
     follow = {HOLD_TO_EXPIRY: hold, TP_AND_ROLL: take_profit_and_roll}.get(decision.exit_style)
     if candidate.iv is None or last is None or follow is None:
-        return Ghost(None, end)
+        return Counterfactual(None, end)
     pnl = follow(decision, candidate, life, last, market, options)
-    until = max(end, EPOCH + datetime.timedelta(microseconds=int(market.times[decision.underlying][last])))
-    return Ghost(float(pnl) if pnl is not None and math.isfinite(pnl) else None, until)
+    label_end = max(end, EPOCH + datetime.timedelta(microseconds=int(market.times[decision.underlying][last])))
+    return Counterfactual(float(pnl) if pnl is not None and math.isfinite(pnl) else None, label_end)
 
 
 def hold(decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options) -> float:
@@ -1366,7 +1372,7 @@ def take_profit_and_roll(
 
 
 class Net(NamedTuple):
-    """Net outcome in USD a unit of underlying and where it is from, "ghost" or "recorded"; both None where unknown."""
+    """Net outcome in USD a unit of underlying and where it is from, "counterfactual" or "recorded"; both None where unknown."""
 
     value: float | None
     source: str | None
@@ -1375,8 +1381,8 @@ class Net(NamedTuple):
 class Pair(NamedTuple):
     """Two answers to one decision (an index into the candidates, None for NO_TRADE) and their outcomes in USD.
 
-    Both outcomes are of one ``source``: a teacher that settles otherwise than the formula of the ghosts would make a
-    recorded outcome minus a ghost look like skill.
+    Both outcomes are of one ``source``: a teacher that settles otherwise than the formula of the counterfactuals would make a
+    recorded outcome minus a counterfactual look like skill.
     """
 
     chosen: int | None
@@ -1387,8 +1393,8 @@ class Pair(NamedTuple):
 
 
 def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
-    """For each candidate its ghost, or else what was recorded."""
-    found = [Net(ghost.pnl_vs_hodl, "ghost") for ghost in logged.ghosts]
+    """For each candidate its counterfactual, or else what was recorded."""
+    found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
     recorded = recorded_outcome(logged, options)
     if recorded is not None and found[logged.chosen].value is None:
         found[logged.chosen] = Net(recorded, "recorded")
@@ -1403,23 +1409,26 @@ def recorded_outcome(logged: LoggedDecision, options) -> float | None:
 
 
 def as_recorded(options) -> bool:
-    """Whether ghosts mean what the recorded outcomes do: until the exit, before costs."""
+    """Whether counterfactuals mean what the recorded outcomes do: until the exit, before costs."""
     return options.horizon is None and options.fee == options.half_spread == options.slippage == 0
 
 
 def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
     """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
 
-    Which is best is decided by the ghosts of all candidates or, where one is unknown, between the teacher's call and
+    Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's call and
     NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
-    ghosts, recorded = [ghost.pnl_vs_hodl for ghost in logged.ghosts], recorded_outcome(logged, options)
+    counterfactuals, recorded = (
+        [counterfactual.pnl_vs_hodl for counterfactual in logged.counterfactuals],
+        recorded_outcome(logged, options),
+    )
     logged_ones = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known = logged_ones if None in ghosts else {None: 0.0, **dict(enumerate(ghosts))}
+    known = logged_ones if None in counterfactuals else {None: 0.0, **dict(enumerate(counterfactuals))}
     best, worst = max(known, key=known.get), min(known, key=known.get)
     teachers = logged.chosen if logged.chosen in known else best
     rejected = worst if options.rejected == "worst" or teachers == best else teachers
-    source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "ghost"
+    source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
     outcomes = logged_ones if source == "recorded" else known
     pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
     least = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
@@ -1468,7 +1477,7 @@ def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[Log
         place = bisect.bisect_right(starts, entry.decision.decision_time)
         following = bisect.bisect_left(times, starts[place]) if place < len(starts) else len(times)
         # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-        if options.purge and following < len(times) and entry.outcome_end >= times[following]:
+        if options.purge and following < len(times) and entry.label_end >= times[following]:
             purged[names[place]] += 1
         else:
             splits[names[place]].append(entry)
@@ -1585,7 +1594,7 @@ def candidate_columns(logged: LoggedDecision, index: int) -> dict:
         **logged.decision.candidates[index]._asdict(),
         "spot": logged.decision.spot,
         **known._asdict(),
-        "ghost_pnl_vs_hodl": logged.ghosts[index].pnl_vs_hodl,
+        "counterfactual_pnl_vs_hodl": logged.counterfactuals[index].pnl_vs_hodl,
     }
 
 
@@ -1620,7 +1629,7 @@ CANDIDATE_FEATURES = {
         name: datasets.Value("float64")
         for name in (
             "strike", "dte", "delta", "score", "iv", "ivrv_ratio", "spot", "reward", "pnl_vs_hodl", "max_drawdown_pct",
-            "ghost_pnl_vs_hodl",
+            "counterfactual_pnl_vs_hodl",
         )
     },
 }  # fmt: skip
@@ -1671,13 +1680,13 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         on_bad_rows: "error", or "skip" the whole decision, counted.
         max_iv: an iv above this is taken for a percentage, and is bad; raise it for a market that is so wild.
         fee, fee_cap: fee of a trade as a share of the underlying (Deribit: 0.0003), and the most it is as a share of
-            the option's price. Fees, spread and slippage are taken off ghosts, at each trade.
+            the option's price. Fees, spread and slippage are taken off counterfactuals, at each trade.
         half_spread: what a trade loses to the spread, as a share of the option's price.
         slippage: what a trade loses beside it, as a share of the underlying.
         expiry_tolerance: hours that the spot taken for an expiry may be away from it. Half a day: in a daily file
             without gaps no expiry is farther from a decision, and more would add noise of its own to a week's outcome.
-        horizon: days after which a ghost's call is bought back; None for its expiry.
-        take_profit, roll_delta: of the ghosts of tp_and_roll: the share of the premium at which a call is bought back,
+        horizon: days after which a counterfactual's call is bought back; None for its expiry.
+        take_profit, roll_delta: of the counterfactuals of tp_and_roll: the share of the premium at which a call is bought back,
             and the delta of the one it is rolled into.
     """
 
@@ -1783,22 +1792,22 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
             name="per_candidate",
-            version=datasets.Version("1.0.0"),
+            version=datasets.Version("2.0.0"),
             description="One chat a candidate option, answered SELL_CALL or SKIP.",
         ),
         CoveredCallCandidatesConfig(
             name="per_decision_ranking",
-            version=datasets.Version("1.0.0"),
+            version=datasets.Version("2.0.0"),
             description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
         ),
         PreferenceConfig(
             name="preference",
-            version=datasets.Version("1.0.0"),
+            version=datasets.Version("2.0.0"),
             description="One pair of answers a decision: the one that brought most, and a worse one.",
         ),
         CoveredCallCandidatesConfig(
             name="q_values",
-            version=datasets.Version("1.0.0"),
+            version=datasets.Version("2.0.0"),
             description="One row of numbers a candidate option, with what selling it brought.",
         ),
     ]

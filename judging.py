@@ -58,7 +58,7 @@ def make_cases(logged: list[LoggedDecision]) -> list[Case]:
     cases = []
     for entry in logged:
         outcomes = next((recorded[market] for market in markets(entry.decision) if market in recorded), [math.nan])
-        computed = tuple(ghost.pnl_vs_hodl for ghost in entry.ghosts)
+        computed = tuple(counterfactual.pnl_vs_hodl for counterfactual in entry.counterfactuals)
         cases.append(Case(entry.decision, entry.chosen, recorded_pnl(entry), computed, min(outcomes), max(outcomes)))
     return cases
 

@@ -24,12 +24,12 @@ from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 import atomic
-import covered_call_candidates
 from boosted_trees import Trees, number
 from covered_call_candidates import (
     NO_TRADE,
     CandidatesError,
     CoveredCallCandidatesConfig,
+    Decision,
     LoggedDecision,
     checked_decision,
     iso_time,
@@ -99,7 +99,7 @@ def gates_text(gates: Gates) -> str:
     )
 
 
-class Decision(NamedTuple):
+class Answer(NamedTuple):
     """What the scorer answers to one decision, after the fashion of policy.Answer.
 
     Args:
@@ -126,7 +126,7 @@ class Decision(NamedTuple):
 # Learning
 
 
-def features(decisions: Sequence[covered_call_candidates.Decision], exit_styles: Sequence[str]) -> np.ndarray:
+def features(decisions: Sequence[Decision], exit_styles: Sequence[str]) -> np.ndarray:
     """One row a candidate, shape (candidates, 6 + exit styles), none with a scale of its own; NaN where missing.
 
     Strike / spot, dte (days), delta, score, iv, ivrv_ratio, and 1.0 in the column of the decision's exit style.
@@ -167,7 +167,7 @@ class Fitted(NamedTuple):
         gates.check()
         return self._replace(metadata=self.metadata | {"gates": gates._asdict()})
 
-    def predict(self, decisions: Sequence[covered_call_candidates.Decision]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:
         """Calibrated net outcomes as a share of spot, and confidences, each of shape (candidates,)."""
         rows = features(decisions, self.metadata["exit_styles"])
         return self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows))
@@ -270,7 +270,7 @@ def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
 # Deciding
 
 
-def decide(fitted: Fitted, decisions: Sequence[covered_call_candidates.Decision]) -> list[Decision]:
+def decide(fitted: Fitted, decisions: Sequence[Decision]) -> list[Answer]:
     """As QScorer.decide, of decisions that are taken for valid, as those that were read from files are."""
     values, confidences = fitted.predict(decisions)
     ends = np.cumsum([len(decision.candidates) for decision in decisions])[:-1]
@@ -278,13 +278,11 @@ def decide(fitted: Fitted, decisions: Sequence[covered_call_candidates.Decision]
     return [decide_one(*part, fitted) for part in parts]
 
 
-def decide_one(
-    decision: covered_call_candidates.Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted
-) -> Decision:
+def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted) -> Answer:
     """From predicted outcomes (shares of spot) and confidences of one decision's candidates."""
     scores = {str(i): float(value * decision.spot) for i, value in enumerate(values, start=1)} | {NO_TRADE: 0.0}
     if not len(values):
-        return Decision(NO_TRADE, None, math.nan, math.nan, scores, NO_CANDIDATE)
+        return Answer(NO_TRADE, None, math.nan, math.nan, scores, NO_CANDIDATE)
 
     def rank(i: int) -> tuple:
         return values[i], confidences[i], decision.candidates[i].strike, decision.candidates[i].instrument
@@ -294,7 +292,7 @@ def decide_one(
     if decision.exit_style not in fitted.metadata["exit_styles"]:
         stopped_by = OTHER_STYLE  # its outcomes mean something else
     answer = str(best + 1)
-    return Decision(
+    return Answer(
         answer if stopped_by is None else NO_TRADE,
         best + 1,
         scores[answer],
@@ -327,12 +325,12 @@ class QScorer:
         scorer.stamp = seen
         return scorer
 
-    def decide(self, decisions: Sequence[covered_call_candidates.Decision | dict]) -> list[Decision]:
+    def decide(self, decisions: Sequence[Decision | dict]) -> list[Answer]:
         """An answer to each decision: the candidate with the highest q_sell, if no gate stops it.
 
         The candidates may come in any order; of equal ones the more confident is best, then the higher strike. All
         answers of one call are one model's, also when its file is replaced meanwhile. A dict is taken for what
-        covered_call_candidates.Decision.from_dict takes.
+        Decision.from_dict takes.
 
         Raises:
             CandidatesError: for a decision that could not stand in a CSV.

@@ -16,7 +16,7 @@ from datasets.utils import tqdm
 from matplotlib.figure import Figure as Plot
 
 from covered_call_candidates import NO_TRADE, CoveredCallCandidatesConfig, LoggedDecision, net_outcomes
-from value_model import Decision, Fitted, Gates, QScorerError, decide, fit, outcomes
+from value_model import Answer, Fitted, Gates, QScorerError, decide, fit, outcomes
 
 logger = logging.getLogger("q_scorer")
 
@@ -85,7 +85,7 @@ def usd(value: float) -> str:
 
 
 def compare(
-    answers: Sequence[Decision], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
 ) -> Comparison:
     """Answers of ``decide`` beside the net outcomes of the same decisions."""
     predicted, realised = candidate_pairs(answers, entries, config)
@@ -117,7 +117,7 @@ def compare(
 
 
 def candidate_pairs(
-    answers: Sequence[Decision], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and realised net outcomes of all candidates for which it is known, as shares of spot."""
     predicted = [
@@ -187,12 +187,12 @@ class Fold(NamedTuple):
 
     fitted: Fitted
     entries: list[LoggedDecision]
-    answers: list[Decision]
+    answers: list[Answer]
     compared: Comparison
 
 
 def ended_before(entries: Sequence[LoggedDecision], time: datetime.datetime) -> list[LoggedDecision]:
-    return [entry for entry in entries if entry.outcome_end < time]
+    return [entry for entry in entries if entry.label_end < time]
 
 
 def decision_times(entries: Sequence[LoggedDecision]) -> list[datetime.datetime]:

@@ -7,8 +7,8 @@
 For each period with enough before it, everything is fitted on what was settled before it (the latest 15 % of those
 decision times are the validation split) and decides on it: the teacher's own log, the score rule, the Q-scorer, a tiny
 Phi-3 that imitates the teacher (SFT), the same one after preference training (SFT + DPO), and the oracle, which sells
-whatever turns out best, if anything does. All are paid alike, in ghosts: P&L vs HODL in USD a unit of underlying, net
-of the costs that are set. Decisions at which some candidate's ghost is unknown are left out for all, and counted.
+whatever turns out best, if anything does. All are paid alike, in counterfactuals: P&L vs HODL in USD a unit of underlying, net
+of the costs that are set. Decisions at which some candidate's counterfactual is unknown are left out for all, and counted.
 
 A period that is finished is kept in --output_dir, and not computed again for the same code, data and options.
 """
@@ -141,7 +141,10 @@ def play(fold: Fold, logged: list[LoggedDecision], asked: argparse.Namespace, fi
         kept = {"settings": settings, "picks": decide(fold, logged, asked, files)}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, json.dumps(kept))
-    known = [all(ghost.pnl_vs_hodl is not None for ghost in entry.ghosts) for entry in fold.entries]
+    known = [
+        all(counterfactual.pnl_vs_hodl is not None for counterfactual in entry.counterfactuals)
+        for entry in fold.entries
+    ]
     picks = {
         name: [pick for pick, keep in zip(made, known, strict=True) if keep] for name, made in kept["picks"].items()
     }
@@ -151,13 +154,15 @@ def play(fold: Fold, logged: list[LoggedDecision], asked: argparse.Namespace, fi
 
 
 def best_in_hindsight(entry: LoggedDecision) -> Pick:
-    worth = [ghost.pnl_vs_hodl for ghost in entry.ghosts]
+    worth = [counterfactual.pnl_vs_hodl for counterfactual in entry.counterfactuals]
     return int(np.argmax(worth)) if worth and max(worth) > 0 else None
 
 
 def paid(entries: list[LoggedDecision], picks: list[Pick]) -> np.ndarray:
     """P&L vs HODL of each decision in USD, shape (decisions,)."""
-    return np.array([0.0 if p is None else e.ghosts[p].pnl_vs_hodl for e, p in zip(entries, picks, strict=True)])
+    return np.array(
+        [0.0 if p is None else e.counterfactuals[p].pnl_vs_hodl for e, p in zip(entries, picks, strict=True)]
+    )
 
 
 def with_interval(pnl: np.ndarray, block: int) -> str:
@@ -187,7 +192,11 @@ def table(played: dict[str, Played], block: int) -> str:
             f"| {name} | {sells:.3f} | {with_interval(pnl[name], block)} | {differs} | {' | '.join(by_period)} |"
         )
     unknown = sum(one.unknown for one in played.values())
-    percent = [100 * ghost.pnl_vs_hodl / entry.decision.spot for entry in entries for ghost in entry.ghosts]
+    percent = [
+        100 * counterfactual.pnl_vs_hodl / entry.decision.spot
+        for entry in entries
+        for counterfactual in entry.counterfactuals
+    ]
     counts = ", ".join(f"{name} {len(one.entries)}" for name, one in played.items())
     return "\n".join(
         [

@@ -61,7 +61,7 @@ def test_a_period_is_fitted_on_what_was_settled_before_it(backtest):
         assert begins == min(entry.decision.decision_time for entry in fold.entries)
         dates = {"validation_from": fold.validation_from, "test_from": fold.test_from}
         splits = benchmark.split_decisions(logged, CoveredCallCandidatesConfig(**dates))
-        assert all(entry.outcome_end < begins for name in ("train", "validation") for entry in splits[name])
+        assert all(entry.label_end < begins for name in ("train", "validation") for entry in splits[name])
         assert min(map(len, splits.values())) > 14
 
 

@@ -219,7 +219,7 @@ def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
     """A recorded outcome knows of no cost: beside net ones, the teacher would look better than it is."""
     entries = logged(hold(0, 100.0, 0) + hold(7, 108.0, 0), tmp_path)
     gross, net = comparable(make_cases(entries), OPTIONS), comparable(make_cases(entries), replace(OPTIONS, fee=0.001))
-    assert (outcome(gross[0], 0), outcome(net[0], 0)) == (744.26, entries[0].ghosts[0].pnl_vs_hodl)
+    assert (outcome(gross[0], 0), outcome(net[0], 0)) == (744.26, entries[0].counterfactuals[0].pnl_vs_hodl)
 
 
 def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):

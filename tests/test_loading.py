@@ -62,7 +62,7 @@ def spots(loaded) -> set[float]:
 def test_per_candidate_columns(load_either, history):
     train = load_either(data_files=history, **ONE)["train"]
     numbers = ("strike", "dte", "delta", "score", "iv", "ivrv_ratio", "spot", "reward", "pnl_vs_hodl",
-               "max_drawdown_pct", "ghost_pnl_vs_hodl")  # fmt: skip
+               "max_drawdown_pct", "counterfactual_pnl_vs_hodl")  # fmt: skip
     text = datasets.Value("string")
     assert train.features == datasets.Features(
         {
@@ -84,7 +84,7 @@ def test_ranking_columns(load_either, history):
     text, number = datasets.Value("string"), datasets.Value("float64")
     one = {"instrument": text, "strike": number, "dte": number, "delta": number, "score": number, "iv": number,
            "ivrv_ratio": number, "spot": number, "reward": number, "pnl_vs_hodl": number,
-           "max_drawdown_pct": number, "ghost_pnl_vs_hodl": number}  # fmt: skip
+           "max_drawdown_pct": number, "counterfactual_pnl_vs_hodl": number}  # fmt: skip
     assert train.features["candidates"] == datasets.Features({"candidates": [one]})["candidates"]
     assert train.features["chosen_index"] == datasets.Value("int32")
     assert list(train.features) == [
@@ -116,7 +116,7 @@ def test_per_candidate_rows_hold_the_files_numbers(load_either, history):
         "reward": -3214.59,
         "pnl_vs_hodl": 744.26,
         "max_drawdown_pct": 6.94,
-        "ghost_pnl_vs_hodl": None,  # the file ends before it expires
+        "counterfactual_pnl_vs_hodl": None,  # the file ends before it expires
     }
     assert (rows[3]["strike"], rows[3]["iv"], rows[3]["ivrv_ratio"]) == (0.55, None, None)
 

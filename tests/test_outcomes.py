@@ -1,4 +1,4 @@
-"""What every candidate would have brought, and what is made of it: ghosts, preference pairs, Q-values."""
+"""What every candidate would have brought, and what is made of it: counterfactuals, preference pairs, Q-values."""
 
 import datetime
 import math
@@ -44,9 +44,9 @@ def logged(tmp_path, rows: list[dict], **options) -> list[LoggedDecision]:
     return read_candidates([write(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig(**options))
 
 
-def ghosts(tmp_path, rows: list[dict], **options) -> list[float | None]:
+def counterfactuals(tmp_path, rows: list[dict], **options) -> list[float | None]:
     """Of the first decision."""
-    return [ghost.pnl_vs_hodl for ghost in logged(tmp_path, rows, **options)[0].ghosts]
+    return [counterfactual.pnl_vs_hodl for counterfactual in logged(tmp_path, rows, **options)[0].counterfactuals]
 
 
 # --- hold_to_expiry
@@ -55,7 +55,9 @@ def ghosts(tmp_path, rows: list[dict], **options) -> list[float | None]:
 def test_a_held_call_brings_its_premium_less_what_it_pays(tmp_path):
     # At the money: premium = spot * (2 N(sd / 2) - 1), sd = 0.5 * sqrt(7 / 365).
     at_the_money = 100 * math.erf(0.5 * math.sqrt(WEEK) / 2 / math.sqrt(2))
-    assert ghosts(tmp_path, at(0, 100.0) + at(7, 108.0)) == pytest.approx([at_the_money - 8.0, premium(100, 110)])
+    assert counterfactuals(tmp_path, at(0, 100.0) + at(7, 108.0)) == pytest.approx(
+        [at_the_money - 8.0, premium(100, 110)]
+    )
 
 
 def test_a_call_without_time_or_vol_is_worth_its_intrinsic_value():
@@ -74,31 +76,31 @@ def test_the_call_formula_agrees_with_the_simulators_own():
     (0.5, 12, True), (-0.5, 12, True), (0.51, 12, False), (-0.51, 12, False), (0.51, 13, True), (0.1, 2, False),
 ])  # fmt: skip
 def test_the_spot_at_expiry_is_within_the_tolerance(tmp_path, gap, hours, known):
-    found = ghosts(tmp_path, at(0, 100.0) + at(7 + gap, 108.0), expiry_tolerance=hours)
+    found = counterfactuals(tmp_path, at(0, 100.0) + at(7 + gap, 108.0), expiry_tolerance=hours)
     assert (found[0] is not None) == known
 
 
 def test_the_spot_is_of_the_same_underlying_and_never_of_a_placeholder_without_one(tmp_path):
     rows = at(0, 100.0) + at(7, 9.0, underlying="ETH") + [no_candidates(7.1, spot=0, exit_style="hold_to_expiry")]
-    assert ghosts(tmp_path, rows) == [None, None]
+    assert counterfactuals(tmp_path, rows) == [None, None]
 
 
 def test_a_placeholder_gives_the_spot_of_its_day(tmp_path):
     rows = at(0, 100.0) + [no_candidates(7, spot=90.0, exit_style="hold_to_expiry")]
-    assert ghosts(tmp_path, rows) == pytest.approx([premium(100, 100), premium(100, 110)])
+    assert counterfactuals(tmp_path, rows) == pytest.approx([premium(100, 100), premium(100, 110)])
 
 
 @pytest.mark.parametrize("cells", [{"iv": ""}, {"exit_style": "stop_loss"}])
-def test_without_iv_or_for_another_exit_style_a_ghost_is_unknown(tmp_path, cells):
-    assert ghosts(tmp_path, at(0, 100.0, **cells) + at(7, 108.0, **cells)) == [None, None]
+def test_without_iv_or_for_another_exit_style_a_counterfactual_is_unknown(tmp_path, cells):
+    assert counterfactuals(tmp_path, at(0, 100.0, **cells) + at(7, 108.0, **cells)) == [None, None]
 
 
 @given(st.floats(1e-300, 1e300), st.floats(1e-300, 1e300), st.floats(0, 36500), st.floats(0, 1e300))
 @example(spot=1.0, strike=1.0, dte=36500.0, iv=1e308)
-def test_a_ghost_is_a_finite_number_or_unknown_whatever_the_file_holds(tmp_path, spot, strike, dte, iv):
+def test_a_counterfactual_is_a_finite_number_or_unknown_whatever_the_file_holds(tmp_path, spot, strike, dte, iv):
     rows = [row(**HOLD | {"spot": spot, "strike": strike, "dte": dte, "iv": iv, "decision_time": time(0)})]
     rows += [no_candidates(math.floor(dte), exit_style="hold_to_expiry", spot=spot)] * (dte >= 1)
-    (found,) = ghosts(tmp_path, rows, max_iv=math.inf)
+    (found,) = counterfactuals(tmp_path, rows, max_iv=math.inf)
     assert found is None or math.isfinite(found)
 
 
@@ -116,16 +118,16 @@ def test_a_ghost_is_a_finite_number_or_unknown_whatever_the_file_holds(tmp_path,
 def test_costs_are_paid_at_each_trade_and_not_at_expiry(tmp_path, costs, of_premium, of_spot):
     rows = at(0, 100.0, strikes=[100]) + at(3, 101.0, strikes=[100]) + at(7, 108.0, strikes=[100])
     sale = of_premium * premium(100, 100) + of_spot * 100
-    assert ghosts(tmp_path, rows, **costs) == pytest.approx([premium(100, 100) - sale - 8.0])
+    assert counterfactuals(tmp_path, rows, **costs) == pytest.approx([premium(100, 100) - sale - 8.0])
     value = premium(101, 100, days=4)
     buyback = of_premium * value + of_spot * 101
-    early = ghosts(tmp_path, rows, horizon=3, **costs)
+    early = counterfactuals(tmp_path, rows, horizon=3, **costs)
     assert early == pytest.approx([premium(100, 100) - sale - value - buyback])
 
 
 def test_a_horizon_after_expiry_is_expiry(tmp_path):
     rows = at(0, 100.0) + at(7, 108.0)
-    assert ghosts(tmp_path, rows, horizon=30) == ghosts(tmp_path, rows) != [None, None]
+    assert counterfactuals(tmp_path, rows, horizon=30) == counterfactuals(tmp_path, rows) != [None, None]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -169,97 +171,102 @@ def test_a_call_is_bought_back_once_the_profit_is_taken_and_another_sold(tmp_pat
     assert premium(90, 100, days=5) < 0.3 * premium(100, 100) < premium(99, 100, days=6)
     days = [rows[0], *at(1, 99.0, strikes=[100], **TP), *rows[2:]]
     days += [one for day in (3, 4, 5, 6) for one in at(day, 95.0, strikes=[100], **TP)]
-    assert ghosts(tmp_path, days) == pytest.approx([first + rolled])
-    assert ghosts(tmp_path, days, roll_delta=0.1)[0] == pytest.approx(
+    assert counterfactuals(tmp_path, days) == pytest.approx([first + rolled])
+    assert counterfactuals(tmp_path, days, roll_delta=0.1)[0] == pytest.approx(
         first + premium(90, 99) - premium(96, 99, days=2)
     )
-    assert ghosts(tmp_path, days, take_profit=1)[0] == pytest.approx(premium(100, 100))  # held, and worthless
-    cost = ghosts(tmp_path, days)[0] - ghosts(tmp_path, days, slippage=0.001)[0]
+    assert counterfactuals(tmp_path, days, take_profit=1)[0] == pytest.approx(premium(100, 100))  # held, and worthless
+    cost = counterfactuals(tmp_path, days)[0] - counterfactuals(tmp_path, days, slippage=0.001)[0]
     assert cost == pytest.approx(0.001 * (100 + 90 + 90 + 96))  # sold, bought back, sold, bought back
 
 
 def test_where_nothing_is_quoted_nothing_more_is_sold(tmp_path):
     days = at(0, 100.0, strikes=[100], **TP) + [no_candidates(1, spot=80.0, exit_style="tp_and_roll")]
     days += [one for day in range(2, 8) for one in at(day, 200.0, strikes=[100], **TP)]
-    assert ghosts(tmp_path, days) == pytest.approx([premium(100, 100) - premium(80, 100, days=6)])
+    assert counterfactuals(tmp_path, days) == pytest.approx([premium(100, 100) - premium(80, 100, days=6)])
 
 
 def test_a_call_rolled_into_that_expires_first_ends_the_trade(tmp_path):
     days = at(0, 100.0, strikes=[100], **TP) + at(1, 80.0, strikes=[81], **TP | {"dte": 2.0})
     days += [one for day in range(2, 8) for one in at(day, 80.0 + day, strikes=[100], **TP)]
     first = premium(100, 100) - premium(80, 100, days=6)
-    assert ghosts(tmp_path, days) == pytest.approx([first + premium(80, 81, days=2) - (83 - 81)])
+    assert counterfactuals(tmp_path, days) == pytest.approx([first + premium(80, 81, days=2) - (83 - 81)])
 
 
 def test_a_call_that_is_worth_nothing_when_it_is_sold_is_rolled_at_the_next_time(tmp_path):
     days = at(0, 100.0, strikes=[100], **TP)
     days += [one for day in range(1, 8) for one in at(day, 80.0, strikes=[100], **TP | {"iv": 1e-9})]
-    assert ghosts(tmp_path, days) == pytest.approx([premium(100, 100) - premium(80, 100, days=6)])
+    assert counterfactuals(tmp_path, days) == pytest.approx([premium(100, 100) - premium(80, 100, days=6)])
 
 
 @pytest.mark.parametrize("spoil", [lambda days: days.pop(3), lambda days: days[1].update(iv="")])
 def test_a_gap_in_the_path_or_a_roll_without_a_price_leaves_it_unknown(tmp_path, spoil):
     days = [one for day in range(8) for one in at(day, 100.0 - 20 * (day > 0), strikes=[100], **TP)]
-    assert ghosts(tmp_path, days)[0] is not None
+    assert counterfactuals(tmp_path, days)[0] is not None
     spoil(days)
-    assert ghosts(tmp_path, days)[0] is None
+    assert counterfactuals(tmp_path, days)[0] is None
 
 
 @pytest.mark.parametrize("style", ["hold_to_expiry", "tp_and_roll"])
-def test_the_ghosts_of_the_simulated_teachers_trades_are_what_it_recorded(tmp_path, style):
+def test_the_counterfactuals_of_the_simulated_teachers_trades_are_what_it_recorded(tmp_path, style):
     simulator = import_script(SCRIPT.parent / "data" / "simulate_backtest.py")
     simulator.simulate_backtest(tmp_path, 349, date(2020, 1, 1), date(2020, 12, 31))
     entries = read_candidates(list(map(str, tmp_path.glob(f"*{style}*"))), CoveredCallCandidatesConfig())
     pairs = [
-        (e.ghosts[e.chosen].pnl_vs_hodl, e.outcomes[e.chosen].pnl_vs_hodl) for e in entries if e.chosen is not None
+        (e.counterfactuals[e.chosen].pnl_vs_hodl, e.outcomes[e.chosen].pnl_vs_hodl)
+        for e in entries
+        if e.chosen is not None
     ]
-    known = [(ghost, recorded) for ghost, recorded in pairs if ghost is not None]
+    known = [(counterfactual, recorded) for counterfactual, recorded in pairs if counterfactual is not None]
     assert len(known) > 200 and len(pairs) - len(known) <= 10  # the last options settle after the file ends
-    for ghost, recorded in known:
-        assert ghost == pytest.approx(recorded, abs=1e-5)
+    for counterfactual, recorded in known:
+        assert counterfactual == pytest.approx(recorded, abs=1e-5)
 
 
 # --- Preference pairs
 
 
 def pair_of(tmp_path, values, recorded=None, chosen=None, spot=1000.0, **options):
-    """The pair of one decision whose candidates have these ghosts, and its teacher's call this recorded outcome."""
+    """The pair of one decision whose candidates have these counterfactuals, and its teacher's call this recorded outcome."""
     rows = decision(0, chosen, strikes=range(1, len(values) + 1), spot=spot, pnl_vs_hodl=0.0)
     if chosen is not None:
         rows[chosen]["pnl_vs_hodl"] = "" if recorded is None else str(recorded)
     options = PreferenceConfig(**{"min_edge_pct": 0.0} | options)
     (entry,) = read_candidates([write(tmp_path / "pair.csv", rows)], options)
-    found = [ghost._replace(pnl_vs_hodl=value) for ghost, value in zip(entry.ghosts, values, strict=True)]
-    return preferred_pair(entry._replace(ghosts=tuple(found)), options)
+    found = [
+        counterfactual._replace(pnl_vs_hodl=value)
+        for counterfactual, value in zip(entry.counterfactuals, values, strict=True)
+    ]
+    return preferred_pair(entry._replace(counterfactuals=tuple(found)), options)
 
 
 @pytest.mark.parametrize("values, chosen, recorded, options, expected", [
     # best against the teacher's
-    ([5.0, 9.0, -3.0], 0, None, {}, (1, 0, 9.0, 5.0, "ghost")),
-    ([5.0, 9.0, -3.0], None, None, {}, (1, None, 9.0, 0.0, "ghost")),
-    ([-5.0, -9.0], 1, None, {}, (None, 1, 0.0, -9.0, "ghost")),
+    ([5.0, 9.0, -3.0], 0, None, {}, (1, 0, 9.0, 5.0, "counterfactual")),
+    ([5.0, 9.0, -3.0], None, None, {}, (1, None, 9.0, 0.0, "counterfactual")),
+    ([-5.0, -9.0], 1, None, {}, (None, 1, 0.0, -9.0, "counterfactual")),
     # ... or, where the teacher's is the best, against the worst
-    ([5.0, 9.0, -3.0], 1, None, {}, (1, 2, 9.0, -3.0, "ghost")),
-    ([-5.0, -9.0], None, None, {}, (None, 1, 0.0, -9.0, "ghost")),
-    ([5.0, 9.0, -3.0], 0, None, {"rejected": "worst"}, (1, 2, 9.0, -3.0, "ghost")),
+    ([5.0, 9.0, -3.0], 1, None, {}, (1, 2, 9.0, -3.0, "counterfactual")),
+    ([-5.0, -9.0], None, None, {}, (None, 1, 0.0, -9.0, "counterfactual")),
+    ([5.0, 9.0, -3.0], 0, None, {"rejected": "worst"}, (1, 2, 9.0, -3.0, "counterfactual")),
     # recorded outcomes where both sides have one
     ([-5.0, -9.0], 1, -7.0, {}, (None, 1, 0.0, -7.0, "recorded")),
     ([5.0, 9.0], 1, 8.0, {}, (1, None, 8.0, 0.0, "recorded")),
-    ([5.0, 9.0, -3.0], 1, 8.0, {}, (1, 2, 9.0, -3.0, "ghost")),  # never one of each
-    ([5.0, 9.0, -3.0], 0, 100.0, {}, (1, 0, 9.0, 5.0, "ghost")),
-    ([-5.0, -9.0], 1, 7.0, {}, None),  # the recorded outcome contradicts the ghosts
-    # a ghost is unknown: only the teacher's call and NO_TRADE are compared
+    ([5.0, 9.0, -3.0], 1, 8.0, {}, (1, 2, 9.0, -3.0, "counterfactual")),  # never one of each
+    ([5.0, 9.0, -3.0], 0, 100.0, {}, (1, 0, 9.0, 5.0, "counterfactual")),
+    ([-5.0, -9.0], 1, 7.0, {}, None),  # the recorded outcome contradicts the counterfactuals
+    # a counterfactual is unknown: only the teacher's call and NO_TRADE are compared
     ([5.0, None], 0, 3.0, {}, (0, None, 3.0, 0.0, "recorded")),
     ([5.0, None], 1, -3.0, {}, (None, 1, 0.0, -3.0, "recorded")),
     ([5.0, None], 0, None, {}, None),
     ([5.0, None], None, None, {}, None),
     # with costs or a horizon, a recorded outcome says nothing
-    ([-5.0, -9.0], 1, -7.0, {"fee": 0.1}, (None, 1, 0.0, -9.0, "ghost")),
+    ([-5.0, -9.0], 1, -7.0, {"fee": 0.1}, (None, 1, 0.0, -9.0, "counterfactual")),
     ([5.0, None], 0, 3.0, {"horizon": 3}, None),
     # edges
-    ([5.0, 9.0], 0, None, {"min_edge": 3.9}, (1, 0, 9.0, 5.0, "ghost")),
+    ([5.0, 9.0], 0, None, {"min_edge": 3.9}, (1, 0, 9.0, 5.0, "counterfactual")),
     ([5.0, 9.0], 0, None, {"min_edge": 4.0}, None),
-    ([5.0, 9.0], 0, None, {"min_edge_pct": 0.39}, (1, 0, 9.0, 5.0, "ghost")),
+    ([5.0, 9.0], 0, None, {"min_edge_pct": 0.39}, (1, 0, 9.0, 5.0, "counterfactual")),
     ([5.0, 9.0], 0, None, {"min_edge_pct": 0.4}, None),
     ([0.0], None, None, {}, None),
 ])  # fmt: skip
@@ -284,7 +291,7 @@ def test_a_pair_is_two_answers_of_one_decision_apart_by_the_edge(tmp_path, value
     for pick, outcome in sides:
         source = {chosen: recorded} if pair.source == "recorded" else dict(enumerate(values))
         assert outcome == (0.0 if pick is None else source[pick])
-    if pair.source == "ghost":
+    if pair.source == "counterfactual":
         assert pair.chosen_outcome == max(0.0, *values)
 
 
@@ -318,11 +325,11 @@ def test_the_labels_of_a_pair_point_into_the_prompts_order(tmp_path, order):
     by_strike = {}
     for index, strike in enumerate((105, 95, 100)):
         for entry in read_candidates([path], CoveredCallCandidatesConfig()):
-            by_strike[entry.decision.decision_id, strike] = entry.ghosts[index].pnl_vs_hodl
+            by_strike[entry.decision.decision_id, strike] = entry.counterfactuals[index].pnl_vs_hodl
     options = PreferenceConfig(name="preference", candidate_order=order)
     entries = read_candidates([path], options)
     found = [record for e in entries for record in covered_call_candidates.preference_records(e, options)]
-    sold = [one for one in found if one["chosen_label"] != NO_TRADE and one["source"] == "ghost"]
+    sold = [one for one in found if one["chosen_label"] != NO_TRADE and one["source"] == "counterfactual"]
     assert len(sold) > 5
     for one in sold:
         line = one["prompt"][1]["content"].split(f"[{one['chosen_label']}] ")[1]
@@ -361,19 +368,24 @@ def test_balancing_takes_from_the_commonest_answer_alone(tmp_path):
 # --- Q-values
 
 
-def test_q_values_are_the_ghosts_or_else_what_was_recorded(load, tmp_path):
+def test_q_values_are_the_counterfactuals_or_else_what_was_recorded(load, tmp_path):
     rows = at(0, 100.0, sold=0) + at(7, 108.0, sold=1, iv="")
     path = write(tmp_path / "a.csv", rows)
     table = load("q_values", data_files=path, splits="train")["train"].to_list()
-    ghost = premium(100, 100) - 8.0
-    assert [one["source"] for one in table] == ["ghost", "ghost", None, "recorded"]
-    assert [one["q_sell"] for one in table] == [pytest.approx(ghost), pytest.approx(premium(100, 110)), None, 744.26]
+    counterfactual = premium(100, 100) - 8.0
+    assert [one["source"] for one in table] == ["counterfactual", "counterfactual", None, "recorded"]
+    assert [one["q_sell"] for one in table] == [
+        pytest.approx(counterfactual),
+        pytest.approx(premium(100, 110)),
+        None,
+        744.26,
+    ]
     assert [one["pnl_vs_hodl"] for one in table] == [744.26, None, None, 744.26]
-    assert [one["ghost_pnl_vs_hodl"] for one in table][2:] == [None, None]
+    assert [one["counterfactual_pnl_vs_hodl"] for one in table][2:] == [None, None]
     assert [one["sold"] for one in table] == [True, False, False, True]
     assert {one["q_hold"] for one in table} == {0.0} and table[0]["strike"] == 100 and "messages" not in table[0]
     gross = load("q_values", data_files=path, splits="train", half_spread=0.01)["train"].to_list()
-    assert [one["source"] for one in gross] == ["ghost", "ghost", None, None]
+    assert [one["source"] for one in gross] == ["counterfactual", "counterfactual", None, None]
 
 
 # --- Splits and prompts
@@ -387,13 +399,13 @@ def test_no_outcome_of_a_split_is_known_only_after_the_next_has_begun(tmp_path, 
     for earlier, later in zip(splits, splits[1:], strict=False):
         if earlier and later:
             begins = later[0].decision.decision_time
-            assert all(entry.outcome_end < begins for entry in earlier)
+            assert all(entry.label_end < begins for entry in earlier)
             assert begins - earlier[-1].decision.decision_time == datetime.timedelta(days=(horizon or 7) + 1)
 
 
 @given(st.lists(st.floats(50, 200), min_size=9, max_size=9), st.lists(st.floats(50, 200), min_size=9, max_size=9))
 def test_no_later_price_can_change_a_prompt(tmp_path, one, other):
-    """The same decision in two futures: other ghosts, other pairs, the same prompt."""
+    """The same decision in two futures: other counterfactuals, other pairs, the same prompt."""
     found = []
     for future in (one, other):
         rows = at(0, 100.0, **TP) + [r for day, spot in enumerate(future, start=1) for r in at(day, spot, **TP)]
@@ -407,11 +419,13 @@ def test_no_later_price_can_change_a_prompt(tmp_path, one, other):
 
 
 @needs_real_data
-def test_the_ghosts_of_real_held_trades_follow_what_was_recorded():
+def test_the_counterfactuals_of_real_held_trades_follow_what_was_recorded():
     (path,) = map(str, REAL_DATA.glob("*hold_to_expiry*.csv"))
     entries = read_candidates([path], CoveredCallCandidatesConfig())
     pairs = [
-        (e.ghosts[e.chosen].pnl_vs_hodl, e.outcomes[e.chosen].pnl_vs_hodl) for e in entries if e.chosen is not None
+        (e.counterfactuals[e.chosen].pnl_vs_hodl, e.outcomes[e.chosen].pnl_vs_hodl)
+        for e in entries
+        if e.chosen is not None
     ]
     known = [pair for pair in pairs if pair[0] is not None]
     mean = [sum(side) / len(known) for side in zip(*known, strict=True)]

@@ -37,7 +37,7 @@ from covered_call_candidates import (
     CandidatesError,
     CoveredCallCandidatesConfig,
     Decision,
-    Ghost,
+    Counterfactual,
     LoggedDecision,
     Outcome,
 )
@@ -59,9 +59,9 @@ def entry(number: float, ivs, outcomes, dte=7.0, spot=SPOT, style="hold_to_expir
         for index, iv in enumerate(ivs)
     )
     ends = day(number + dte if until is None else until)
-    ghosts = tuple(Ghost(None if value is None else value * spot / 100, ends) for value in outcomes)
+    counterfactuals = tuple(Counterfactual(None if value is None else value * spot / 100, ends) for value in outcomes)
     state = Decision(day(number), "BTC", style, spot, candidates)
-    return LoggedDecision(state, None, (UNKNOWN,) * len(candidates), ghosts)
+    return LoggedDecision(state, None, (UNKNOWN,) * len(candidates), counterfactuals)
 
 
 def rich_if_volatile(days, seed=0, noise=0.2) -> list[LoggedDecision]:
@@ -145,7 +145,7 @@ def test_a_weight_on_positive_outcomes_raises_predictions_and_leaves_the_confide
 
 
 def test_the_offset_makes_predictions_of_validation_right_on_average():
-    validation = [one._replace(ghosts=tuple(g._replace(pnl_vs_hodl=g.pnl_vs_hodl - 700) for g in one.ghosts))
+    validation = [one._replace(counterfactuals=tuple(g._replace(pnl_vs_hodl=g.pnl_vs_hodl - 700) for g in one.counterfactuals))
                   for one in rich_if_volatile(range(310, 350), 1)]  # fmt: skip
     fitted = value_model.fit(rich_if_volatile(range(300)), validation, CONFIG)
     predicted, realised = walk_forward.candidate_pairs(decide(fitted, *validation), validation, CONFIG)
@@ -577,9 +577,9 @@ def test_nothing_is_learnt_from_that_ends_after_the_block_begins(spans, folds):
         begin = min(one.decision.decision_time for one in block)
         for one in past:
             assert one.decision.decision_time < begin
-            assert one.ghosts[0].until < begin
+            assert one.counterfactuals[0].label_end < begin
         kept_out = [one for one in entries if one.decision.decision_time < begin and one not in past]
-        assert all(one.ghosts[0].until >= begin for one in kept_out)
+        assert all(one.counterfactuals[0].label_end >= begin for one in kept_out)
         judged.append(block)
         pasts.append(past)
     assert len(judged) == folds
@@ -631,9 +631,9 @@ def test_the_search_ends_with_gates_that_did_best_in_the_second_window():
     learnt = value_model.learn(rich_if_volatile(range(300)), CONFIG)
     # In validation only what is predicted to bring over 1 % brings anything; the rest loses.
     validation = [
-        one._replace(ghosts=tuple(
-            ghost._replace(pnl_vs_hodl=500.0 if candidate.iv > 0.62 else -500.0)
-            for ghost, candidate in zip(one.ghosts, one.decision.candidates, strict=True)
+        one._replace(counterfactuals=tuple(
+            counterfactual._replace(pnl_vs_hodl=500.0 if candidate.iv > 0.62 else -500.0)
+            for counterfactual, candidate in zip(one.counterfactuals, one.decision.candidates, strict=True)
         ))
         for one in rich_if_volatile(range(310, 430), 1)
     ]  # fmt: skip

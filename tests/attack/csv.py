@@ -59,11 +59,11 @@ def said_by(entries) -> dict[tuple, Said]:
     return found
 
 
-def ghosts_of(entries) -> dict[tuple, list]:
+def counterfactuals_of(entries) -> dict[tuple, list]:
     return {
-        (*entry.decision[:3], candidate.instrument): ghost.pnl_vs_hodl
+        (*entry.decision[:3], candidate.instrument): counterfactual.pnl_vs_hodl
         for entry in entries
-        for candidate, ghost in zip(entry.decision.candidates, entry.ghosts, strict=True)
+        for candidate, counterfactual in zip(entry.decision.candidates, entry.counterfactuals, strict=True)
     }
 
 
@@ -104,7 +104,7 @@ class Case(NamedTuple):
 
     mutant: Mutant
     before: dict[tuple, Said]
-    ghosts: dict[tuple, float | None]
+    counterfactuals: dict[tuple, float | None]
     now: dict[tuple, Said] | None
     fault: Faulty | None
     left_out: set[str]
@@ -128,7 +128,7 @@ class Judge:
             entries = read_candidates([self.write("clean.csv", content)], CoveredCallCandidatesConfig())
             if understand(content) != said_by(entries):
                 raise RuntimeError(f"the two readers disagree on {base}, which nobody has spoilt")
-            self.clean[base] = (said_by(entries), ghosts_of(entries))
+            self.clean[base] = (said_by(entries), counterfactuals_of(entries))
         return self.clean[base]
 
     def write(self, name: str, content: bytes) -> str:
@@ -137,14 +137,14 @@ class Judge:
         return str(path)
 
     def look_at(self, mutant: Mutant) -> Case:
-        before, ghosts = self.before(mutant.base)
+        before, counterfactuals = self.before(mutant.base)
         filters = {name: value for name, value in mutant.options.items() if name in FILTERED}
         try:
             now, fault = understand(mutant.content, filters), None
         except Faulty as error:
-            return Case(mutant, kept(before, filters), ghosts, None, error, set())
+            return Case(mutant, kept(before, filters), counterfactuals, None, error, set())
         new = left_out(now, filters) - left_out(before, filters)
-        return Case(mutant, kept(before, filters), ghosts, kept(now, filters), fault, new)
+        return Case(mutant, kept(before, filters), counterfactuals, kept(now, filters), fault, new)
 
     def judge(self, mutant: Mutant, through_load: bool = False) -> tuple[str, str]:
         """A verdict and why."""
@@ -181,9 +181,12 @@ class Judge:
         }
         if lost and (not case.skips or self.heard.dropped() < len(lost)):
             return WRONG, f"{len(lost)} decisions lost, {self.heard.dropped()} counted ({case.fault or 'no fault'})"
-        for key, pnl in ghosts_of(entries).items():
-            if case.now is None and pnl != case.ghosts.get(key) and (pnl is not None or not lost):
-                return WRONG, f"the outcome of {key[3]} is {pnl}, and was {case.ghosts.get(key)} ({case.fault})"
+        for key, pnl in counterfactuals_of(entries).items():
+            if case.now is None and pnl != case.counterfactuals.get(key) and (pnl is not None or not lost):
+                return (
+                    WRONG,
+                    f"the outcome of {key[3]} is {pnl}, and was {case.counterfactuals.get(key)} ({case.fault})",
+                )
         return HANDLED, ""
 
     def is_left(self, key: tuple, mutant: Mutant) -> bool:
