@@ -27,24 +27,38 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import atomic  # noqa: E402
-import metrics  # noqa: E402
-import train_dpo  # noqa: E402
-import train_sft  # noqa: E402
-from baselines import Pick, fit_threshold, highest, scores  # noqa: E402
-from covered_call_candidates import (  # noqa: E402
-    CandidatesError,
-    CoveredCallCandidatesConfig,
-    LoggedDecision,
-    find_csvs,
-    fingerprint,
-    present_in_order,
-    read_candidates,
-    split_decisions,
+from covered_call import atomic  # noqa: E402
+from covered_call.candidates.builder import (
+    find_csvs,  # noqa: E402
+    fingerprint,  # noqa: E402
 )
-from evaluate_policy import pick_of  # noqa: E402
-from policy import Policy  # noqa: E402
-from value_model import QScorer, fit  # noqa: E402
+from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
+from covered_call.candidates.reading import (
+    present_in_order,  # noqa: E402
+    read_candidates,  # noqa: E402
+)
+from covered_call.candidates.schema import (
+    CandidatesError,  # noqa: E402
+    LoggedDecision,  # noqa: E402
+)
+from covered_call.candidates.splits import split_decisions  # noqa: E402
+from covered_call.evaluation import metrics  # noqa: E402
+from covered_call.evaluation.baselines import (
+    Pick,  # noqa: E402
+    fit_threshold,  # noqa: E402
+    highest,  # noqa: E402
+    scores,  # noqa: E402
+)
+from covered_call.evaluation.evaluate import pick_of  # noqa: E402
+from covered_call.language_model.policy import Policy  # noqa: E402
+from covered_call.training import dpo as train_dpo  # noqa: E402
+from covered_call.training import sft as train_sft  # noqa: E402
+from covered_call.training.runs import RecipeError  # noqa: E402
+from covered_call.training.trainers import TrainingStopped  # noqa: E402
+from covered_call.value_model.scorer import (
+    QScorer,  # noqa: E402
+    fit,  # noqa: E402
+)
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "sample" / "*.csv")
@@ -268,5 +282,5 @@ if __name__ == "__main__":
     logging.getLogger("covered_call_candidates").setLevel(logging.ERROR)
     try:
         main()
-    except (CandidatesError, train_sft.RecipeError, train_sft.TrainingStopped) as error:
+    except (CandidatesError, RecipeError, TrainingStopped) as error:
         sys.exit(f"error: {error}")

@@ -47,11 +47,12 @@ from gpu_work import (
     run_apart,
 )
 
-import atomic
-import train_sft
-from covered_call_candidates import ranking_messages
-from memory import CARD_GIB, CONTEXT_GIB, GIB, Work, choose
-from tiny_phi3 import train_tokenizer
+from covered_call import atomic
+from covered_call.candidates.prompts import ranking_messages
+from covered_call.language_model.tiny_phi3 import train_tokenizer
+from covered_call.training.memory import CARD_GIB, CONTEXT_GIB, GIB, Work, choose
+from covered_call.training.preflight import describe_model  # noqa: E402
+from covered_call.training.recipe import parse_recipe  # noqa: E402
 
 TOLERANCE = 0.10  # of an estimate, beside what is measured
 NOT_YET = "not yet measured"
@@ -129,12 +130,12 @@ def build_model(folder: Path, size: str) -> None:
 @functools.cache
 def work_of(size: str, quantization: str) -> Work:
     """What the ranking recipe's memory depends on, but for the length of its records."""
-    model, _, training, _ = train_sft.parse_recipe(
+    model, _, training, _ = parse_recipe(
         # On a GPU too: this process is to take nothing of it.
         ["--config", "ranking", "--use_cpu", "true", "--quantization", quantization]
         + (["--bf16", "false", "--optim", "adamw_torch"] if size == "tiny" else [])
     )
-    return train_sft.describe_model(Phi3Config(**SHAPES[size]), model, training, tokens=1, asked=1)
+    return describe_model(Phi3Config(**SHAPES[size]), model, training, tokens=1, asked=1)
 
 
 def estimate(size: str, case: Case, checkpoint_every: int | None = None) -> dict[str, float]:

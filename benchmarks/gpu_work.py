@@ -29,16 +29,33 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from covered_call.training.examples import EpochSampler  # noqa: E402
+from covered_call.training.preflight import (
+    describe_model,  # noqa: E402
+    lora_config,  # noqa: E402
+    make_plan,  # noqa: E402
+    memory_for,  # noqa: E402
+)
+from covered_call.training.recipe import (
+    DPO,  # noqa: E402
+    SFT,  # noqa: E402
+    parse_recipe,  # noqa: E402
+)
+from covered_call.training.trainers import (
+    AnswerTrainer,  # noqa: E402
+    load_model,  # noqa: E402
+)
+
 if not UNSLOTH:  # whose environment need not have what these import
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from accelerate.utils import gather_object
     from peft import get_peft_model
 
-    import train_dpo
-    import train_sft
-    from covered_call_candidates import Candidate, Decision, ranking_messages
-    from loading import chat_ids, load_base
-    from policy import Policy
+    from covered_call.candidates.prompts import ranking_messages
+    from covered_call.candidates.schema import Candidate, Decision
+    from covered_call.language_model.loading import chat_ids, load_base
+    from covered_call.language_model.policy import Policy
+    from covered_call.training import dpo as train_dpo
 
 GIB = 2**30
 LOAD_LIMIT = 1.5
@@ -197,7 +214,7 @@ def score(job: Job, name: str, run) -> Iterator[dict[str, float]]:
 
 def read_recipe(job: Job, folder: str, name: str = "ranking", *more: str):
     """The model and training arguments of a recipe, for these few steps; a CPU trains in float32."""
-    return train_sft.parse_recipe(
+    return parse_recipe(
         ["--config", name, "--model_name_or_path", job.model, "--output_dir", folder]
         + ["--quantization", job.quantization, "--per_device_train_batch_size", str(job.batch)]
         + ["--gradient_accumulation_steps", "1", "--max_steps", str(job.steps), "--max_length", str(job.tokens)]
@@ -205,28 +222,28 @@ def read_recipe(job: Job, folder: str, name: str = "ranking", *more: str):
         + ["--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1000"]
         + ([] if job.gpu else ["--use_cpu", "true", "--bf16", "false", "--optim", "adamw_torch"])
         + list(more),
-        train_dpo.DPO if name == "preference" else train_sft.SFT,
+        DPO if name == "preference" else SFT,
     )[::2]
 
 
 def settle(job: Job, model, training, tokens: int, asked: int) -> dict[str, int]:
     """Checkpoints as few layers as the memory there is asks for, as the preflight does."""
     config = AutoConfig.from_pretrained(job.model)
-    work = train_sft.describe_model(config, model, training, tokens, asked)
-    plan = train_sft.make_plan(work, training, train_sft.memory_for(training, job.quantization))
+    work = describe_model(config, model, training, tokens, asked)
+    plan = make_plan(work, training, memory_for(training, job.quantization))
     training.settle(plan, job.quantization)
     return {"checkpoint_every": plan.checkpoint_every}
 
 
 def answer_trainer(job: Job, training, base, adapter):
     records = random_records(job.steps * job.batch * training.world_size, job.tokens)
-    return train_sft.AnswerTrainer(
+    return AnswerTrainer(
         model=base,
         args=training,
         train_dataset=records,
         processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=adapter,
-        sampler=train_sft.EpochSampler([True] * len(records), "none", training.seed),
+        sampler=EpochSampler([True] * len(records), "none", training.seed),
         answers=answer_ids(),
     )
 
@@ -235,7 +252,7 @@ def measure_step(job: Job, folder: str) -> Iterator[dict]:
     """train_sft.py's step."""
     model, training = read_recipe(job, folder)
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
-    base, adapter = train_sft.load_model(model, training)
+    base, adapter = load_model(model, training)
     yield loaded(job.gpu)
     yield train(answer_trainer(job, training, base, adapter), job)
 
@@ -244,7 +261,7 @@ def measure_evaluation(job: Job, folder: str) -> Iterator[dict]:
     """An evaluation of train_sft.py after its first steps: the optimiser's state is there."""
     model, training = read_recipe(job, folder)
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
-    base, adapter = train_sft.load_model(model, training)
+    base, adapter = load_model(model, training)
     yield loaded(job.gpu)
     trainer, records = answer_trainer(job, training, base, adapter), random_records(job.scored, job.tokens)
     trainer.train()
@@ -259,7 +276,7 @@ def measure_evaluation(job: Job, folder: str) -> Iterator[dict]:
 def measure_decide(job: Job, folder: str) -> Iterator[dict]:
     """Policy.decide, as after Policy.load: nothing of a training is there."""
     model, training = read_recipe(job, folder)
-    base, adapter = train_sft.load_model(model, training)
+    base, adapter = load_model(model, training)
     tuned = get_peft_model(base, adapter).eval()
     yield loaded(job.gpu)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
@@ -279,7 +296,7 @@ def measure_dpo(job: Job, folder: str) -> Iterator[dict]:
     """train_dpo.py's step: a record is a pair, whose answers follow one prompt."""
     model, training = read_recipe(job, folder, "preference", "--adapter", "")
     yield settle(job, model, training, job.tokens + ANSWER_LENGTH, 2 * ANSWER_LENGTH)
-    base, adapter = train_sft.load_model(model, training)
+    base, adapter = load_model(model, training)
     yield loaded(job.gpu)
     pairs = random_records(job.steps * job.batch, job.tokens, ANSWERS[:2])
     trainer = train_dpo.PreferenceTrainer(
@@ -288,7 +305,7 @@ def measure_dpo(job: Job, folder: str) -> Iterator[dict]:
         train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=adapter,
-        sampler=train_sft.EpochSampler([True] * len(pairs), "none", training.seed),
+        sampler=EpochSampler([True] * len(pairs), "none", training.seed),
         answers=answer_ids(),
         adapter=None,
         judged={},
@@ -300,7 +317,7 @@ def measure_fsdp(job: Job, folder: str) -> Iterator[dict]:
     """train_sft.py under accelerate launch with configs/accelerate/fsdp_qlora.yaml: the worst of the GPUs."""
     model, training = read_recipe(job, folder, "ranking", "--optim", "adamw_torch")
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
-    figures = train(answer_trainer(job, training, *train_sft.load_model(model, training)), job)
+    figures = train(answer_trainer(job, training, *load_model(model, training)), job)
     yield {
         "load_gib": max(gather_object([figures["begin_gib"]])),
         "step_gib": max(gather_object([figures["step_gib"]])),
@@ -338,7 +355,7 @@ def measure_trl(job: Job, folder: str) -> Iterator[dict]:
     base = load_base(job.model, job.quantization, dtype, training.device, liger=False)
     yield loaded(job.gpu)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    yield train(plain_trainer(job, folder, base, tokenizer, train_sft.lora_config(model)), job)
+    yield train(plain_trainer(job, folder, base, tokenizer, lora_config(model)), job)
 
 
 def measure_unsloth(job: Job, folder: str) -> Iterator[dict]:

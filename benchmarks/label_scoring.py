@@ -21,10 +21,17 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from loading import answer_tokens, chat_ids  # noqa: E402
-from scoring import score_answers  # noqa: E402
-from tiny_phi3 import random_phi3, train_tokenizer  # noqa: E402
+from covered_call.candidates.builder import load_candidates  # noqa: E402
+from covered_call.candidates.prompts import admissible_answers  # noqa: E402
+from covered_call.language_model.loading import (
+    answer_tokens,  # noqa: E402
+    chat_ids,  # noqa: E402
+)
+from covered_call.language_model.scoring import score_answers  # noqa: E402
+from covered_call.language_model.tiny_phi3 import (
+    random_phi3,  # noqa: E402
+    train_tokenizer,  # noqa: E402
+)
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
 LABEL_SCORING, SEPARATE = "label scoring", "a forward pass for each answer"

@@ -22,7 +22,15 @@ import datasets
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import covered_call_candidates as ccc  # noqa: E402
+from covered_call.candidates import builder as ccc  # noqa: E402
+from covered_call.candidates.prompts import candidate_messages  # noqa: E402
+from covered_call.candidates.schema import (
+    COLUMNS,  # noqa: E402
+    SELL_CALL,  # noqa: E402
+    SKIP,  # noqa: E402
+    Candidate,  # noqa: E402
+    Decision,  # noqa: E402
+)
 
 
 def write_csv(path: str, rows: int, candidates: int = 5) -> None:
@@ -30,7 +38,7 @@ def write_csv(path: str, rows: int, candidates: int = 5) -> None:
     draw, start = random.Random(0), datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(ccc.COLUMNS)
+        writer.writerow(COLUMNS)
         for row in range(rows):
             decision, place = divmod(row, candidates)
             at, spot, strike = start + datetime.timedelta(hours=decision), 50000.0 + decision, 52000.0 + 1000 * place
@@ -39,7 +47,7 @@ def write_csv(path: str, rows: int, candidates: int = 5) -> None:
             writer.writerow(
                 [at.isoformat(), "BTC", spot, f"BTC-{expiry:%d%b%y}-{strike:.0f}-C".upper(), strike, 7.0]
                 + [draw.uniform(0.1, 0.4), draw.uniform(0, 6), draw.uniform(0.4, 0.9), draw.uniform(0.7, 1.5)]
-                + ["hold_to_expiry", 1, int(place == 0), ccc.SKIP if place else ccc.SELL_CALL, "", *outcome]
+                + ["hold_to_expiry", 1, int(place == 0), SKIP if place else SELL_CALL, "", *outcome]
             )
 
 
@@ -53,12 +61,10 @@ def load_plain(path: str, cache: str) -> int:
 
 
 def render(row: dict) -> dict:
-    candidate = ccc.Candidate(*(row[name] for name in ccc.Candidate._fields))
+    candidate = Candidate(*(row[name] for name in Candidate._fields))
     at = pd.Timestamp(row["decision_time"]).to_pydatetime()
-    decision = ccc.Decision(at, row["underlying"], row["exit_style"], row["spot"], (candidate,))
-    return {
-        "messages": [*ccc.candidate_messages(decision, candidate), {"role": "assistant", "content": row["action"]}]
-    }
+    decision = Decision(at, row["underlying"], row["exit_style"], row["spot"], (candidate,))
+    return {"messages": [*candidate_messages(decision, candidate), {"role": "assistant", "content": row["action"]}]}
 
 
 CONTENDERS = {"load_candidates": load_script, 'load_dataset("csv").map': load_plain}

@@ -15,8 +15,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train_sft  # noqa: E402
-from first_checks import BALANCES  # noqa: E402
+from covered_call.language_model.manifest import MANIFEST  # noqa: E402
+from covered_call.training import sft as train_sft  # noqa: E402
+from covered_call.training.first_checks import BALANCES  # noqa: E402
 
 PARTS = {
     "per_candidate": [{"balance": balance} for balance in BALANCES],
@@ -31,7 +32,7 @@ DATASETS = {"per_candidate": "per_candidate", "ranking": "per_decision_ranking",
 
 def tune(part: str, options: dict, seed: int, folder: Path, max_steps: int) -> dict[tuple[str, str], float]:
     """Balanced accuracy and accuracy of the tuned model, by split."""
-    manifest = folder / train_sft.MANIFEST
+    manifest = folder / MANIFEST
     if not (manifest.is_file() and json.loads(manifest.read_text())["finished"]):
         changes = {**options, "dataset_config": DATASETS[part], "seed": seed, "max_steps": max_steps}
         words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]

@@ -26,11 +26,23 @@ from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedT
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call_candidates import admissible_answers, load_candidates  # noqa: E402
-from loading import answer_tokens, encode, half_precision  # noqa: E402
-from scoring import asked_logits, collate, head_at, lay_out, pad, score_answers  # noqa: E402
-from tiny_phi3 import train_tokenizer  # noqa: E402
-from train_sft import EpochSampler  # noqa: E402
+from covered_call.candidates.builder import load_candidates  # noqa: E402
+from covered_call.candidates.prompts import admissible_answers  # noqa: E402
+from covered_call.language_model.loading import (
+    answer_tokens,  # noqa: E402
+    encode,  # noqa: E402
+    half_precision,  # noqa: E402
+)
+from covered_call.language_model.scoring import (
+    asked_logits,  # noqa: E402
+    collate,  # noqa: E402
+    head_at,  # noqa: E402
+    lay_out,  # noqa: E402
+    pad,  # noqa: E402
+    score_answers,  # noqa: E402
+)
+from covered_call.language_model.tiny_phi3 import train_tokenizer  # noqa: E402
+from covered_call.training.examples import EpochSampler  # noqa: E402
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
 STEP = 16  # records of an optimiser step

@@ -20,21 +20,20 @@ for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_TRUST_REMOTE_
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
 
-SCRIPT = Path(__file__).parents[1] / "covered_call_candidates.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "covered_call_candidates.py"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "real_data"
 REAL_PHI3 = Path(__file__).parents[2] / "shared" / "real_models" / "phi-3-mini"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from covered_call_candidates import (  # noqa: E402
-    COLUMNS,
-    RECORDS,
-    CoveredCallCandidatesConfig,
-    load_candidates,
-    read_candidates,
-)
+from covered_call.candidates.builder import load_candidates  # noqa: E402
+from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
+from covered_call.candidates.reading import read_candidates  # noqa: E402
+from covered_call.candidates.records import RECORDS  # noqa: E402
+from covered_call.candidates.schema import COLUMNS  # noqa: E402
 
 # The same examples on every run and no deadline: a red test is a changed behaviour, never a slow machine.
 settings.register_profile(

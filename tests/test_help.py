@@ -9,10 +9,9 @@ import pytest
 import yaml
 from conftest import SCRIPT, import_script
 
-import train_dpo
-import train_sft
-from covered_call_candidates import PreferenceConfig, options_of
-from first_checks import DPO_RECIPES, RECIPES, SFT_RECIPES
+from covered_call.candidates.options import PreferenceConfig, names_of
+from covered_call.training.first_checks import DPO_RECIPES, RECIPES, SFT_RECIPES
+from covered_call.training.recipe import DPO, SFT, PairArguments, RunArguments
 
 ROOT = SCRIPT.parent
 COMMANDS = [
@@ -83,16 +82,16 @@ def test_defaults_and_units_are_said(monkeypatch, capsys):
     assert "--config ranking" in text and "--quantization {int4,int8,none}" in text
 
 
-@pytest.mark.parametrize("script", [train_sft.SFT, train_dpo.DPO])
+@pytest.mark.parametrize("script", [SFT, DPO])
 def test_every_key_of_ones_own_is_in_a_group(script, monkeypatch, capsys):
     found = {names.split()[0] for names in options(help_of(script.name, monkeypatch, capsys))}
-    parts = [*script.parts[:2], train_sft.RunArguments]
+    parts = [*script.parts[:2], RunArguments]
     assert {f"--{key.name}" for part in parts for key in fields(part) if key.init} <= found
 
 
 def test_every_option_of_load_candidates_is_a_key_of_a_recipe():
-    own = {key.name for key in fields(train_dpo.PairArguments)}
-    assert set(options_of(PreferenceConfig)) - own == {
+    own = {key.name for key in fields(PairArguments)}
+    assert set(names_of(PreferenceConfig)) - own == {
         "hindsight",
         "seed",
     }  # no outcomes to learn from; the run's

@@ -19,7 +19,10 @@ from typing import NamedTuple
 
 from conftest import COLUMNS
 
-from covered_call_candidates import CandidatesError, CoveredCallCandidatesConfig, load_candidates, read_candidates
+from covered_call.candidates.builder import load_candidates
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.reading import read_candidates
+from covered_call.candidates.schema import CandidatesError
 
 from .second_reader import Faulty, Said, moment, understand
 from .spoiling import Mutant, bases, clip, spoil, text_of

@@ -39,9 +39,10 @@ from hub_standin import BREAK, DRIP, HANG, LOSE, PRETEND, TRICKLE, WRITER, Answe
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, logging
 
-import publish
-import publish_hub
-from covered_call_candidates import PROMPT_VERSION
+from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.publishing import hub as publish_hub
+from covered_call.publishing import publish
+from covered_call.publishing.dataset import build
 
 HANDLED, UNCLEAR, WRONG = "handled", "unclear", "wrong"
 LIMITS = {"SILENCE": 1, "ANSWER": 3, "PATIENCE": 1, "ASKING": 8}  # seconds
@@ -288,7 +289,7 @@ def quick() -> Iterator[Hub]:
             stack.enter_context(mock.patch.object(publish_hub, name, seconds))
         stack.enter_context(mock.patch.multiple(constants, ENDPOINT=hub.endpoint, HF_HUB_OFFLINE=False))
         stack.enter_context(mock.patch.dict(os.environ, HF_TOKEN=WRITER))
-        stack.enter_context(mock.patch.object(publish, "build", once(publish.build)))
+        stack.enter_context(mock.patch.object(publish, "build", once(build)))
         stack.enter_context(mock.patch.object(publish, "check_leaks", lambda *_: None))
         yield hub
 

@@ -27,13 +27,15 @@ import datasets
 import torch
 from conftest import decision, no_candidates, write_csv
 
-import covered_call_candidates
-import evaluate_policy
-import publish
-import q_scorer
-import tiny_phi3
-import train_dpo
-import train_sft
+from covered_call.candidates import builder as covered_call_candidates
+from covered_call.candidates.export import main
+from covered_call.candidates.options import CHATS
+from covered_call.evaluation import evaluate as evaluate_policy
+from covered_call.language_model import tiny_phi3
+from covered_call.publishing import publish
+from covered_call.training import dpo as train_dpo
+from covered_call.training import sft as train_sft
+from covered_call.value_model import q_scorer
 
 STEPS = ["--max_steps", "6", "--logging_steps", "1", "--report_to", "none", "--max_eval_records", "20"]
 STEPS += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
@@ -64,9 +66,7 @@ def source(home: Path, old: bool) -> str:
 
 
 def export(home: Path, old: bool) -> None:
-    covered_call_candidates.main(
-        ["--input", source(home, False), "--output_dir", str(home / "out"), *["--hindsight"] * old]
-    )
+    main(["--input", source(home, False), "--output_dir", str(home / "out"), *["--hindsight"] * old])
 
 
 def cache(home: Path, old: bool) -> None:
@@ -147,7 +147,7 @@ def furnish(home: Path) -> None:
 def build_base(home: Path) -> None:
     chats = [
         message["content"]
-        for name in covered_call_candidates.CHATS
+        for name in CHATS
         for record in covered_call_candidates.load_candidates(
             name, data_files=source(home, False), cache_dir=str(home / "arrow"), splits="train"
         )["train"]

@@ -33,21 +33,22 @@ import numpy as np
 import pandas as pd
 from conftest import decision, no_candidates, write_csv
 
-import covered_call_candidates
-import data_options
-import evaluate_policy
-import first_checks
-import publish
-import q_scorer
-import train_dpo
-import train_sft
-from covered_call_candidates import (
-    RECORDS,
-    CandidatesError,
-    CoveredCallCandidatesConfig,
-    PreferenceConfig,
-    load_candidates,
-)
+from covered_call import data_options
+from covered_call.candidates.builder import load_candidates
+from covered_call.candidates.export import main, parse_arguments
+from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
+from covered_call.candidates.records import RECORDS
+from covered_call.candidates.schema import CandidatesError
+from covered_call.evaluation import evaluate as evaluate_policy
+from covered_call.language_model.manifest import PolicyError
+from covered_call.publishing import publish
+from covered_call.publishing.private import PublishError
+from covered_call.training import first_checks
+from covered_call.training import sft as train_sft
+from covered_call.training.recipe import DPO, SFT, parse_recipe
+from covered_call.training.runs import RecipeError
+from covered_call.value_model import q_scorer
+from covered_call.value_model.scorer import Gates, check_weight
 
 NOTHING = object()  # what a value means that no option takes
 HANDLED, UNCLEAR, WRONG = "handled", "unclear", "wrong"
@@ -332,16 +333,14 @@ def options_of(parse: Callable) -> list[str]:
 
 
 def export(words: list[str], csv_file: str) -> None:
-    covered_call_candidates.main(["--input", csv_file, "--output_dir", "out", *words])
+    main(["--input", csv_file, "--output_dir", "out", *words])
 
 
 def learn(words: list[str], csv_file: str) -> None:
     asked = q_scorer.parse_arguments(["--data_files", csv_file, *words])
-    q_scorer.check_weight(asked.positive_weight)
+    check_weight(asked.positive_weight)
     data_options.data_options(asked, {})
-    q_scorer.Gates(
-        *(getattr(asked, name) or 0.0 for name in ("threshold", "min_confidence", "min_abs_return"))
-    ).check()
+    Gates(*(getattr(asked, name) or 0.0 for name in ("threshold", "min_confidence", "min_abs_return"))).check()
 
 
 def judge_policy(words: list[str], csv_file: str) -> None:
@@ -360,15 +359,15 @@ def recipe(script, recipes: tuple[str, ...], name: str, words: list[str], csv_fi
     words = ["--config", name, "--tiny_base_steps", "4", "--data_files", csv_file, "--output_dir", "run", *words]
     with mock.patch.object(sys, "argv", ["train", *words]):
         first_checks.check(recipes)
-    train_sft.run(lambda: train_sft.parse_recipe(words, script))
+    train_sft.run(lambda: parse_recipe(words, script))
 
 
 def train(words: list[str], csv_file: str) -> None:
-    recipe(train_sft.SFT, first_checks.SFT_RECIPES, "tiny", words, csv_file)
+    recipe(SFT, first_checks.SFT_RECIPES, "tiny", words, csv_file)
 
 
 def prefer(words: list[str], csv_file: str) -> None:
-    recipe(train_dpo.DPO, first_checks.DPO_RECIPES, "tiny_dpo", words, csv_file)
+    recipe(DPO, first_checks.DPO_RECIPES, "tiny_dpo", words, csv_file)
 
 
 def own_keys(script) -> list[str]:
@@ -379,12 +378,12 @@ def own_keys(script) -> list[str]:
 
 
 COMMANDS: dict[str, tuple[Callable, Callable[[], list[str]]]] = {
-    "export": (export, lambda: options_of(covered_call_candidates.parse_arguments)),
+    "export": (export, lambda: options_of(parse_arguments)),
     "q_scorer": (learn, lambda: options_of(q_scorer.parse_arguments)),
     "evaluate_policy": (judge_policy, lambda: options_of(evaluate_policy.parse_arguments)),
     "publish": (share, lambda: options_of(publish.parse_arguments)),
-    "train_sft": (train, lambda: own_keys(train_sft.SFT)),
-    "train_dpo": (prefer, lambda: own_keys(train_dpo.DPO)),
+    "train_sft": (train, lambda: own_keys(SFT)),
+    "train_dpo": (prefer, lambda: own_keys(DPO)),
 }
 
 
@@ -400,7 +399,7 @@ def judge_word(command: str, option: str, word: str, csv_file: str) -> tuple[str
         lacks = unclear_because(less(str(stop.code), word), None) if stop.code else None
         text = str(stop.code)
         return (UNCLEAR, f"the message {lacks}: {text[:200]!r}") if lacks else (HANDLED, "")
-    except (CandidatesError, publish.PublishError, train_sft.RecipeError, train_sft.PolicyError) as error:
+    except (CandidatesError, PublishError, RecipeError, PolicyError) as error:
         lacks = unclear_because(less(str(error), word), None)  # which each main ends with
         return (UNCLEAR, f"the message {lacks}: {str(error)[:200]!r}") if lacks else (HANDLED, "")
     except Exception as error:

@@ -1,0 +1,276 @@
+"""The builder of the data sets: which files are read, and under which key they are cached."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable
+
+import datasets
+from datasets.data_files import DataFilesDict, DataFilesList
+
+from covered_call.candidates.options import (
+    CoveredCallCandidatesConfig,
+    PreferenceConfig,
+    check_options,
+    kind_of,
+    names_of,
+    options_of,
+)
+from covered_call.candidates.preferences import balance_pairs
+from covered_call.candidates.reading import read_candidates
+from covered_call.candidates.records import FEATURES, RECORDS, makes_record
+from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
+from covered_call.candidates.source import CODE_HASH, HOME, check_current
+from covered_call.candidates.splits import split_decisions
+
+logger = logging.getLogger(__name__)
+
+CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
+SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
+
+
+class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
+    """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
+
+    BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
+    BUILDER_CONFIGS = [
+        CoveredCallCandidatesConfig(
+            name="per_candidate",
+            version=datasets.Version("2.0.0"),
+            description="One chat a candidate option, answered SELL_CALL or SKIP.",
+        ),
+        CoveredCallCandidatesConfig(
+            name="per_decision_ranking",
+            version=datasets.Version("2.0.0"),
+            description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
+        ),
+        PreferenceConfig(
+            name="preference",
+            version=datasets.Version("2.0.0"),
+            description="One pair of answers a decision: the one that brought most, and a worse one.",
+        ),
+        CoveredCallCandidatesConfig(
+            name="q_values",
+            version=datasets.Version("2.0.0"),
+            description="One row of numbers a candidate option, with what selling it brought.",
+        ),
+    ]
+    DEFAULT_CONFIG_NAME = "per_candidate"
+
+    def __init__(self, *args, data_files=None, data_dir=None, base_path=None, hash=None, backtest=None, **options):
+        self.backtest = backtest
+        # The library makes a folder's name of it, which it replaces when it prepares the data anew.
+        if hash is not None and not re.fullmatch(r"[\w-]+", str(hash)):
+            raise CandidatesError(f"hash={shown(hash)}: give letters and digits, or leave it out.")
+        base_path = base_path or str(HOME)
+        check_current(base_path)
+        options = {name: value for name, value in options.items() if value is not None}
+        check_options(options.get("config_name", self.DEFAULT_CONFIG_NAME), options)
+        # The library makes its cache key from what it is given here. Resolved files with the hash of their
+        # content, and the hash of this code, are what make an edited CSV or prompt give new rows. Its own version
+        # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
+        super().__init__(
+            *args,
+            data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
+            base_path=base_path,
+            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
+            **options,
+        )
+
+    def get_exported_dataset_info(self):
+        return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
+
+    def _info(self):
+        return datasets.DatasetInfo(
+            description=self.config.description, features=datasets.Features(FEATURES[self.config.name])
+        )
+
+    def _split_generators(self, dl_manager):
+        backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
+        self.backtest = None  # num_proc sends the builder to each process
+        generators = []
+        for name, entries in backtest.splits.items():
+            entries = [entry for entry in entries if makes_record(entry, self.config)]
+            if self.config.name == "preference" and name == "train":
+                entries = balance_pairs(entries, self.config)
+            if entries:
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
+            else:  # datasets cannot hold a split without rows
+                logger.warning("Split %s is empty, and left out.", name)
+        if not generators:
+            raise CandidatesError(
+                f"No split of {self.config.name} has a record: the files hold no candidate, or no outcome is known, "
+                "or the purge took all."
+            )
+        return generators
+
+    def _generate_examples(self, shards):
+        for shard in shards:
+            for logged in shard:
+                for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
+                    yield f"{record['decision_id']}|{index}", record
+
+
+class Backtest:
+    """The decisions of some files: read when they are first asked for, and once, whatever is made of them.
+
+    Args:
+        options: of reading, outcomes and splits.
+    """
+
+    def __init__(self, files: list[str], options: CoveredCallCandidatesConfig):
+        self.files, self.options = files, options
+        if not isinstance(options.data_files, DataFilesDict):
+            self.options = dataclasses.replace(options, data_files=fingerprint(files))
+
+    @functools.cached_property
+    def logged(self) -> list[LoggedDecision]:
+        """All of them, by decision time, with their candidates as the files have them."""
+        return read_candidates(self.files, self.options)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, list[LoggedDecision]]:
+        return split_decisions(self.logged, self.options)
+
+    def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
+        """A config as load_candidates gives it, without reading the files again.
+
+        Args:
+            options: beside those of the backtest, such as min_edge. None may be one of reading, outcomes or splits.
+        """
+        shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
+        defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
+        changed = {option: value for option, value in shared.items() if value != defaults[option]}
+        more = {"data_files": self.files, "cache_dir": cache_dir, "backtest": self}
+        return prepared(CoveredCallCandidates(config_name=name, **more, **changed | options), num_proc)
+
+
+def cut(entries: list, parts: int) -> list[tuple]:
+    """At most ``parts`` contiguous pieces of nearly equal length."""
+    size = math.ceil(len(entries) / parts)
+    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
+
+
+def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:
+    """Absolute paths of the CSVs to read: those named, else those in data/, else the simulated sample."""
+    if isinstance(data_files, dict):
+        raise CandidatesError(
+            "data_files takes a path, a glob or a list of them, not a dict: the splits are made by decision time "
+            "(see the options splits, validation_from and test_from)."
+        )
+    if data_files is not None:
+        one = isinstance(data_files, (str, bytes, os.PathLike)) or not hasattr(data_files, "__iter__")
+        one = one or getattr(data_files, "ndim", 1) == 0  # an array of numpy's that is one value
+        patterns = [data_files] if one else list(data_files)
+        if not patterns:
+            raise CandidatesError("data_files is an empty list: give a path, a glob, or leave it out.")
+        folder = "" if data_dir is None else path_of("data_dir", data_dir)
+        patterns = [path_of("data_files", pattern) for pattern in patterns]
+        return list(dict.fromkeys(path for pattern in patterns for path in match(pattern, folder)))
+    if data_dir is not None:
+        return match("*.csv", path_of("data_dir", data_dir), or_gzipped=True)
+    for folder, what in (("data", "the CSVs"), (os.path.join("data", "sample"), "the simulated sample")):
+        place = glob.escape(os.path.join(base_path, folder))
+        found = [path for pattern in CSV_PATTERNS for path in glob.glob(os.path.join(place, pattern))]
+        if found:
+            say_which(what, os.path.join(base_path, folder))
+            return sorted(map(os.path.abspath, found))
+    raise CandidatesError(f"No {CSV_PATTERNS[0]} in {os.path.join(base_path, 'data')} and no sample: give data_files.")
+
+
+@functools.cache  # once, however often a command looks
+def say_which(what: str, folder: str) -> None:
+    logger.warning("No data_files given: reading %s in %s.", what, folder)
+
+
+def path_of(option: str, path) -> str:
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else b""
+    if not isinstance(text, str) or "\0" in text or any("\ud800" <= character <= "\udbff" for character in text):
+        raise CandidatesError(f"{option}={shown(path)}: give a path, a glob such as 'runs/*.csv', or a list of them.")
+    return os.path.expanduser(text)
+
+
+def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]:
+    """Files that a path or glob names, relative to ``folder`` (no glob) or the current one, sorted."""
+    path = os.path.abspath(os.path.join(folder, pattern))
+    pattern = os.path.join(glob.escape(os.path.abspath(folder)), pattern)
+    found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
+    found += glob.glob(pattern + ".gz") if or_gzipped else []
+    found = sorted(os.path.abspath(one) for one in found if os.path.isfile(one))
+    if not found:
+        raise CandidatesError(
+            f"No file matches {printable(path, 1_000)}. Give a path, a glob such as 'runs/*.csv', or a list."
+        )
+    return found
+
+
+def fingerprint(paths: list[str]) -> DataFilesDict:
+    """The files with a hash of their content, where ``datasets`` itself would note the time of change."""
+    hashes = []
+    for path in paths:
+        with open(path, "rb") as file:
+            hashes.append((hashlib.file_digest(file, "sha256").hexdigest(),))
+    return DataFilesDict({"train": DataFilesList(paths, hashes)})
+
+
+def load_candidates(
+    name: str = "per_candidate", *, data_files=None, cache_dir=None, streaming=False, num_proc=None, **options
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Loads a config on any datasets version, with no trust flag.
+
+    Args:
+        name: "per_candidate", "per_decision_ranking", "preference" or "q_values".
+        data_files: a path, a glob or a list of them; default ``data/training_candidates_*.csv`` beside this script,
+            else the simulated sample.
+        cache_dir: where the Arrow files go, default the Hugging Face cache.
+        streaming: render while iterating, without a cache.
+        num_proc: processes that render.
+        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference").
+
+    Raises:
+        CandidatesError: for files or options that cannot be used.
+    """
+    check_call(name, options, cache_dir=cache_dir, streaming=streaming, num_proc=num_proc)
+    try:
+        builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
+        return builder.as_streaming_dataset() if streaming else prepared(builder, num_proc)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise plain_error(error) from error
+
+
+def prepared(builder: CoveredCallCandidates, num_proc: int | None) -> datasets.DatasetDict:
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder.as_dataset()
+
+
+def check_call(name, options: dict, cache_dir, streaming, num_proc) -> None:
+    """Raises CandidatesError for an argument of load_candidates that is none."""
+    if not isinstance(name, str) or name not in RECORDS:
+        raise CandidatesError(f"{shown(name)} is no config: choose one of {', '.join(RECORDS)}.")
+    known = ["data_dir", *names_of(kind_of(name))]
+    strange = [option for option in options if option not in known]
+    if strange:
+        raise CandidatesError(f"{shown(strange[0])[1:-1]} is no option of {name}: choose from {', '.join(known)}.")
+    if cache_dir is not None:
+        path_of("cache_dir", cache_dir)
+    if not isinstance(streaming, bool):
+        raise CandidatesError(f"streaming={shown(streaming)}: give True or False.")
+    if num_proc is not None and (isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1):
+        raise CandidatesError(f"num_proc={shown(num_proc)}: give a whole number from 1, or leave it out.")
+
+
+def plain_error(error: BaseException) -> CandidatesError:
+    """What went wrong while files were read or the cache was written, whatever the library made of it."""
+    while error.__cause__ is not None and not isinstance(error, (OSError, CandidatesError)):
+        error = error.__cause__
+    if isinstance(error, CandidatesError):
+        return error
+    return CandidatesError(
+        f"The data cannot be read, or the cache not be written: {error}. Is the disk full, or the file not yours? "
+        "cache_dir, or HF_HOME in the environment, says where the cache is."
+    )

@@ -1,0 +1,100 @@
+"""Can the answer be read from the prompt, or from something as simple as the order or the score?"""
+
+import argparse
+import collections
+import math
+from collections.abc import Callable
+
+import numpy as np
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
+from covered_call.candidates.options import CHATS
+from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
+from covered_call.data_options import config_of, data_options, read_splits
+from covered_call.evaluation.baselines import Pick, fit_threshold, highest, scores
+from covered_call.tables import align
+
+
+def audit(asked: argparse.Namespace) -> int:
+    """Prints what each reader gets right; returns 1 if prompts name the answer, else 0."""
+    files, config = data_options(asked, {})
+    _, splits = read_splits(files, config)
+    leaks, only_score = [], []
+    for task in PROMPTED:
+        corpora = render_splits(splits, config := config_of(task, config))
+        leaks += find_leaks(corpora, config)
+        if task not in CHATS:  # pairs to prefer between: there is no one answer to guess
+            continue
+        readers = make_readers(task, corpora["train"])
+        cells = [[task, *corpora]]
+        for name, read in readers.items():
+            cells.append([name, *(f"{share_right(read, corpus):.3f}" for corpus in corpora.values())])
+        # A decision with a high score and no trade may only be the last of a backtest: trades are counted apart.
+        traded = [render([e for e in c.entries if e.chosen is not None], config) for c in corpora.values()]
+        right = [share_right(readers[SCORE_RULE], corpus) for corpus in traded]
+        cells.append([f"{SCORE_RULE}, on trades", *(f"{share:.3f}" for share in right)])
+        only_score.append(all(share == 1.0 for share in right))
+        print(f"\n{align(cells)}")
+    print()
+    if all(only_score):
+        print(
+            "Whenever the teacher sold, the score rule sold the same call: the teacher is a rule over one number that "
+            "the prompt shows, so a model that agrees with it need have learnt no more than to read that number."
+        )
+    print("\n".join(leaks) if leaks else "Passed: no prompt names its answer.")
+    return int(bool(leaks))
+
+
+def share_right(read: Callable[[Corpus], list[str]], corpus: Corpus) -> float:
+    return (
+        float(np.mean([a == b for a, b in zip(read(corpus), corpus.answers, strict=True)]))
+        if corpus.answers
+        else math.nan
+    )
+
+
+SCORE_RULE = "score rule"
+
+
+def make_readers(task: str, train: Corpus) -> dict[str, Callable[[Corpus], list[str]]]:
+    """From a corpus to an answer for each of its prompts; those that need it are fitted on train."""
+    if not train.prompts:
+        raise CandidatesError("The training split holds no candidate: give more data, or other splits.")
+    commonest = collections.Counter(train.answers).most_common(1)[0][0]
+    rule = highest(scores, fit_threshold(scores, train.entries))
+    return {
+        "majority answer": lambda corpus: [commonest] * len(corpus.prompts),
+        "always the first": lambda corpus: answers_to(task, corpus.entries, [0] * len(corpus.entries)),
+        SCORE_RULE: lambda corpus: answers_to(task, corpus.entries, rule([e.decision for e in corpus.entries])),
+        "bag of tokens": bag_of_tokens(train, commonest),
+        "patterns of hindsight": lambda corpus: [read_hindsight(task, prompt) for prompt in corpus.prompts],
+    }
+
+
+def answers_to(task: str, entries: list[LoggedDecision], picks: list[Pick]) -> list[str]:
+    """Picks as the answers of a task, in the order of its prompts."""
+    if task == "per_decision_ranking":
+        return [NO_TRADE if pick is None else str(pick + 1) for pick in picks]
+    sizes = [len(entry.decision.candidates) for entry in entries]
+    return [SELL_CALL if i == pick else SKIP for size, pick in zip(sizes, picks, strict=True) for i in range(size)]
+
+
+def bag_of_tokens(train: Corpus, commonest: str) -> Callable[[Corpus], list[str]]:
+    """A linear classifier of the words, and pairs of words, in the prompt's text."""
+    if len(set(train.answers)) == 1:
+        return lambda corpus: [commonest] * len(corpus.prompts)
+    words = CountVectorizer(token_pattern=r"\S+", lowercase=False, ngram_range=(1, 2), min_df=2, binary=True)
+    model = make_pipeline(words, LogisticRegression(max_iter=200)).fit(train.prompts, train.answers)
+    return lambda corpus: model.predict(corpus.prompts).tolist()
+
+
+def read_hindsight(task: str, prompt: str) -> str:
+    """The answer as the hindsight block gives it away: it names the index, and only a sold call has a reward."""
+    if task == "per_decision_ranking":
+        found = CHOSEN_INDEX.search(prompt)
+        return found[1] if found else NO_TRADE
+    found = REWARD.search(prompt)
+    return SELL_CALL if found and found[1] not in ("0.00", "-0.00", "n/a") else SKIP

@@ -1,0 +1,127 @@
+"""TODO."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from types import NoneType
+
+from covered_call.candidates.prompts import PROMPT_VERSION
+
+MANIFEST, CALIBRATION, RECIPE, CHECKPOINT = "manifest.json", "calibration.json", "recipe.yaml", "checkpoint-"
+QUANTIZATIONS = ("int4", "int8", "none")
+TEMPERATURES = 0.05, 20.0  # between which a calibration looks
+
+
+class PolicyError(ValueError):
+    """A model, its tokenizer or its folder cannot be used as it is; the message says why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a finished run saved
+
+# What a manifest must say before its model can be used, with its type; a dot is a level of nesting.
+KEYS = {
+    "task": str,
+    "base_model": str,
+    "base_revision": (str, NoneType),
+    "quantization": str,
+    "adapter": bool,
+    "recipe": dict,
+    "splits.train.to": str,
+    "tuned_on.underlyings": list,
+    "tuned_on.exit_styles": list,
+    "tuned_on.numbers": dict,
+}
+
+
+def hash_of(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def read_manifest(folder: str | os.PathLike) -> dict:
+    """What a tuned model was made from.
+
+    Raises:
+        PolicyError: if the run has not finished, its prompts are not today's, or a file is not as it was saved.
+    """
+    if not Path(folder).is_dir():
+        raise PolicyError(f"There is no folder {folder}: give one that train_sft.py saved.")
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise PolicyError(f"{folder} holds no {MANIFEST}: it is no folder that train_sft.py saved.")
+    manifest = read_json(path)
+    if not {"finished", "prompt_version"} <= manifest.keys():
+        raise PolicyError(f"{path} is none that train_sft.py saved: it does not say whether a run has finished.")
+    if not manifest["finished"]:
+        raise PolicyError(f"The run in {folder} has not finished: start it again with the same command.")
+    if manifest["prompt_version"] != PROMPT_VERSION:
+        raise PolicyError(
+            f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and covered_call_candidates.py "
+            f"now renders version {PROMPT_VERSION}. Tune it again, or go back to the code it was tuned with."
+        )
+    if "files" not in manifest:
+        raise PolicyError(f"{folder} was saved by an older version, without hashes of its files: tune it again.")
+    check_keys(path, manifest)
+    check_files(folder, manifest["files"])
+    return manifest
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; PolicyError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be read: {error}. Copy it again, or tune the model again.") from error
+    if not isinstance(found, dict):
+        raise PolicyError(f"{path} holds no JSON object. Copy it again, or tune the model again.")
+    return found
+
+
+def check_keys(path: Path, manifest: dict) -> None:
+    """Raises PolicyError if the manifest lacks what deciding needs, or says it in another form."""
+    for key, kind in {**KEYS, "files": dict}.items():
+        value = functools.reduce(
+            lambda level, name: level.get(name) if isinstance(level, dict) else None, key.split("."), manifest
+        )
+        if not isinstance(value, kind):
+            raise PolicyError(f"{path}: {key} is {value!r}. Copy it again, or tune the model again.")
+
+
+def check_files(folder: str | os.PathLike, files: dict[str, str]) -> None:
+    """Raises PolicyError if a file is not the one whose hash the manifest keeps."""
+    for name, digest in files.items():
+        path = Path(folder) / Path(name).name
+        if not path.is_file():
+            raise PolicyError(f"{folder} lacks {name}, which its {MANIFEST} names. Copy it again, or tune it again.")
+        if hash_of(path) != digest:
+            raise PolicyError(
+                f"{path} is not the file that was saved: its content has changed. Copy it again, or tune the model "
+                "again."
+            )
+
+
+def read_temperature(folder: str | os.PathLike) -> float:
+    """What the calibration beside a model says, 1 if there is none.
+
+    A hash does not watch over it, for it is fitted anew long after the manifest, and the two could not be replaced in
+    one step. Its one number is checked instead.
+    """
+    path = Path(folder) / CALIBRATION
+    if not path.exists():
+        return 1.0
+    found = read_json(path).get("temperature")
+    if not is_temperature(found):
+        raise PolicyError(
+            f"{path}: the temperature is {found!r}, and a calibration gives {TEMPERATURES[0]} to {TEMPERATURES[1]}. "
+            "Delete the file, or calibrate the model again."
+        )
+    return found
+
+
+def is_temperature(value: object) -> bool:
+    low, high = TEMPERATURES
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high

@@ -1,0 +1,232 @@
+"""A tuned model to share: what training wrote and nothing else, without the paths of this machine, and its card."""
+
+import fnmatch
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard
+
+from covered_call.evaluation import metrics
+from covered_call.evaluation.money import ALL, HODL, MODEL, TEACHER
+from covered_call.evaluation.report import markdown_table
+from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
+from covered_call.publishing.hub import push
+from covered_call.publishing.private import (
+    CARD,
+    PublishError,
+    check_no_secrets,
+    fill,
+    load_card,
+    name_of,
+    scrub,
+    scrub_text,
+)
+
+# What a training says of itself. The rest of what is shared are the files whose hashes its manifest keeps.
+SAID = (CARD, MANIFEST, RECIPE, CALIBRATION, "training.png")
+
+
+def as_json(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def as_yaml(value) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+JSON, YAML = (json.loads, as_json), (yaml.safe_load, as_yaml)
+STRUCTURED = {RECIPE: YAML} | dict.fromkeys(
+    (CALIBRATION, "adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"), JSON
+)
+WEIGHTS = ("adapter_*", "model*.safetensors*")  # of an earlier push: those of another kind would be loaded
+REPORT = Path("report") / "metrics.json"
+REPORTED = ["accuracy", "balanced_accuracy", "trade_rate", "coverage", "mean_pnl", "minus_teacher"]
+
+
+def push_model(
+    folder: str | os.PathLike,
+    repo: str,
+    private: bool = True,
+    revision: str | None = None,
+    data_repo: str | None = None,
+    report: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Shares a finished fine-tune with its model card in one commit; what training did not write stays here.
+
+    Args:
+        folder: as train_sft.py saved it; it is not changed.
+        data_repo: the dataset on the Hub that it was tuned on.
+        report: a metrics.json of evaluate_policy.py; default that of ``report/``, if it is of this model.
+
+    Raises:
+        PublishError: if the run has not finished, a file is not as it was saved, no regular one, or holds a token, the
+            report is of another model, or the Hub refuses.
+    """
+    folder = Path(folder)
+    manifest = read_finished(folder)
+    names, left_out = files_to_share(folder, {*SAID, *manifest["files"]})
+    with tempfile.TemporaryDirectory(prefix="covered_call_card_") as scratch:
+        card = model_card(folder, manifest, repo, revision, data_repo, report)
+        tree = {name: folder / name for name in names}
+        tree |= without_paths(tree, manifest, card, Path(scratch))
+        print("\n".join(f"{path}  {file.stat().st_size:,} bytes" for path, file in tree.items()))
+        if left_out:
+            print(f"Not shared, for training did not save it to be loaded: {', '.join(left_out)}")
+        if dry_run:
+            check_no_secrets(tree, token)
+            print(f"\n{tree[CARD].read_text(encoding='utf-8')}")
+            return
+        push(tree, repo, "model", private, revision, lambda path: matches(path, WEIGHTS), token)
+
+
+def files_to_share(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
+    """The names of the files that training wrote, and of whatever else lies in the folder, which is not read.
+
+    Raises:
+        PublishError: if one of the first is a link, or no file at all.
+    """
+    shared, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name not in written:
+            left_out.append(f"{path.name}/" if path.is_dir() else path.name)
+        elif path.is_symlink() or not path.is_file():
+            kind = "a link" if path.is_symlink() else "no regular file"
+            raise PublishError(f"{path} is {kind}: only files that lie in the folder are shared. Put the file there.")
+        else:
+            shared.append(path.name)
+    return shared, left_out
+
+
+def read_finished(folder: Path) -> dict:
+    try:
+        return read_manifest(folder)
+    except PolicyError as error:
+        raise PublishError(str(error)) from error
+
+
+def without_paths(tree: dict[str, Path], manifest: dict, card: str, scratch: Path) -> dict[str, Path]:
+    """Copies of the files that say where things lie on this machine, with names in the place of paths; and the card.
+
+    The manifest's hashes are those of the copies.
+    """
+    local = local_names(manifest)
+    copies = {CARD: write(scratch / CARD, scrub_text(card, local))}
+    for name in [name for name in tree if name in STRUCTURED]:
+        load, dump = STRUCTURED[name]
+        try:
+            found = load(tree[name].read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise PublishError(f"{tree[name]} cannot be read ({error}): tune the model again.") from error
+        clean = scrubbed(tree[name], found, local)
+        if clean != found:
+            copies[name] = write(scratch / name, dump(clean))
+    files = {name: hash_of(copies[name]) if name in copies else digest for name, digest in manifest["files"].items()}
+    clean = scrubbed(tree[MANIFEST], manifest, local) | {"files": files}
+    return copies | {MANIFEST: write(scratch / MANIFEST, as_json(clean))}
+
+
+def local_names(manifest: dict) -> set[str]:
+    """What the manifest calls its base, if that is a folder: its revision is a hash then, and not a commit."""
+    named = {manifest["base_model"], manifest["recipe"].get("model_name_or_path")}
+    return {name for name in named if name} if is_folder_base(manifest) else set()
+
+
+def is_folder_base(manifest: dict) -> bool:
+    return str(manifest["base_revision"]).startswith("sha256:") or os.path.exists(manifest["base_model"])
+
+
+def scrubbed(path: Path, found, local: set[str]):
+    try:
+        return scrub(found, local)
+    except PublishError as error:
+        raise PublishError(
+            f"{path}: {error}, with which anybody may write in your name. Revoke it at "
+            "https://huggingface.co/settings/tokens, delete it from the file, and run this again."
+        ) from error
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def model_card(
+    folder: Path, manifest: dict, repo: str, revision: str | None, data_repo: str | None, report: str | None
+) -> str:
+    """The card that train_sft.py wrote, with where the model and its data are on the Hub, and its evaluation."""
+    card = load_card(ModelCard, folder / CARD)
+    data = "The data it was tuned on are not on the Hub."
+    if data_repo:
+        card.data["datasets"] = [data_repo]
+        data = f"It was tuned on [{data_repo}](https://huggingface.co/datasets/{data_repo}), `{manifest['task']}`."
+    if is_folder_base(manifest):
+        base = f"`{name_of(manifest['base_model'])}` ({manifest['base_revision']})"
+        data += f" Its base, {base}, is a folder on the machine that tuned it, and not shared here."
+        print(f"Note: nobody else can load it, for its base, {manifest['base_model']}, is a folder on this machine.")
+    at = f', revision="{revision}"' if revision else ""
+    card.text = fill(card.text, "loading", "Use it", f"{HOW_TO_DECIDE.format(repo=repo, at=at)}\n\n{data}")
+    evaluation = read_report(folder, report)
+    if evaluation:
+        card.text = fill(card.text, "evaluation", "Evaluation", evaluation)
+    return str(card)
+
+
+HOW_TO_DECIDE = """\
+```python
+from huggingface_hub import snapshot_download
+from policy import Policy
+
+policy = Policy.load(snapshot_download("{repo}"{at}))
+```"""
+
+
+def read_report(folder: Path, given: str | None) -> str | None:
+    """The figures of a metrics.json for the card; None if none was given and report/ has none of this model."""
+    path = Path(given or REPORT)
+    if not given and not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        of_this_model = found["model"] is not None and Path(found["model"]).resolve() == folder.resolve()
+        if of_this_model and found["metrics_version"] == metrics.VERSION:
+            return describe_report(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{path} is no metrics.json of evaluate_policy.py ({type(error).__name__}: {error})."
+        ) from error
+    if given:
+        raise PublishError(
+            f"{path} is of {found['model'] or 'the baselines alone'}, with metrics of version "
+            f"{found['metrics_version']}. Run: python evaluate_policy.py --model {folder}"
+        )
+    print(f"{path} is not of {folder}: the card is made without it.")
+    return None
+
+
+def describe_report(found: dict) -> str:
+    """The model beside the best rule, the teacher and never selling, for each exit style."""
+    parts = [
+        f"By `evaluate_policy.py` on the {found['split']} split; [95 % intervals]; P&L in USD a unit, against HODL."
+    ]
+    for group in found["groups"]:
+        if group["group"] == ALL:
+            since, until = group["from"][:10], group["to"][:10]
+            parts.append(f"**{group['exit_style']}**: {group['decisions']:,} decisions, {since} to {until}")
+            rows = {name: group["rows"][name] for name in (MODEL, found["best_rule"], TEACHER, HODL)}
+            figures = {who: {name: figure(of[name]) for name in REPORTED} for who, of in rows.items()}
+            parts.append(markdown_table(figures, REPORTED))
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in found["notes"])])
+
+
+def figure(saved: dict) -> metrics.Figure:
+    low, high = (float("nan") if saved[end] is None else saved[end] for end in ("low", "high"))
+    return metrics.Figure(low, high, saved["interval"])

@@ -1,0 +1,202 @@
+"""TODO."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from covered_call.language_model.loading import load_config
+from covered_call.language_model.scoring import ROW_TOKENS
+from covered_call.training.examples import EpochSampler, check_lengths, check_records, count_labels, is_trade
+from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
+from covered_call.training.recipe import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from covered_call.training.runs import RecipeError, begun_run
+
+
+def lora_config(model: ModelArguments) -> LoraConfig | None:
+    """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer but the head; None to train all weights."""
+    if not model.lora_r:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules="all-linear",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+
+
+def preflight(
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: dict[str, tuple[int, ...]],
+    sampler: "EpochSampler",
+) -> str:
+    """Checks that this can be trained, and says what it is, on what, and how long.
+
+    Args:
+        splits: as encode_split made them.
+        answers: the tokens of each answer.
+
+    Raises:
+        RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
+    """
+    config = load_config(model.model_name_or_path)
+    lengths = {name: check_records(name, split, answers, tokenizer) for name, split in splits.items()}
+    check_lengths(splits, lengths, training.max_length, config)
+    longest_answer = max(map(len, answers.values()))
+    work = describe_model(config, model, training, longest_record(lengths), longest_answer)
+    there = memory_for(training, model.quantization)
+    plan = make_plan(work, training, there)
+    training.settle(plan, model.quantization)
+    sampler.group(lengths["train"][0], global_batch(training))
+    rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
+    facts = {
+        "tokens": describe_tokens(lengths, longest_answer, training.max_length),
+        "answers": describe_answers(tokenizer, answers),
+        "balance": f"{data.balance}: an epoch takes {sampler}",
+        **describe_work(training, work, plan, there, max(rows), len(sampler)),
+    }
+    shown = {**splits, "train": splits["train"].select(range(sampler.records))}
+    return lay_out_preflight(
+        f"{data.dataset_config} on {model.model_name_or_path}, {model.quantization}", shown, facts
+    )
+
+
+def describe_model(config, model: ModelArguments, training: "RunArguments", tokens: int, asked: int) -> Work:
+    """What of a recipe decides the memory; for ``tokens`` and ``asked`` see memory.Work."""
+    width = 2 if training.bf16 or training.fp16 else 4
+    moment = 1 if "8bit" in training.optim else 4
+    size = count_parameters(config, lora_config(model))
+    return Work(config, size, model.quantization, width, moment, bool(model.lora_dropout), tokens, asked)
+
+
+def memory_for(training: "RunArguments", quantization: str) -> float | None:
+    """GiB that each process has, or is to have: the same figure for all, whose plans must not differ."""
+    gib = memory_there(quantization, None if training.awaits_gpu else training.device)
+    return gib if gib is None or training.world_size == 1 else min(gather_object([gib]))
+
+
+def make_plan(work: Work, training: "RunArguments", there: float | None) -> Plan:
+    """What the recipe leaves open, for so many GiB; a run that was begun keeps its micro-batch."""
+    begun = None if training.overwrite_output_dir else begun_run(Path(training.output_dir))
+    size, every = training.per_device_train_batch_size, int(training.gradient_checkpointing)
+    if "per_device_train_batch_size" in training.open_keys:
+        size = begun.get("micro_batch") if begun else None
+    if "gradient_checkpointing" in training.open_keys:
+        every = None
+    return choose(work, training.records, size, every, there)
+
+
+def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers: dict) -> tuple[int, int]:
+    """Tokens of the longest row of answers that an evaluation reads, and how many of them are answers'."""
+    rows = Counter()
+    asked = [sum(len(answers[answer]) for answer in offered) for offered in split["answers"]]
+    lengths = totals - learnt + np.array(asked)
+    for decision, length in zip(split["decision_id"], lengths.tolist(), strict=True):
+        rows[decision] += length
+    longest = max(int(lengths.max()), min(max(rows.values()), ROW_TOKENS))
+    return longest, math.ceil(longest * max(a / n for a, n in zip(asked, lengths.tolist(), strict=True)))
+
+
+def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
+    return int(max(total.max() for total, _ in lengths.values()))
+
+
+def describe_tokens(
+    lengths: dict[str, tuple[np.ndarray, np.ndarray]], longest_answer: int, max_length: int | None
+) -> str:
+    prompts = np.concatenate([total - answer for total, answer in lengths.values()])
+    return (
+        f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
+        f"{longest_answer}; record at most {longest_record(lengths)}, and none is over max_length {max_length}"
+    )
+
+
+def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tuple[int, ...]]) -> str:
+    endings = {tokenizer.convert_ids_to_tokens(tokens[-1]) for tokens in answers.values()}
+    return (
+        f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}, on which alone each "
+        f"record's loss is; the pad token is {tokenizer.pad_token}"
+    )
+
+
+def describe_work(
+    training: "RunArguments", work: Work, plan: Plan, there: float | None, row: tuple[int, int], records: int
+) -> dict[str, str]:
+    """What is trained, in how much memory, for how long; an epoch takes so many records."""
+    steps, epochs = count_steps(training, records)
+    size, parts, evaluation = work.size, work.step(*plan), work.evaluation(*row)
+    detail = ", ".join(f"{part} {gib:.1f}" for part, gib in parts.items())
+    return {
+        "parameters": f"{size.trainable:,} of {size.total + size.adapter:,} are trained",
+        "memory": f"about {sum(parts.values()):.1f} GiB at the peak of a step, estimated, not measured ({detail})"
+        + compare(sum(parts.values()), there, training.awaits_gpu),
+        "evaluation": f"about {evaluation:.1f} GiB for the longest row of answers, of {row[0]} tokens at most; more "
+        "rows at once as memory allows" + compare(evaluation, there, training.awaits_gpu),
+        "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs; {describe_plan(plan)}",
+    }
+
+
+def describe_plan(plan: Plan) -> str:
+    kept = {0: "all activations kept", 1: "every layer computed twice"}
+    twice = kept.get(plan.checkpoint_every, f"1 layer in {plan.checkpoint_every} computed twice")
+    return f"micro-batches of {plan.micro_batch}, {twice}"
+
+
+def compare(gib: float, there: float | None, awaited: bool) -> str:
+    """How an estimate stands to the memory that there is."""
+    if there is None:
+        return ""
+    whose = f"a card of {there + CONTEXT_GIB:.0f} GB leaves" if awaited else "this GPU has"
+    return f"; {whose} only {there:.1f}" if gib > there else f", of {there:.1f} that {whose}"
+
+
+def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, str]) -> str:
+    return "\n".join(
+        [
+            f"\nPreflight of {what}\n",
+            f"{'split':<11}{'records':>8}{'decisions':>10}  {'from':<11}{'to':<11}{'trades':>7}  answers",
+            *(describe_split(name, split) for name, split in splits.items()),
+            "",
+            *(f"{what:<11}{fact}" for what, fact in facts.items()),
+            "",
+        ]
+    )
+
+
+def describe_split(name: str, split: Dataset) -> str:
+    times = split["decision_time"]
+    share = sum(map(is_trade, split["label"])) / len(split)
+    return (
+        f"{name:<11}{len(split):>8,}{len(set(split['decision_id'])):>10,}  {min(times).date()!s:<11}"
+        f"{max(times).date()!s:<11}{share:>7.1%}  {count_labels(split['label'])}"
+    )
+
+
+def global_batch(training: TrainingArguments) -> int:
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def count_steps(training: TrainingArguments, records: int) -> tuple[int, float]:
+    """Optimiser steps of the run, and how many epochs of so many records they are."""
+    batches = records / (training.train_batch_size * training.world_size)
+    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    if not batches:
+        raise RecipeError(f"{records} records do not fill a batch: lower per_device_train_batch_size.")
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    if training.max_steps > 0:
+        return training.max_steps, training.max_steps / per_epoch
+    return math.ceil(training.num_train_epochs * per_epoch), training.num_train_epochs

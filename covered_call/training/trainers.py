@@ -1,0 +1,218 @@
+"""TODO."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig
+from sklearn.metrics import accuracy_score, recall_score
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_fsdp_enabled
+from trl import SFTTrainer
+
+from covered_call.language_model.loading import load_base
+from covered_call.language_model.manifest import CHECKPOINT
+from covered_call.language_model.scoring import Scored, head_at, score_answers
+from covered_call.language_model.training_log import talk_plainly
+from covered_call.training.examples import IGNORE, EpochSampler, is_trade
+from covered_call.training.preflight import lora_config
+from covered_call.training.recipe import ModelArguments, TrainingArguments
+
+ZERO_GRADIENT_STEPS = 20
+
+
+class TrainingStopped(RuntimeError):
+    """Training went wrong in a way that more steps do not mend; the message says how."""
+
+
+def load_model(
+    model: ModelArguments, training: TrainingArguments, revision: str | None = None
+) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """The base, quantised as asked, and the adapter to attach."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    name, sharded = model.model_name_or_path, is_fsdp_enabled()
+    base = load_base(name, model.quantization, dtype, training.device, revision, sharded, training.liger)
+    return base, lora_config(model)
+
+
+class ScoringTrainer:
+    """Mixed into a trainer of TRL's: evaluated by scoring answers, in an order of records that can be resumed.
+
+    Args:
+        sampler: of the training records.
+        answers: the tokens of each answer.
+    """
+
+    def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
+        self.sampler, self.answers = sampler, answers
+        super().__init__(*args, callbacks=[StopOnTrouble(), FindBest()], **kwargs)
+        talk_plainly(self)
+        if not self.is_fsdp_enabled:
+            # TRL keeps a quantised model's adapter in bfloat16, whose 8 bits swallow small steps, which float16
+            # training cannot scale, and which a resumed run would load as float32.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        if checkpoint is None or self.is_fsdp_enabled or not getattr(optimizer, "is_paged", False):
+            return
+        # What was loaded lies in plain memory. On one GPU it would stay there; on several it is still marked as paged,
+        # and bitsandbytes ends the process when it prefetches it.
+        for parameter, state in optimizer.state.items():
+            for name in state.keys() & {"state1", "state2"}:
+                paged = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = paged.copy_(state[name])
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # The run was killed after its last step. The Trainer asks whether that was the last only once it took another.
+        self.control.should_training_stop = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        return self.sampler
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingStopped(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower learning_rate, or train in "
+                "bfloat16. The last checkpoint is kept."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Metrics of the scores of the admissible answers; see ``measure``."""
+        split = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = self.measure(split, self.score(split))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
+        return answer_metrics(split, scored)
+
+    def score(self, split: Dataset) -> list[Scored]:
+        """The scores of each record's admissible answers, every process taking its share of the decisions."""
+        processes = self.accelerator.num_processes
+        owners = list(split["decision_id"])
+        groups = [list(rows) for _, rows in itertools.groupby(range(len(split)), key=owners.__getitem__)]
+        share = math.ceil(len(groups) / processes)
+        # A sharded model needs all processes in each pass: one without a share takes the last decision once more.
+        start = min(share * self.accelerator.process_index, len(groups) - 1)
+        mine = [place for group in groups[start : start + share] for place in group]
+        prompts, answers = [], []
+        for row in split.select(mine):
+            prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
+            answers.append([self.answers[answer] for answer in row["answers"]])
+        decisions = [owners[place] for place in mine]
+        found = score_answers(self.model_wrapped, prompts, answers, decisions, self.args.batch_tokens)
+        scored = dict(zip(mine, found, strict=True))
+        if processes > 1:
+            scored = dict(gather_object(list(scored.items())))
+        return [scored[place] for place in range(len(split))]
+
+
+class AnswerTrainer(ScoringTrainer, SFTTrainer):
+    """SFTTrainer with logits only where there are labels."""
+
+    def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
+        trade, other = sampler.weights()
+        self.weights = {tokens: trade if is_trade(answer) else other for answer, tokens in answers.items()}
+        super().__init__(*args, sampler=sampler, answers=answers, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the answers' tokens; the logits of all other positions are never computed."""
+        labels = inputs.pop("labels")
+        rows, columns = places = (labels[:, 1:] != IGNORE).nonzero().T  # whose next token is an answer's
+        with head_at(model, places):
+            outputs = model(**inputs, use_cache=False)
+        targets = labels[rows, columns + 1]
+        by_token = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets, reduction="none")
+        weighted = (by_token * self.weights_of(labels)[rows]).sum()
+        if num_items_in_batch is None:
+            loss = weighted / len(targets)
+        else:  # answer tokens of all processes and accumulated batches; DDP then takes the mean over processes
+            loss = weighted / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def weights_of(self, labels: torch.Tensor) -> torch.Tensor:
+        answers = [tuple(token for token in row if token != IGNORE) for row in labels.tolist()]
+        return torch.tensor([self.weights[answer] for answer in answers], device=labels.device)
+
+
+def answer_metrics(split: Dataset, scored: list[Scored]) -> dict[str, float]:
+    """How the likeliest answers compare with the teacher's.
+
+    loss is the mean negative log-likelihood of the teacher's answer among the admissible ones; trade_rate the share
+    of answers that sell; outside the share of records to which the model, left to itself, would write something else
+    than an admissible answer; answers_used how many different answers it gave.
+    """
+    labels = split["label"]
+    predicted = predictions(split, scored)
+    likelihoods = [torch.tensor(one.log_probabilities).log_softmax(0) for one in scored]
+    given = zip(likelihoods, split["answers"], labels, strict=True)
+    return {
+        "loss": -float(np.mean([row[answers.index(label)] for row, answers, label in given])),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "trade_rate": float(np.mean([is_trade(answer) for answer in predicted])),
+        "outside": float(np.mean([not one.in_set for one in scored])),
+        "answers_used": len(set(predicted)),
+    }
+
+
+def predictions(split: Dataset, scored: list[Scored]) -> list[str]:
+    """The likeliest admissible answer of each record."""
+    return [
+        answers[int(np.argmax(one.log_probabilities))] for answers, one in zip(split["answers"], scored, strict=True)
+    ]
+
+
+def balanced_accuracy(labels: list[str], predicted: list[str]) -> float:
+    """Mean over the answers that the teacher gave of the share of each that is met."""
+    return float(recall_score(labels, predicted, labels=sorted(set(labels)), average="macro", zero_division=0))
+
+
+class StopOnTrouble(TrainerCallback):
+    """Ends a run that learns nothing: no gradient, or one answer to everything."""
+
+    still = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self.still = 0 if gradients and torch.nn.utils.get_total_norm(gradients) != 0 else self.still + 1
+        if self.still >= ZERO_GRADIENT_STEPS:
+            raise TrainingStopped(
+                f"The gradient was zero for {self.still} steps, up to step {state.global_step + 1}, so nothing is "
+                "learnt. Is learning_rate far too high, or is everything frozen?"
+            )
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        used = [entry["eval_answers_used"] for entry in state.log_history if "eval_answers_used" in entry]
+        if args.collapse_patience and used[-args.collapse_patience :] == [1] * args.collapse_patience:
+            raise TrainingStopped(
+                f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, every answer was "
+                "the same: the model has collapsed onto one class. Try balance: downsample or weight, another "
+                "learning_rate, or more steps between evaluations; collapse_patience 0 lets it go on."
+            )
+
+
+class FindBest(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in its folder, which may have been moved, or named from elsewhere.
+
+    The Trainer goes by the path it once had, and where that leads nowhere keeps the last weights.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir) / f"{CHECKPOINT}{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)

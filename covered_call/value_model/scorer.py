@@ -1,0 +1,459 @@
+"""What would selling this call bring? Gradient boosting on counterfactual outcomes: learning, deciding, and the file.
+
+A regressor predicts each candidate's net outcome (``q_sell``; holding is worth 0), a classifier the probability that
+it is positive. The best candidate is sold if both like it enough, else nothing is. Outcomes are learnt as a share of
+spot, and thresholds are in % of spot: the same number then means the same at 4,000 and at 100,000 USD, and for any
+underlying. What is told of outcomes is in USD a unit of underlying, as everywhere else.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+import sklearn
+from scipy.special import expit
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+from covered_call import atomic
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.outcomes import net_outcomes
+from covered_call.candidates.schema import (
+    NO_TRADE,
+    CandidatesError,
+    Decision,
+    LoggedDecision,
+    checked_decision,
+    iso_time,
+)
+from covered_call.data_options import OUTCOME_OPTIONS
+from covered_call.value_model.boosted_trees import Trees, number
+
+logger = logging.getLogger(__name__)
+
+VERSION = 2  # raise it when a saved file would be read otherwise, or its numbers mean something else
+FILE_NAME = "q_scorer.zip"
+FEATURES = ["moneyness", "dte", "delta", "score", "iv", "ivrv_ratio", "exit_style"]
+# Few, small steps and large leaves: outcomes of neighbouring days share most of their week, and in the sample their
+# standard deviation is 4 % of spot around a mean of -0.2 %. Chosen beforehand, not by what they earned.
+BOOSTING = {"max_iter": 60, "learning_rate": 0.05, "max_leaf_nodes": 6, "l2_regularization": 10.0, "random_state": 0}
+LEAF_SHARE, LEAST_LEAF = 0.05, 20
+LEAST_ROWS = 2 * LEAST_LEAF  # of fewer no tree could be grown
+CERTAIN = 1_000.0  # log-odds, of which the probability is 1.0, and of their negative 0.0
+NO_CANDIDATE, OTHER_STYLE = "no candidate", "unknown exit_style"
+
+
+class QScorerError(CandidatesError):
+    """Nothing can be fitted on these data, or a saved file cannot be used; the message says why and what to do."""
+
+
+class Gates(NamedTuple):
+    """When the best candidate is sold.
+
+    Args:
+        threshold: its predicted net outcome must be above this, in % of spot.
+        min_confidence: the predicted probability of a positive outcome must be at least this.
+        min_abs_return: the predicted net outcome, whatever its sign, must be at least this, in % of spot. With a
+            threshold of 0 or more it only matters where it is larger than that.
+    """
+
+    threshold: float = 0.0
+    min_confidence: float = 0.0
+    min_abs_return: float = 0.0
+
+    def check(self) -> None:
+        """Raises QScorerError for values that cannot be."""
+        most = sys.float_info.max
+        for name, low, high, what in (
+            ("threshold", -most, most, "a number, in % of spot"),
+            ("min_confidence", 0, 1, "a probability, from 0 to 1"),
+            ("min_abs_return", 0, most, "0 or more, in % of spot"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise QScorerError(f"{name}={value!r:.40}: give {what}.")
+
+    def stop(self, percent: float, confidence: float) -> str | None:
+        """The gate that keeps a candidate from being sold, in the order they are asked; None if it may be."""
+        if confidence < self.min_confidence:
+            return "min_confidence"
+        if abs(percent) < self.min_abs_return:
+            return "min_abs_return"
+        return None if percent > self.threshold else "threshold"
+
+
+def gates_text(gates: Gates) -> str:
+    return (
+        f"threshold {gates.threshold:g} %, min_confidence {gates.min_confidence:g}, min_abs_return "
+        f"{gates.min_abs_return:g} %"
+    )
+
+
+class Answer(NamedTuple):
+    """What the scorer answers to one decision, after the fashion of policy.Answer.
+
+    Args:
+        answer: "1" to "N", an index into the candidates in the order the caller gave them, or "NO_TRADE".
+        best: the index, from 1, of the candidate with the highest q_sell, sold or not; None where there is none.
+        q_sell: its predicted net outcome against holding, in USD a unit of underlying; NaN where there is none.
+        confidence: the predicted probability that its net outcome is positive; NaN where there is none.
+        scores: q_sell of each candidate, "1" to "N", and NO_TRADE, which is worth 0; USD.
+        stopped_by: None if it sold, else what kept it from that: "threshold", "min_confidence", "min_abs_return",
+            "no candidate", or "unknown exit_style", for one that it was not fitted on.
+        instrument: the call to sell; None if it did not sell.
+    """
+
+    answer: str
+    best: int | None
+    q_sell: float
+    confidence: float
+    scores: dict[str, float]
+    stopped_by: str | None
+    instrument: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def features(decisions: Sequence[Decision], exit_styles: Sequence[str]) -> np.ndarray:
+    """One row a candidate, shape (candidates, 6 + exit styles), none with a scale of its own; NaN where missing.
+
+    Strike / spot, dte (days), delta, score, iv, ivrv_ratio, and 1.0 in the column of the decision's exit style.
+    """
+    rows = [
+        (c.strike / d.spot, c.dte, c.delta, c.score, c.iv, c.ivrv_ratio, *(d.exit_style == s for s in exit_styles))
+        for d in decisions
+        for c in d.candidates
+    ]
+    return np.array(rows, dtype=float).reshape(len(rows), len(FEATURES) - 1 + len(exit_styles))
+
+
+def outcomes(entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> np.ndarray:
+    """Net outcome of selling each candidate as a share of spot, shape (candidates,), in order; NaN where unknown."""
+    found = [
+        math.nan if net.value is None else net.value / entry.decision.spot
+        for entry in entries
+        for net in net_outcomes(entry, config)
+    ]
+    return np.array(found, dtype=float)
+
+
+class Fitted(NamedTuple):
+    """Trees of outcomes as a share of spot, trees of the log-odds that they are positive, and what is told of them.
+
+    ``metadata`` is what JSON can hold; "offset" in it is added to what the first say.
+    """
+
+    value: Trees
+    positive: Trees
+    metadata: dict
+
+    @property
+    def gates(self) -> Gates:
+        return Gates(**self.metadata["gates"])
+
+    def with_gates(self, gates: Gates) -> "Fitted":
+        gates.check()
+        return self._replace(metadata=self.metadata | {"gates": gates._asdict()})
+
+    def predict(self, decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:
+        """Calibrated net outcomes as a share of spot, and confidences, each of shape (candidates,)."""
+        rows = features(decisions, self.metadata["exit_styles"])
+        return self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows))
+
+
+def learn(
+    train: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig, positive_weight: float = 1.0
+) -> Fitted:
+    """Fits both models on the known outcomes of ``train``; not calibrated yet, and with no gate but q_sell > 0.
+
+    Args:
+        config: the friction and horizon that outcomes are net of.
+        positive_weight: what a positive outcome weighs in the regression, beside 1 for another. The confidence stays
+            a probability: no weight touches it.
+
+    Raises:
+        QScorerError: for fewer than LEAST_ROWS known outcomes, or a weight that is not above 0.
+    """
+    check_weight(positive_weight)
+    styles = sorted({entry.decision.exit_style for entry in train})
+    target = outcomes(train, config)
+    known = ~np.isnan(target)
+    if known.sum() < LEAST_ROWS:
+        raise QScorerError(
+            f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {LEAST_ROWS} are "
+            "needed. Give more data, or other splits."
+        )
+    rows, target = features([entry.decision for entry in train], styles)[known], target[known]
+    rows[:, np.isnan(rows).all(axis=0)] = 0.0  # scikit-learn fails on a column without a number; no tree asks this one
+    positive = target > 0
+    options = BOOSTING | {"min_samples_leaf": max(LEAST_LEAF, round(LEAF_SHARE * len(target)))}
+    value = HistGradientBoostingRegressor(**options, early_stopping=False)
+    value.fit(rows, target, sample_weight=np.where(positive, positive_weight, 1.0))
+    if 0 < positive.sum() < len(positive):
+        sign = Trees.of(HistGradientBoostingClassifier(**options, early_stopping=False).fit(rows, positive))
+    else:
+        sign = Trees.constant(CERTAIN if positive.all() else -CERTAIN)
+    metadata = {
+        "version": VERSION,
+        "features": FEATURES,
+        "exit_styles": styles,
+        "target": "net outcome of selling against holding, as a share of spot",
+        "max_iv": config.max_iv,
+        "outcome_options": {name: getattr(config, name) for name in OUTCOME_OPTIONS},
+        "positive_weight": positive_weight,
+        "gates": Gates()._asdict(),
+        "offset": 0.0,
+        "train": describe(train, known),
+        "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
+    }
+    return Fitted(Trees.of(value), sign, metadata)
+
+
+def check_weight(positive_weight: float) -> None:
+    if not 0 < positive_weight < math.inf:
+        raise QScorerError(f"positive_weight={positive_weight!r}: give a number above 0; 1 is symmetric.")
+
+
+def calibrate(fitted: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> Fitted:
+    """With the offset by which outcomes of ``validation`` were, on average, better than predicted.
+
+    Raises:
+        QScorerError: if no outcome there is known.
+    """
+    target = outcomes(validation, config)
+    known = ~np.isnan(target)
+    if not known.any():
+        raise QScorerError(
+            "No outcome of the validation split is known, so that the predictions cannot be calibrated. Give more "
+            "data, or other splits."
+        )
+    predicted, _ = fitted.predict([entry.decision for entry in validation])
+    offset = fitted.metadata["offset"] + float(np.mean(target[known] - predicted[known]))
+    return fitted._replace(metadata=fitted.metadata | {"offset": offset, "validation": describe(validation, known)})
+
+
+def fit(
+    train: Sequence[LoggedDecision],
+    validation: Sequence[LoggedDecision],
+    config: CoveredCallCandidatesConfig,
+    positive_weight: float = 1.0,
+) -> Fitted:
+    """Learnt on one split and calibrated on the next; see learn and calibrate for what they raise."""
+    return calibrate(learn(train, config, positive_weight), validation, config)
+
+
+def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
+    times = [entry.decision.decision_time for entry in entries]
+    return {
+        "from": min(times).isoformat(),
+        "to": max(times).isoformat(),
+        "decisions": len(entries),
+        "candidates": len(known),
+        "known": int(known.sum()),
+        "unknown": int((~known).sum()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deciding
+
+
+def decide(fitted: Fitted, decisions: Sequence[Decision]) -> list[Answer]:
+    """As QScorer.decide, of decisions that are taken for valid, as those that were read from files are."""
+    values, confidences = fitted.predict(decisions)
+    ends = np.cumsum([len(decision.candidates) for decision in decisions])[:-1]
+    parts = zip(decisions, np.split(values, ends), np.split(confidences, ends), strict=True) if decisions else ()
+    return [decide_one(*part, fitted) for part in parts]
+
+
+def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted) -> Answer:
+    """From predicted outcomes (shares of spot) and confidences of one decision's candidates."""
+    scores = {str(i): float(value * decision.spot) for i, value in enumerate(values, start=1)} | {NO_TRADE: 0.0}
+    if not len(values):
+        return Answer(NO_TRADE, None, math.nan, math.nan, scores, NO_CANDIDATE)
+
+    def rank(i: int) -> tuple:
+        return values[i], confidences[i], decision.candidates[i].strike, decision.candidates[i].instrument
+
+    best = max(range(len(values)), key=rank)
+    stopped_by = fitted.gates.stop(100 * values[best], confidences[best])
+    if decision.exit_style not in fitted.metadata["exit_styles"]:
+        stopped_by = OTHER_STYLE  # its outcomes mean something else
+    answer = str(best + 1)
+    return Answer(
+        answer if stopped_by is None else NO_TRADE,
+        best + 1,
+        scores[answer],
+        float(confidences[best]),
+        scores,
+        stopped_by,
+        decision.candidates[best].instrument if stopped_by is None else None,
+    )
+
+
+class QScorer:
+    """A policy from a saved file, which it reads again when the file is replaced; ``QScorer(fitted)`` needs no file.
+
+    Args:
+        path: the file to watch, if any.
+        check_every: seconds between looks at the file's time stamp, at the next ``decide`` after them; 0 looks at
+            every one.
+    """
+
+    def __init__(self, fitted: Fitted, path: str | os.PathLike | None = None, check_every: float = 60.0):
+        self.fitted, self.path, self.check_every = fitted, path, check_every
+        self.stamp = stamp(path) if path else None
+        self.next_check = monotonic() + check_every
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, check_every: float = 60.0) -> "QScorer":
+        """Raises QScorerError if the file cannot be used: see read."""
+        seen = stamp(path)  # before it is read: if it is replaced meanwhile, the next look sees another stamp
+        scorer = cls(read(path), path, check_every)
+        scorer.stamp = seen
+        return scorer
+
+    def decide(self, decisions: Sequence[Decision | dict]) -> list[Answer]:
+        """An answer to each decision: the candidate with the highest q_sell, if no gate stops it.
+
+        The candidates may come in any order; of equal ones the more confident is best, then the higher strike. All
+        answers of one call are one model's, also when its file is replaced meanwhile. A dict is taken for what
+        Decision.from_dict takes.
+
+        Raises:
+            CandidatesError: for a decision that could not stand in a CSV.
+        """
+        fitted = self.current()
+        return decide(fitted, [checked_decision(decision, fitted.metadata["max_iv"]) for decision in decisions])
+
+    def current(self) -> Fitted:
+        """The models, from the file again if it has been replaced since the last look."""
+        if self.path and monotonic() >= self.next_check:
+            self.next_check = monotonic() + self.check_every
+            seen = stamp(self.path)
+            if seen != self.stamp:
+                self.stamp = seen  # remembered also where it is broken: one warning, not one at every look
+                self.reload()
+        return self.fitted
+
+    def reload(self) -> None:
+        try:
+            self.fitted = read(self.path)
+            logger.info("%s has been replaced, and read again.", self.path)
+        except Exception as error:  # whatever it is: a policy that decides must not stop for a file
+            logger.warning("The Q-scorer goes on with the model it has, for its new file is broken. %s", error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file: one zip of two JSON texts. Nothing in it is run, and every number in it is checked.
+METADATA, MODELS = "metadata.json", "trees.json"
+LARGEST_PART = 16 << 20  # bytes; one that was fitted on the sample has 0.1 MB in all
+LARGEST_OFFSET = 10.0  # shares of spot: a mean outcome of ten times spot is no market's
+SHA256 = "trees_sha256"
+
+
+def save(fitted: Fitted, path: str | os.PathLike) -> None:
+    """Whole or not at all: a policy that reads the file meanwhile gets the old one or the new one."""
+    atomic.write(path, to_bytes(fitted))
+
+
+def to_bytes(fitted: Fitted) -> bytes:
+    models = json.dumps({"value": fitted.value.to_json(), "positive": fitted.positive.to_json()}, allow_nan=False)
+    metadata = fitted.metadata | {SHA256: hashlib.sha256(models.encode()).hexdigest()}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in ((METADATA, json.dumps(metadata, indent=2, allow_nan=False)), (MODELS, models)):
+            archive.writestr(zipfile.ZipInfo(name), content)  # with no date: the same model is the same file
+    return file.getvalue()
+
+
+def read(path: str | os.PathLike) -> Fitted:
+    """A saved scorer.
+
+    Raises:
+        QScorerError: if it is not whole, or was made by another version of this file, or holds what cannot be.
+    """
+    if not os.path.isfile(path):
+        raise QScorerError(f"{path} is no file: make one with python q_scorer.py.")
+    try:
+        if os.path.getsize(path) > 2 * LARGEST_PART:
+            raise ValueError(f"it has more than {2 * LARGEST_PART:,} bytes")
+        with zipfile.ZipFile(path) as archive:
+            metadata, models = (read_part(archive, name) for name in (METADATA, MODELS))
+        metadata = parse(metadata)
+        check_metadata(metadata)
+        if hashlib.sha256(models).hexdigest() != metadata.pop(SHA256):
+            raise ValueError(f"the sha256 of {MODELS} is not the one that {METADATA} states")
+        return Fitted(*read_trees(parse(models), metadata), metadata)
+    except Exception as error:  # whatever a zip and JSON of another's making bring about
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise QScorerError(f"{path} is not a whole Q-scorer: {reason[:300].rstrip('.')}. Fit it again.") from None
+
+
+def read_part(archive: zipfile.ZipFile, name: str) -> bytes:
+    if name not in archive.namelist():
+        raise KeyError(name)
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_PART:
+        raise ValueError(f"{name} unpacks to {size:,} bytes: {LARGEST_PART:,} are the most")
+    return archive.read(name)
+
+
+def parse(text: bytes) -> dict:
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    found = json.loads(text, parse_constant=refuse)
+    if not isinstance(found, dict):
+        raise ValueError(f"{found!r:.40} is no JSON object")
+    return found
+
+
+def check_metadata(metadata: dict) -> None:
+    """Raises ValueError, or KeyError, unless all that is read of it later is there and can be."""
+    for name, its, ours in (
+        ("version", metadata["version"], VERSION),
+        ("features", metadata["features"], FEATURES),
+        ("outcome options", sorted(metadata["outcome_options"]), sorted(OUTCOME_OPTIONS)),
+        ("gates", sorted(metadata["gates"]), sorted(Gates._fields)),
+    ):
+        if its != ours:
+            raise ValueError(f"it has {name} {its!r:.100}, and this is {ours!r}")
+    styles = metadata["exit_styles"]
+    if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
+        raise ValueError(f"exit_styles {styles!r:.100} is no list of names")
+    for name, value in metadata["outcome_options"].items():
+        number(name, 0.0 if value is None else value, sys.float_info.max)
+    number("offset", metadata["offset"], LARGEST_OFFSET)
+    number("max_iv", metadata["max_iv"], sys.float_info.max)
+    Gates(**metadata["gates"]).check()
+    for split in ("train", "validation"):
+        for name in ("from", "to"):
+            time = iso_time(metadata[split][name])
+            if time is None or time.tzinfo is None:
+                raise ValueError(f"{split} {name} {metadata[split][name]!r:.40} is no time with an offset")
+        number(f"{split} known", metadata[split]["known"], sys.float_info.max)
+
+
+def read_trees(models: dict, metadata: dict) -> list[Trees]:
+    width = len(FEATURES) - 1 + len(metadata["exit_styles"])
+    return [Trees.from_json(models[name], width) for name in ("value", "positive")]
+
+
+def stamp(path: str | os.PathLike) -> tuple | None:
+    """What changes when a file is replaced; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -1,0 +1,282 @@
+"""Does the Q-scorer's value model hold in time? Predicted against realised, walking forward.
+
+Whatever is judged was decided after everything that was learnt from had ended.
+"""
+
+import bisect
+import datetime
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from datasets.utils import tqdm
+from matplotlib.figure import Figure as Plot
+
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.outcomes import net_outcomes
+from covered_call.candidates.schema import NO_TRADE, LoggedDecision
+from covered_call.value_model.scorer import Answer, Fitted, Gates, QScorerError, decide, fit, outcomes
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 5
+CALIBRATION_SHARE = 0.1  # of a fold's past, its latest part, is kept from the models to fit the offset on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicted against realised
+
+
+class Comparison(NamedTuple):
+    """What was predicted beside what came. Money in USD a unit of underlying; correlations are of shares of spot.
+
+    Args:
+        decisions: all of them; ``sold`` those at which it sold; ``sold_known`` those of which the outcome is known.
+        predicted, realised, correlation: means, and Pearson's correlation, over those sold with a known outcome.
+        candidates, candidate_correlation: all candidates with a known outcome, sold or not.
+        mean_pnl: realised net outcome a decision, over the decisions at which it is known; not selling is 0.
+        positive: decisions at which the best candidate's known net outcome was above 0; ``missed`` those of them at
+            which it did not sell.
+    """
+
+    decisions: int
+    sold: int
+    sold_known: int
+    predicted: float
+    realised: float
+    correlation: float
+    candidates: int
+    candidate_correlation: float
+    mean_pnl: float
+    positive: int
+    missed: int
+
+    @property
+    def trade_rate(self) -> float:
+        return self.sold / self.decisions if self.decisions else math.nan
+
+    def sentence(self) -> str:
+        sold = f"It sold at {self.sold:,} of {self.decisions:,} decisions ({self.trade_rate:.1%})"
+        if self.sold_known:
+            sold += (
+                f"; over the {self.sold_known:,} with a known outcome it predicted {self.predicted:,.1f} USD on "
+                f"average, and {self.realised:,.1f} came (correlation {number(self.correlation)})"
+            )
+        return (
+            f"{sold}. Over all {self.candidates:,} candidates with a known outcome, the correlation of predicted with "
+            f"realised is {number(self.candidate_correlation)}. At {self.positive:,} decisions some candidate had a "
+            f"positive outcome; at {self.missed:,} of them it did not sell."
+        )
+
+
+def comparison_json(compared: Comparison) -> dict:
+    """Figures that are not defined are null."""
+    found = compared._asdict() | {"trade_rate": compared.trade_rate}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def number(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.3f}"
+
+
+def usd(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:,.1f}"
+
+
+def compare(
+    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+) -> Comparison:
+    """Answers of ``decide`` beside the net outcomes of the same decisions."""
+    predicted, realised = candidate_pairs(answers, entries, config)
+    sold, positive, missed, pnl = [], 0, 0, []
+    for answer, entry in zip(answers, entries, strict=True):
+        values = [net.value for net in net_outcomes(entry, config)]
+        some_positive = any(value is not None and value > 0 for value in values)
+        positive += some_positive
+        missed += some_positive and answer.answer == NO_TRADE
+        came = 0.0 if answer.answer == NO_TRADE else values[int(answer.answer) - 1]
+        pnl += [] if came is None else [came]
+        if answer.answer != NO_TRADE and came is not None:
+            sold.append((answer.q_sell, came, entry.decision.spot))
+    pairs = np.array(sold).reshape(-1, 3)
+    shares = pairs[:, :2] / pairs[:, 2:]
+    return Comparison(
+        decisions=len(answers),
+        sold=sum(answer.answer != NO_TRADE for answer in answers),
+        sold_known=len(sold),
+        predicted=mean(pairs[:, 0]),
+        realised=mean(pairs[:, 1]),
+        correlation=correlation(*shares.T),
+        candidates=len(predicted),
+        candidate_correlation=correlation(predicted, realised),
+        mean_pnl=mean(pnl),
+        positive=int(positive),
+        missed=int(missed),
+    )
+
+
+def candidate_pairs(
+    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and realised net outcomes of all candidates for which it is known, as shares of spot."""
+    predicted = [
+        answer.scores[str(index)] / entry.decision.spot
+        for answer, entry in zip(answers, entries, strict=True)
+        for index in range(1, len(entry.decision.candidates) + 1)
+    ]
+    realised = outcomes(entries, config)
+    known = ~np.isnan(realised)
+    return np.array(predicted, dtype=float)[known], realised[known]
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's; NaN where one of the two does not vary."""
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """Mean realised against mean predicted outcome in tenths of the candidates, by prediction, in % of spot; a PNG.
+
+    Args:
+        pairs: for each exit style the predicted and the realised outcomes, shares of spot.
+    """
+    figure = Plot(figsize=(8, 6), layout="constrained")
+    axis = figure.subplots()
+    predictions = []
+    for style, (predicted, realised) in pairs.items():
+        tenths = np.array_split(np.argsort(predicted, kind="stable"), 10) if len(predicted) >= 10 else []
+        means = np.array([(predicted[tenth].mean(), realised[tenth].mean()) for tenth in tenths]) * 100
+        if len(means):
+            errors = [100 * realised[tenth].std() / math.sqrt(len(tenth)) for tenth in tenths]
+            axis.errorbar(*means.T, yerr=errors, fmt="o", capsize=3, label=f"{style}, {len(predicted):,} candidates")
+            predictions += means[:, 0].tolist()
+    if predictions:
+        ends = [min(predictions), max(predictions)]
+        axis.plot(ends, ends, color="grey", linestyle=":", label="as predicted")
+        axis.legend()
+    axis.axhline(0, color="black", linewidth=1)
+    axis.set(xlabel="predicted net outcome (% of spot)", ylabel="realised net outcome (% of spot)")
+    axis.set_title(
+        "Do calls bring more for which the Q-scorer predicts more?\n"
+        "(tenths of the candidates by prediction; bars: standard error as if outcomes did not overlap, but they do)",
+        fontsize=10,
+    )
+    axis.grid(alpha=0.3)
+    return png(figure)
+
+
+def png(figure: Plot) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Walking forward: whatever is judged was decided after everything that was learnt from had ended
+
+
+class Fold(NamedTuple):
+    """A scorer, the decisions that it was judged on, its answers to them, and what came of them."""
+
+    fitted: Fitted
+    entries: list[LoggedDecision]
+    answers: list[Answer]
+    compared: Comparison
+
+
+def ended_before(entries: Sequence[LoggedDecision], time: datetime.datetime) -> list[LoggedDecision]:
+    return [entry for entry in entries if entry.label_end < time]
+
+
+def decision_times(entries: Sequence[LoggedDecision]) -> list[datetime.datetime]:
+    return sorted({entry.decision.decision_time for entry in entries})
+
+
+def cut(entries: Sequence[LoggedDecision], share: float) -> tuple[list[LoggedDecision], list[LoggedDecision]]:
+    """The last ``share`` of the decision times, and before it what had ended when they begin."""
+    times = decision_times(entries)
+    if not times:
+        return [], []
+    begin = times[min(len(times) - 1, round(len(times) * (1 - share)))]
+    return ended_before(entries, begin), [entry for entry in entries if entry.decision.decision_time >= begin]
+
+
+def blocks(entries: Sequence[LoggedDecision], folds: int) -> Iterator[tuple[list, list]]:
+    """For each fold what may be learnt from, and the block to judge on: the decision times in folds + 1 equal parts.
+
+    The past grows from fold to fold. A decision of which an outcome ends at or after the block's first decision time
+    is kept out of it.
+    """
+    times = decision_times(entries)
+    if not 1 <= folds < len(times):
+        raise QScorerError(f"folds={folds} with {len(times)} decision times: give from 1 to one less than these.")
+    begins = [times[len(times) * fold // (folds + 1)] for fold in range(1, folds + 1)]
+    parts = [bisect.bisect_right(begins, entry.decision.decision_time) for entry in entries]
+    for fold, begin in enumerate(begins, start=1):
+        block = [entry for entry, part in zip(entries, parts, strict=True) if part == fold]
+        yield ended_before(entries, begin), block
+
+
+def walk_forward(
+    entries: Sequence[LoggedDecision],
+    folds: int,
+    config: CoveredCallCandidatesConfig,
+    positive_weight: float = 1.0,
+    gates: Gates = Gates(),  # noqa: B008
+) -> list[Fold]:
+    """Fits and judges a scorer for each block of decisions, on what had ended before it, never at random.
+
+    The latest CALIBRATION_SHARE of each past is kept for the offset, purged as the blocks are. A fold whose past is
+    too short to fit on is left out, with a warning.
+    """
+    found = []
+    for past, block in tqdm(list(blocks(entries, folds)), desc="Walking forward", unit=" folds", disable=None):
+        train, calibration = cut(past, CALIBRATION_SHARE)
+        try:
+            fitted = fit(train, calibration, config, positive_weight).with_gates(gates)
+        except QScorerError as error:
+            logger.warning("No fold from %s: %s", block[0].decision.decision_time.date(), error)
+            continue
+        answers = decide(fitted, [entry.decision for entry in block])
+        found.append(Fold(fitted, block, answers, compare(answers, block, config)))
+    return found
+
+
+HEAD = ("fold", "learnt to", "outcomes", "judged from", "to", "decisions", "correlation", "sells", "predicted",
+        "realised", "P&L a decision")  # fmt: skip
+
+
+def fold_rows(folds: Sequence[Fold]) -> list[list[str]]:
+    """A line for each fold, the head first: predicted and realised are of what it sold, USD."""
+    rows = [list(HEAD)]
+    for place, (fitted, entries, _, compared) in enumerate(folds, start=1):
+        times = decision_times(entries)
+        rows.append(
+            [
+                str(place),
+                fitted.metadata["train"]["to"][:10],
+                f"{fitted.metadata['train']['known']:,}",
+                str(times[0].date()),
+                str(times[-1].date()),
+                f"{compared.decisions:,}",
+                number(compared.candidate_correlation),
+                f"{compared.trade_rate:.3f}",
+                *map(usd, (compared.predicted, compared.realised, compared.mean_pnl)),
+            ]
+        )
+    return rows
+
+
+def fold_json(fold: Fold) -> dict:
+    times = decision_times(fold.entries)
+    span = {"from": times[0].isoformat(), "to": times[-1].isoformat()}
+    return {"train": fold.fitted.metadata["train"], "judged": span, **comparison_json(fold.compared)}
