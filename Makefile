@@ -5,7 +5,12 @@ DEFAULT = .venv
 CURRENT = .venv-current
 SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_simulated.csv
 
-.PHONY: run test test-current lint clean
+# SLOW=1 adds the tests that are marked slow. A worker that has nothing left takes over tests of the other.
+JOBS ?= 2
+PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations 10 $(if $(SLOW),,-m "not slow")
+COVERAGE = --cov --cov-report term-missing:skip-covered
+
+.PHONY: run test test-current lint script wheel clean
 
 # The sample, both configs, a fine-tune on the CPU, and the tiny model that it makes beside the baselines.
 run: $(DEFAULT)/ready $(SAMPLE)
@@ -13,19 +18,30 @@ run: $(DEFAULT)/ready $(SAMPLE)
 	[print(name, load_dataset('./covered_call_candidates.py', name, trust_remote_code=True), sep='\n') \
 	for name in ('per_candidate', 'per_decision_ranking')]"
 	$(DEFAULT)/bin/python train_sft.py --config tiny --overwrite_output_dir
-	$(DEFAULT)/bin/python evaluate_policy.py --model out/tiny --output_dir out/report
+	$(DEFAULT)/bin/python -m covered_call evaluate --model out/tiny --output_dir out/report
 	@printf '%s\n' "" "The whole path works. Next, with your own files:" "    source $(DEFAULT)/bin/activate" \
-	"    python train_sft.py --config tiny --data_files 'runs/*.csv' --output_dir out/mine"
+	"    covered-call train --config tiny --data_files 'runs/*.csv' --output_dir out/mine" \
+	"    covered-call evaluate --model out/mine" "    covered-call --help"
 
 test: $(DEFAULT)/ready
-	$(DEFAULT)/bin/python -m pytest
+	$(DEFAULT)/bin/python $(PYTEST) $(COVERAGE)
 
 test-current: $(CURRENT)/ready
-	$(CURRENT)/bin/python -m pytest
+	$(CURRENT)/bin/python $(PYTEST)
 
 lint: $(DEFAULT)/ready
 	$(DEFAULT)/bin/ruff check .
 	$(DEFAULT)/bin/ruff format --check .
+	$(DEFAULT)/bin/ty check
+	$(DEFAULT)/bin/python -m covered_call.candidates.script --check
+
+# covered_call_candidates.py from covered_call/candidates/.
+script: $(DEFAULT)/ready
+	$(DEFAULT)/bin/python -m covered_call.candidates.script
+
+wheel: $(DEFAULT)/ready
+	$(DEFAULT)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
 
 $(SAMPLE): | $(DEFAULT)/ready
 	$(DEFAULT)/bin/python data/simulate_backtest.py
@@ -44,4 +60,4 @@ $(CURRENT)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEFAULT) $(CURRENT) out models
+	rm -rf $(DEFAULT) $(CURRENT) out models dist

@@ -52,7 +52,7 @@ MODULES = (
     "schema", "options", "prompts", "csv_rows", "strays", "outcomes", "reading", "preferences", "splits",
     "records", "builder",
 )
-MADE_FROM = "60c55e69dad7ae4ffb42ac3fb66ae99537d8f129595a9dd48d75f35162ececaf"  # their SHA-256
+MADE_FROM = "ca77a022bc7007e18e4acfcecd61e423b4cd8282a3b6bce59f2777a18c4c6c88"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -582,7 +582,7 @@ def check_options(name: str, options: dict) -> None:
     kind(name=name, **{option: value for option, value in options.items() if option in names_of(kind)}).check()
 
 
-def parse_option_time(options, name: str) -> datetime.datetime:
+def parse_option_time(options: "CoveredCallCandidatesConfig", name: str) -> datetime.datetime:
     value = getattr(options, name)
     time = iso_time(value.isoformat() if isinstance(value, datetime.date) else str(value))
     if time is None:
@@ -686,7 +686,7 @@ def pick_of(answer: str) -> int | None:
     return int(answer) - 1
 
 
-def order_candidates(decision: Decision, options) -> tuple[Decision, list[int]]:
+def order_candidates(decision: Decision, options: CoveredCallCandidatesConfig) -> tuple[Decision, list[int]]:
     """The decision with its candidates in the order that prompts show, and the place that each of them had."""
     candidates = decision.candidates
     order = list(range(len(candidates)))
@@ -697,7 +697,7 @@ def order_candidates(decision: Decision, options) -> tuple[Decision, list[int]]:
     return decision._replace(candidates=tuple(candidates[i] for i in order)), order
 
 
-def present_in_order(logged: LoggedDecision, options) -> LoggedDecision:
+def present_in_order(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> LoggedDecision:
     """The same with all that goes with each candidate."""
     decision, order = order_candidates(logged.decision, options)
     return LoggedDecision(
@@ -803,7 +803,7 @@ class Hashed(io.RawIOBase):
         super().close()
 
 
-def read_cells(path: str, options, expected: str | None = None) -> Iterator[Cells]:
+def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | None = None) -> Iterator[Cells]:
     """The rows of one CSV (plain or gzip, UTF-8 with or without BOM) as text."""
     try:
         with Hashed(path) as content, io.BufferedReader(content, MAX_LINE) as raw:
@@ -1192,7 +1192,7 @@ def black_scholes_call(spot, strike, years, iv):
     return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
 
 
-def trading_cost(price: float, spot: float, options) -> float:
+def trading_cost(price: float, spot: float, options: CoveredCallCandidatesConfig) -> float:
     """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
 
     Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price.
@@ -1203,7 +1203,7 @@ def trading_cost(price: float, spot: float, options) -> float:
 class Market:
     """Spots and chains by time (in microseconds since 1970), from the decisions of the files themselves."""
 
-    def __init__(self, logged: list[LoggedDecision], options):
+    def __init__(self, logged: list[LoggedDecision], options: CoveredCallCandidatesConfig):
         self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
         spots, self.chains = collections.defaultdict(dict), {}
         for decision in (entry.decision for entry in logged):
@@ -1233,7 +1233,7 @@ def microseconds(time: datetime.datetime) -> int:
     return (time - EPOCH) // datetime.timedelta(microseconds=1)
 
 
-def add_counterfactuals(logged: list[LoggedDecision], options) -> list[LoggedDecision]:
+def add_counterfactuals(logged: list[LoggedDecision], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
     """The same decisions with a counterfactual for each candidate; unknown for other exit styles than the two."""
     market = Market(logged, options)
     with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
@@ -1247,7 +1247,9 @@ def add_counterfactuals(logged: list[LoggedDecision], options) -> list[LoggedDec
         ]
 
 
-def counterfactual(decision: Decision, candidate: Candidate, market: Market, options) -> Counterfactual:
+def counterfactual(
+    decision: Decision, candidate: Candidate, market: Market, options: CoveredCallCandidatesConfig
+) -> Counterfactual:
     """The outcome of selling this candidate, until it expires or until the horizon.
 
     Unknown where iv is blank, or where the files hold no spot near enough to the end.
@@ -1263,7 +1265,14 @@ def counterfactual(decision: Decision, candidate: Candidate, market: Market, opt
     return Counterfactual(float(pnl) if pnl is not None and math.isfinite(pnl) else None, label_end)
 
 
-def hold(decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options) -> float:
+def hold(
+    decision: Decision,
+    candidate: Candidate,
+    life: float,
+    last: int,
+    market: Market,
+    options: CoveredCallCandidatesConfig,
+) -> float:
     """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
 
     At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
@@ -1277,13 +1286,13 @@ def premium_of(spot: float, candidate: Candidate) -> float:
     return black_scholes_call(spot, candidate.strike, candidate.dte / DAYS_PER_YEAR, candidate.iv)
 
 
-def open_call(spot: float, candidate: Candidate, options) -> float:
+def open_call(spot: float, candidate: Candidate, options: CoveredCallCandidatesConfig) -> float:
     """USD that selling the call brings, net of costs."""
     premium = premium_of(spot, candidate)
     return premium - trading_cost(premium, spot, options)
 
 
-def close_call(spot: float, candidate: Candidate, left: float, options) -> float:
+def close_call(spot: float, candidate: Candidate, left: float, options: CoveredCallCandidatesConfig) -> float:
     """USD that buying the call back takes, ``left`` days before its expiry; at expiry it settles without costs."""
     value = black_scholes_call(spot, candidate.strike, max(0.0, left) / DAYS_PER_YEAR, candidate.iv)
     return value + (trading_cost(value, spot, options) if left > 0 else 0.0)
@@ -1333,7 +1342,7 @@ class Net(NamedTuple):
     source: str | None
 
 
-def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
+def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
     """For each candidate its counterfactual, or else what was recorded."""
     found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
     recorded = recorded_outcome(logged, options)
@@ -1342,14 +1351,14 @@ def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
     return [Net(None, None) if net.value is None else net for net in found]
 
 
-def recorded_outcome(logged: LoggedDecision, options) -> float | None:
+def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> float | None:
     """The recorded P&L vs HODL of the call that was sold; None with costs or a horizon, of which it does not know."""
     if logged.chosen is None or not as_recorded(options):
         return None
     return logged.outcomes[logged.chosen].pnl_vs_hodl
 
 
-def as_recorded(options) -> bool:
+def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
     """Whether counterfactuals mean what the recorded outcomes do: until the exit, before costs."""
     return options.horizon is None and options.fee == options.half_spread == options.slippage == 0
 
@@ -1371,7 +1380,7 @@ class Row(NamedTuple):
     chosen: int
 
 
-def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
+def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
     """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
 
     Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
@@ -1408,7 +1417,7 @@ def hashes_of(data_files: DataFilesDict | None) -> dict[str, str]:
     return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
 
 
-def say_what_was_filtered(options, present: dict[str, collections.Counter]) -> None:
+def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
     for name, rows in present.items():
         left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
         if left:
@@ -1416,7 +1425,7 @@ def say_what_was_filtered(options, present: dict[str, collections.Counter]) -> N
             logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
 
 
-def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
+def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
     """``repeated`` holds, for two files, the ids of the decisions that both have."""
     if not repeated:
         return
@@ -1450,17 +1459,21 @@ def stamp(path: str) -> str:
     return found.group(1)
 
 
-def nothing_left(paths, options, present, skipped) -> CandidatesError:
-    asked = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
-    if skipped or not asked:
+def nothing_left(
+    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
+) -> CandidatesError:
+    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
+    if skipped or not filters:
         return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
     found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
     return CandidatesError(
-        f"{', '.join(paths)}: no row is left with {' and '.join(asked)}. The files hold {'; '.join(found)}."
+        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
     )
 
 
-def read_file(path: str, options, present: dict, expected: str | None) -> tuple[list[LoggedDecision], int]:
+def read_file(
+    path: str, options: CoveredCallCandidatesConfig, present: dict, expected: str | None
+) -> tuple[list[LoggedDecision], int]:
     """The file's good decisions in order of first appearance, and how many bad ones were dropped.
 
     Args:
@@ -1501,7 +1514,9 @@ def read_file(path: str, options, present: dict, expected: str | None) -> tuple[
     return good, len(spoilt & {run.key for run in runs if run.wanted})
 
 
-def read_runs(path: str, options, present: dict, expected: str | None, complain) -> list[Run]:
+def read_runs(
+    path: str, options: CoveredCallCandidatesConfig, present: dict, expected: str | None, complain
+) -> list[Run]:
     """The file's rows, those of one decision together as far as they stand together."""
     runs: list[Run] = []
     offsets_checked = False
@@ -1526,7 +1541,7 @@ def read_runs(path: str, options, present: dict, expected: str | None, complain)
     return runs
 
 
-def add_row(run: Run, cells: Cells, options, complain) -> None:
+def add_row(run: Run, cells: Cells, options: CoveredCallCandidatesConfig, complain) -> None:
     run.size += 1
     run.spots[cells.values["spot"]] += 1
     run.instruments.add(cells.values["instrument"])
@@ -1557,7 +1572,7 @@ def parse_key(cells: Cells) -> tuple[datetime.datetime, str, str]:
     return parse_time(cells), parse_name(cells, "underlying"), parse_name(cells, "exit_style")
 
 
-def parse_row(cells: Cells, options) -> Row:
+def parse_row(cells: Cells, options: CoveredCallCandidatesConfig) -> Row:
     trade_executed, chosen = parse_flag(cells, "trade_executed"), parse_flag(cells, "chosen")
     if chosen and not trade_executed:
         raise cells.bad("chosen", "says sold, but trade_executed is 0")
@@ -1577,7 +1592,7 @@ def parse_row(cells: Cells, options) -> Row:
     return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
 
 
-def parse_candidate(cells: Cells, options) -> Candidate:
+def parse_candidate(cells: Cells, options: CoveredCallCandidatesConfig) -> Candidate:
     names = Candidate._fields[1:]
     values = (parse_number(cells, name, options, blank=name in MAY_LACK) for name in names)
     candidate = Candidate(cells.values["instrument"], *values)
@@ -1609,7 +1624,9 @@ def parse_flag(cells: Cells, column: str) -> int:
     return int(text in ("1", "1.0", "True"))
 
 
-def parse_number(cells: Cells, column: str, options, blank: bool = False, zero: bool = False) -> float | None:
+def parse_number(
+    cells: Cells, column: str, options: CoveredCallCandidatesConfig, blank: bool = False, zero: bool = False
+) -> float | None:
     """A number within the limits of its column.
 
     Args:
@@ -1680,7 +1697,7 @@ class Pair(NamedTuple):
     source: str
 
 
-def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
+def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | None:
     """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
@@ -1698,11 +1715,11 @@ def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
     source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
     outcomes = logged_ones if source == "recorded" else known
     pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
-    least = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
-    return pair if pair.chosen_outcome - pair.rejected_outcome > least else None
+    min_gain = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
+    return pair if pair.chosen_outcome - pair.rejected_outcome > min_gain else None
 
 
-def balance_pairs(entries: list[LoggedDecision], options) -> list[LoggedDecision]:
+def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> list[LoggedDecision]:
     """Decisions with a pair, the commonest chosen answer cut by lot to as many as the second: none dominates.
 
     Indices count in the prompt's order.
@@ -1729,7 +1746,9 @@ def count_labels(by_label: dict[str, list[int]]) -> str:
 # Splits: chronological, a decision time never divided, and purged where options outlive the boundary.
 
 
-def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[LoggedDecision]]:
+def split_decisions(
+    logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
+) -> dict[str, list[LoggedDecision]]:
     """Decisions by split name. ``logged`` must be sorted by decision time."""
     if options.splits == "train":
         return {"train": logged}
@@ -1755,7 +1774,7 @@ def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[Log
     return splits
 
 
-def split_starts(times: list[datetime.datetime], options) -> list[datetime.datetime]:
+def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesConfig) -> list[datetime.datetime]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
@@ -1771,7 +1790,7 @@ def split_starts(times: list[datetime.datetime], options) -> list[datetime.datet
 # Records: what stands in one row of a data set, and of which type it is.
 
 
-def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def candidate_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     decision = logged.decision
     for index, (candidate, outcome) in enumerate(zip(decision.candidates, logged.outcomes, strict=True)):
@@ -1783,7 +1802,7 @@ def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
         }
 
 
-def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def ranking_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     decision, chosen = logged.decision, logged.chosen
     traded = chosen is not None
@@ -1795,7 +1814,7 @@ def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
     }
 
 
-def preference_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def preference_records(logged: LoggedDecision, options: PreferenceConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     pair = preferred_pair(logged, options)
     if pair is None:
@@ -1812,7 +1831,7 @@ def preference_records(logged: LoggedDecision, options) -> Iterator[dict]:
     }
 
 
-def q_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def q_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     for index, net in enumerate(net_outcomes(logged, options)):
         columns = candidate_columns(logged, index)
@@ -1865,7 +1884,7 @@ RECORDS = {
 }
 
 
-def makes_record(logged: LoggedDecision, options) -> bool:
+def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
     if options.name == "preference":
         return preferred_pair(present_in_order(logged, options), options) is not None
     return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
@@ -2023,13 +2042,26 @@ class Backtest:
         if not isinstance(options.data_files, DataFilesDict):
             self.options = dataclasses.replace(options, data_files=fingerprint(files))
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """From each file's path to the SHA-256 of its content, as it was when the backtest was made."""
+        return hashes_of(self.options.data_files)
+
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:
-        """All of them, by decision time, with their candidates as the files have them."""
-        return read_candidates(self.files, self.options)
+        """All of them, by decision time, each with its candidates in the order that prompts show.
+
+        Raises:
+            CandidatesError: as read_candidates does, also for a file that has changed since the backtest was made.
+        """
+        logged = read_candidates(self.files, self.options)
+        for place, entry in enumerate(logged):  # in its place, or all decisions would be in memory twice
+            logged[place] = present_in_order(entry, self.options)
+        return logged
 
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
+        """Those of each split; see split_decisions."""
         return split_decisions(self.logged, self.options)
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
@@ -2037,6 +2069,9 @@ class Backtest:
 
         Args:
             options: beside those of the backtest, such as min_edge. None may be one of reading, outcomes or splits.
+
+        Raises:
+            CandidatesError: for options that cannot be used, or a split that would be empty.
         """
         shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call.language_model.manifest import MANIFEST  # noqa: E402
 from covered_call.training import sft as train_sft  # noqa: E402
-from covered_call.training.first_checks import BALANCES  # noqa: E402
+from covered_call.training.keys import BALANCES  # noqa: E402
 
 PARTS = {
     "per_candidate": [{"balance": balance} for balance in BALANCES],

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 from filelock import SoftFileLock, Timeout
@@ -44,12 +45,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file whole or not at all: a reader, or the next run after a kill, sees the old one or the new one."""
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write in, which takes the place of ``path`` once it is whole: a reader, or the next run after a kill,
+    sees the old one or the new one."""
     temporary = unfinished(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -58,6 +61,12 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole or not at all; see replacing."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_together(folder: str | os.PathLike, files: dict[str, str | bytes], old: Iterable[str] = ()) -> None:

@@ -8,17 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def as_typed(error: Exception, asked: argparse.Namespace) -> str:
-    """A message about options, such as duplicates="latest", as its command line has them: --duplicates latest."""
-    value = r"""\((?P<many>.*?)\)|"(?P<one>.*?)"|'(?P<other>.*?)'|[^\s,:;]+"""
-
-    def as_flag(found: re.Match) -> str:
-        inner = next((text for text in found.group("many", "one", "other") if text is not None), found[2])
-        return f"--{found[1]} {inner.replace(',', '') if found['many'] else inner}"
-
-    return re.sub(rf"(?<![\w/.-])({'|'.join(vars(asked))})=({value})", as_flag, str(error))
-
-
 def begin() -> None:
     """From here on a missing package is one line that says how to enter the environment."""
     sys.excepthook = explain
@@ -53,6 +42,21 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@contextmanager
+def plain_errors(args: argparse.Namespace, *kinds: type[Exception]) -> Iterator[None]:
+    """What a verb's user can mend ends it with one line, in the words of its command line, and exit status 1.
+
+    Args:
+        kinds: the errors that say themselves what to do. Of the system's own, a full disk say, they are not.
+    """
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"error: {as_typed(error, args)}")
+    except OSError as error:
+        sys.exit(f"error: {disk_trouble(error) or error}")
+
+
 def disk_trouble(error: BaseException | None) -> str | None:
     """What a full disk, or a folder that cannot be written, is to its user; None for any other error.
 
@@ -66,3 +70,14 @@ def disk_trouble(error: BaseException | None) -> str | None:
             return f"A file could not be written. Is the disk full? ({error})"
         error = error.__cause__
     return None
+
+
+def as_typed(error: Exception, args: argparse.Namespace) -> str:
+    """A message about options, such as duplicates="latest", as its command line has them: --duplicates latest."""
+    value = r"""\((?P<many>.*?)\)|"(?P<one>.*?)"|'(?P<other>.*?)'|[^\s,:;]+"""
+
+    def as_flag(found: re.Match) -> str:
+        inner = next((text for text in found.group("many", "one", "other") if text is not None), found[2])
+        return f"--{found[1]} {inner.replace(',', '') if found['many'] else inner}"
+
+    return re.sub(rf"(?<![\w/.-])({'|'.join(vars(args))})=({value})", as_flag, str(error))

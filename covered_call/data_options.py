@@ -8,7 +8,7 @@ import argparse
 import copy
 import dataclasses
 
-from covered_call.candidates.builder import find_csvs
+from covered_call.candidates.builder import Backtest, find_csvs
 from covered_call.candidates.options import (
     DATA,
     OUTCOMES,
@@ -18,11 +18,7 @@ from covered_call.candidates.options import (
     names_of,
     options_of,
 )
-from covered_call.candidates.prompts import present_in_order
-from covered_call.candidates.reading import read_candidates
-from covered_call.candidates.schema import LoggedDecision
 from covered_call.candidates.source import HOME
-from covered_call.candidates.splits import split_decisions
 
 FILES = {  # beside the options: what they are read from
     "data_files": ("CSV", "files of the backtest, or quoted globs such as 'runs/*.csv'; default: the CSVs in data/, "
@@ -34,20 +30,23 @@ OUTCOME_OPTIONS = tuple(names_of(CoveredCallCandidatesConfig, OUTCOMES))
 DATA_OPTIONS = tuple(names_of(CoveredCallCandidatesConfig, *SHARED))
 
 
-def data_options(asked: argparse.Namespace, recipe: dict) -> tuple[list[str], CoveredCallCandidatesConfig]:
-    """Files and options: those of the model's recipe, but what the command line gives goes before."""
-    given = {name: value for name, value in vars(asked).items() if value is not None}
+def backtest_of(args: argparse.Namespace, recipe: dict) -> Backtest:
+    """The backtest that a command line names: files and options of the model's recipe, but what was typed goes before.
+
+    Raises:
+        CandidatesError: for options that cannot be used, or files that are not there.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
     for together in (("data_files", "data_dir"), ("splits", "validation_from", "test_from")):
         if any(name in given for name in together):
             recipe = {name: value for name, value in recipe.items() if name not in together}
     merged = {name: value for name, value in (recipe | given).items() if value is not None}
     if recipe.get("candidate_order") == merged.get("candidate_order") == "shuffle":
-        del merged["candidate_order"]  # train_sft.py shuffles the training split alone
+        del merged["candidate_order"]  # of a training's splits, the training split alone is shuffled
     options = {name: merged[name] for name in DATA_OPTIONS if name in merged}
-    config = CoveredCallCandidatesConfig(hindsight=asked.hindsight, **options)
+    config = CoveredCallCandidatesConfig(hindsight=args.hindsight, **options)
     config.check()
-    files = find_csvs(merged.get("data_files"), merged.get("data_dir"), str(HOME))
-    return files, config
+    return Backtest(find_csvs(merged.get("data_files"), merged.get("data_dir"), str(HOME)), config)
 
 
 def config_of(task: str, config: CoveredCallCandidatesConfig) -> CoveredCallCandidatesConfig:
@@ -58,36 +57,41 @@ def config_of(task: str, config: CoveredCallCandidatesConfig) -> CoveredCallCand
     return CoveredCallCandidatesConfig(**shared | {"name": task})
 
 
-def read_splits(files: list[str], config: CoveredCallCandidatesConfig) -> tuple[list[LoggedDecision], dict]:
-    """All decisions of the files, and those of each split, with their candidates in the order that prompts show."""
-    logged = [present_in_order(entry, config) for entry in read_candidates(files, config)]
-    return logged, split_decisions(logged, config)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser, otherwise: str | None = None, kind: type = CoveredCallCandidatesConfig
+    parser: argparse.ArgumentParser,
+    otherwise: str | None = None,
+    kind: type = CoveredCallCandidatesConfig,
+    groups: tuple[str, ...] = SHARED,
 ) -> None:
-    """Options for data_options, in groups; typed turns what was given into what it takes.
+    """Files and options for backtest_of, in groups; typed turns what was given into what it takes.
 
     Args:
         otherwise: what an option that is not given is taken from, before its default.
         kind: the dataclass of the options.
     """
-    for title in SHARED:
+    for title in groups:
         group = parser.add_argument_group(title, otherwise and f"default: {otherwise}, else as said here")
         for name, (placeholder, text) in FILES.items() if title == DATA else ():
-            group.add_argument(
-                *flags(name), metavar=placeholder, help=text, nargs="+" if name == "data_files" else None
-            )
+            many = "+" if name == "data_files" else None
+            group.add_argument(*flags(name), metavar=placeholder, help=text, nargs=many)
         for option in options_of(kind, title):
-            more = {"type": float} if option.metadata["most"] is not None else {}
-            more |= {"nargs": "+"} if isinstance(option.default, tuple) else {}
-            placeholder, text = option.metadata["placeholder"], option_text(option).replace("%", "%%")
-            group.add_argument(*flags(option.name), metavar=placeholder, help=text, **more)
+            add_option(group, option)
+
+
+def add_option(group, option: dataclasses.Field) -> None:
+    """One option to a group of a parser, None where it is not given; one that is off by default is a flag."""
+    text = option_text(option).replace("%", "%%")
+    if option.default is False:
+        group.add_argument(*flags(option.name), action="store_true", default=None, help=text)
+        return
+    more = {"type": float} if option.metadata["most"] is not None else {}
+    more |= {"type": int} if type(option.default) is int else {}
+    more |= {"nargs": "+"} if isinstance(option.default, tuple) else {}
+    group.add_argument(*flags(option.name), metavar=option.metadata["placeholder"], help=text, **more)
 
 
 def recipe_keys(*groups: str, kind: type = CoveredCallCandidatesConfig) -> type:
@@ -140,17 +144,17 @@ def option_text(option: dataclasses.Field) -> str:
     return f"{option.metadata['text']}; default: {option.metadata['otherwise'] or shown}"
 
 
-def typed(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> argparse.Namespace:
+def typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """purge as a bool, and splits as fractions or the word train."""
-    if asked.purge is not None:
-        asked.purge = {"true": True, "false": False}.get(asked.purge.lower())
-        if asked.purge is None:
+    if args.purge is not None:
+        args.purge = {"true": True, "false": False}.get(args.purge.lower())
+        if args.purge is None:
             parser.error("--purge: give true or false.")
-    if asked.splits == ["train"]:
-        asked.splits = "train"
-    elif asked.splits:
+    if args.splits == ["train"]:
+        args.splits = "train"
+    elif args.splits:
         try:
-            asked.splits = tuple(map(float, asked.splits))
+            args.splits = tuple(map(float, args.splits))
         except ValueError:
-            parser.error(f'--splits {" ".join(asked.splits)}: give three fractions that add up to 1, or "train".')
-    return asked
+            parser.error(f'--splits {" ".join(args.splits)}: give three fractions that add up to 1, or "train".')
+    return args

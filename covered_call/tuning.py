@@ -2,67 +2,76 @@
 
 import importlib
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from covered_call import atomic
+from covered_call.candidates.options import PreferenceConfig, names_of
 from covered_call.candidates.schema import CandidatesError
-from covered_call.command_line import disk_trouble, start_logging
+from covered_call.command_line import as_typed, disk_trouble, start_logging
 from covered_call.language_model.manifest import PolicyError
+from covered_call.publishing.hub import PublishError, check_login
 from covered_call.training import first_checks
-from covered_call.training.runs import RecipeError, held
+from covered_call.training.runs import RecipeError, TrainingStopped, held
+
+PLAIN = (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, atomic.FolderBusy)
 
 
 def train(arguments: list[str]) -> None:
-    tune_and_share("sft", first_checks.SFT_RECIPES, arguments)
+    in_one_line("sft", arguments)
 
 
 def prefer(arguments: list[str]) -> None:
-    tune_and_share("dpo", first_checks.DPO_RECIPES, arguments)
+    in_one_line("dpo", arguments)
 
 
-def tune_and_share(stage: str, recipes: tuple[str, ...], arguments: list[str]) -> None:
-    """Runs a stage of training; an error is one line and a bad exit."""
+def in_one_line(stage: str, arguments: list[str]) -> None:
+    """Runs a stage of training; an error is one line, in the words of the command line, and a bad exit."""
     start_logging()
-    first_checks.check(recipes, arguments)  # before torch and TRL are imported, which takes ten seconds
-    import torch
-
-    from covered_call.publishing.hub import PublishError
-    from covered_call.training.trainers import TrainingStopped
-
     try:
         run(stage, arguments)
-    except (RecipeError, TrainingStopped, CandidatesError, PolicyError, PublishError, atomic.FolderBusy) as error:
-        sys.exit(f"error: {first_checks.in_words_of_the_command_line(error)}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            "error: the GPU's memory is full: give --per_device_train_batch_size 1, with gradient_accumulation_steps "
-            f"as many as a step has records, --gradient_checkpointing true, or --quantization int4. ({error})"
-        )
     except Exception as error:
-        if disk_trouble(error):
-            sys.exit(f"error: {disk_trouble(error)}")
-        raise
+        said = trouble(error)
+        if said is None:
+            raise
+        sys.exit(f"error: {said}")
+
+
+def trouble(error: Exception) -> str | None:
+    """What an error is to its user; None for a bug, whose traceback is worth more."""
+    if isinstance(error, PLAIN):
+        return as_typed(error, Namespace(**dict.fromkeys(names_of(PreferenceConfig))))
+    torch = sys.modules.get("torch")  # not imported where the first checks have found something
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: give --per_device_train_batch_size 1, with gradient_accumulation_steps as many "
+            f"as a step has records, --gradient_checkpointing true, or --quantization int4. ({error})"
+        )
+    return disk_trouble(error)
 
 
 def run(stage: str, arguments: list[str]) -> None:
     """A stage of training, "sft" or "dpo", and the push after it; what goes wrong is raised."""
-    from covered_call.training.recipe import parse_recipe
+    command = first_checks.read_command(arguments, first_checks.STAGES[stage].recipes)
+    first_checks.check(stage, command)  # before torch and TRL are imported, which takes ten seconds
+    tune_and_share(stage, command)
+
+
+def tune_and_share(stage: str, command: first_checks.Command) -> None:
+    from covered_call.training.recipe import parse_command
 
     module = importlib.import_module(f"covered_call.training.{stage}")
-    *recipe, training, given = parse_recipe(arguments, module.STAGE)
-    first = training.process_index == 0
+    model, data, training, given = parse_command(command, module.STAGE)
     repo = check_push(training) if training.push_to_hub else None
     token = training.take_login()
-    with held(training.output_dir, first and not training.dry_run):
-        module.tune(*recipe, training, given)
-    if first and repo and not training.dry_run:
+    with held(training.output_dir, training.is_first and not training.dry_run):
+        module.tune(model, data, training, given)
+    if repo and training.is_first and not training.dry_run:
         share(training, repo, token)
 
 
 def check_push(training) -> str:
     """The repo to push to; raises RecipeError before the training if the upload after it could not work."""
-    from covered_call.publishing.hub import PublishError, check_login
-
     try:
         user = check_login(training.hub_token)
     except PublishError as error:

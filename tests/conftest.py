@@ -1,4 +1,7 @@
-"""What the tests share: valid CSV rows to spoil, and a Hugging Face home of their own."""
+"""What the tests share: valid CSV rows to spoil, a small corpus with a tiny base, and a Hugging Face home of their own.
+
+What takes long to make is made once a session, which is once for each process that `make test` starts.
+"""
 
 import csv
 import datetime
@@ -19,6 +22,8 @@ for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_TRUST_REMOTE_
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+# Tests run side by side, and models as tiny as these gain nothing from a second thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "covered_call_candidates.py"
@@ -61,6 +66,35 @@ def pytest_sessionfinish():
 def load(tmp_path):
     """load_candidates with an Arrow cache of the test's own."""
     return lambda name="per_candidate", **options: load_candidates(name, cache_dir=str(tmp_path / "arrow"), **options)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> str:
+    """The path of a small CSV of 61 decisions, which no test changes: copy it first."""
+    rows = [row for day in range(60) for row in decision(day, sold=day % 3 if day % 4 else None, dte=1.0)]
+    return write_csv(tmp_path_factory.mktemp("corpus") / "candidates.csv", [*rows, no_candidates(60)])
+
+
+@pytest.fixture(scope="session")
+def corpus_tokenizer(corpus, tmp_path_factory):
+    """A tokenizer of the corpus's prompts, of both tasks, which no test changes."""
+    from covered_call.language_model.tiny_phi3 import train_tokenizer  # torch, for the tests that need it
+
+    cache = str(tmp_path_factory.mktemp("arrow"))
+    tasks = ("per_candidate", "per_decision_ranking")
+    train = [load_candidates(task, data_files=corpus, cache_dir=cache)["train"] for task in tasks]
+    return train_tokenizer(message["content"] for split in train for chat in split["messages"] for message in chat)
+
+
+@pytest.fixture(scope="session")
+def corpus_base(corpus_tokenizer, tmp_path_factory) -> Path:
+    """The folder of a tiny random Phi-3 with that tokenizer, which no test changes."""
+    from covered_call.language_model.tiny_phi3 import random_phi3
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    random_phi3(corpus_tokenizer, seed=0).save_pretrained(folder)
+    corpus_tokenizer.save_pretrained(folder)
+    return folder
 
 
 def row(**cells) -> dict:

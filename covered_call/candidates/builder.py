@@ -22,7 +22,8 @@ from covered_call.candidates.options import (
     options_of,
 )
 from covered_call.candidates.preferences import balance_pairs
-from covered_call.candidates.reading import read_candidates
+from covered_call.candidates.prompts import present_in_order
+from covered_call.candidates.reading import hashes_of, read_candidates
 from covered_call.candidates.records import FEATURES, RECORDS, makes_record
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
@@ -128,13 +129,26 @@ class Backtest:
         if not isinstance(options.data_files, DataFilesDict):
             self.options = dataclasses.replace(options, data_files=fingerprint(files))
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """From each file's path to the SHA-256 of its content, as it was when the backtest was made."""
+        return hashes_of(self.options.data_files)
+
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:
-        """All of them, by decision time, with their candidates as the files have them."""
-        return read_candidates(self.files, self.options)
+        """All of them, by decision time, each with its candidates in the order that prompts show.
+
+        Raises:
+            CandidatesError: as read_candidates does, also for a file that has changed since the backtest was made.
+        """
+        logged = read_candidates(self.files, self.options)
+        for place, entry in enumerate(logged):  # in its place, or all decisions would be in memory twice
+            logged[place] = present_in_order(entry, self.options)
+        return logged
 
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
+        """Those of each split; see split_decisions."""
         return split_decisions(self.logged, self.options)
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
@@ -142,6 +156,9 @@ class Backtest:
 
         Args:
             options: beside those of the backtest, such as min_edge. None may be one of reading, outcomes or splits.
+
+        Raises:
+            CandidatesError: for options that cannot be used, or a split that would be empty.
         """
         shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, CandidatesError, printable, shown
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Hashed(io.RawIOBase):
         super().close()
 
 
-def read_cells(path: str, options, expected: str | None = None) -> Iterator[Cells]:
+def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | None = None) -> Iterator[Cells]:
     """The rows of one CSV (plain or gzip, UTF-8 with or without BOM) as text."""
     try:
         with Hashed(path) as content, io.BufferedReader(content, MAX_LINE) as raw:

@@ -8,23 +8,29 @@ from covered_call.candidates.records import FEATURES, RECORDS
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, Counterfactual, Decision, LoggedDecision, Outcome
 
 PROMPTED = tuple(name for name, features in FEATURES.items() if {"messages", "prompt"} & features.keys())
+# What prompts.candidate_hindsight and ranking_hindsight write.
 CHOSEN_INDEX = re.compile(r"Chosen candidate index: (\d+)")
 REWARD = re.compile(r"Reward \(USD\): (\S+)")
+# As a word of its own: what holds it as a part, such as SKIPPER, names no answer.
+ANSWER_IN_NAME = re.compile(rf"(?<![A-Za-z])({SELL_CALL}|{SKIP}|{NO_TRADE})(?![A-Za-z])", re.IGNORECASE)
 
 
 class Corpus(NamedTuple):
-    """The prompts of a split with their answers, and the decisions they were rendered from."""
+    """The prompts of a split with their answers (None for pairs to prefer between), and the decisions they were
+    rendered from."""
 
     prompts: list[str]
-    answers: list[str]
+    answers: list[str | None]
     entries: list[LoggedDecision]
 
 
 def render_splits(splits: dict[str, list[LoggedDecision]], config: CoveredCallCandidatesConfig) -> dict[str, Corpus]:
+    """The corpora of ``config.name``, one of PROMPTED; an empty split has none."""
     return {name: render(entries, config) for name, entries in splits.items() if entries}
 
 
 def render(entries: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> Corpus:
+    """Of the decisions that have a candidate: the prompts of others hold no name and no number to leak."""
     entries = [entry for entry in entries if entry.decision.candidates]
     records = [record for entry in entries for record in RECORDS[config.name](entry, config)]
     return Corpus([prompt_of(record) for record in records], [record.get("label") for record in records], entries)
@@ -38,21 +44,21 @@ def prompt_of(record: dict) -> str:
     return "\n".join(message["content"] for message in prompt if message["role"] == "user")
 
 
-# As a word of its own: what holds it as a part, such as SKIPPER, names no answer.
-ANSWER_IN_NAME = re.compile(rf"(?<![A-Za-z])({SELL_CALL}|{SKIP}|{NO_TRADE})(?![A-Za-z])", re.IGNORECASE)
-
-
 def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) -> list[str]:
     """One line for each way in which the prompts of ``config.name`` name the answer."""
-    prompts = [prompt for corpus in corpora.values() for prompt in corpus.prompts]
-    named = sum(bool(CHOSEN_INDEX.search(prompt) or REWARD.search(prompt)) for prompt in prompts)
-    # Whatever its words, a prompt that names the answer changes when the answer does, and nothing else.
-    changed = sum(changed_prompts(entry, config) for corpus in corpora.values() for entry in corpus.entries)
-    leaks = {"hold the block of hindsight": named, "change when labels and outcomes do": changed}
     task = config.name
-    found = [f"FAILED: {count:,} of {len(prompts):,} {task} prompts {what}." for what, count in leaks.items() if count]
-    decisions = [entry.decision for corpus in corpora.values() for entry in corpus.entries]
-    telling = sorted({name for decision in decisions for name in names_in(decision) if ANSWER_IN_NAME.search(name)})
+    prompts = [prompt for corpus in corpora.values() for prompt in corpus.prompts]
+    entries = [entry for corpus in corpora.values() for entry in corpus.entries]
+    counts = {
+        "hold the block of hindsight": sum(bool(CHOSEN_INDEX.search(p) or REWARD.search(p)) for p in prompts),
+        # Whatever its words, a prompt that names the answer changes when the answer does, and nothing else.
+        "change when labels and outcomes do": sum(changed_prompts(entry, config) for entry in entries),
+    }
+    found = [
+        f"FAILED: {count:,} of {len(prompts):,} {task} prompts {what}." for what, count in counts.items() if count
+    ]
+    names = {name for entry in entries for name in names_in(entry.decision)}
+    telling = sorted(name for name in names if ANSWER_IN_NAME.search(name))
     if telling:
         found.append(f"FAILED: {len(telling)} names in {task} prompts are words of an answer, such as {telling[0]!r}.")
     return found

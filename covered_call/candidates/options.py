@@ -209,7 +209,7 @@ def check_options(name: str, options: dict) -> None:
     kind(name=name, **{option: value for option, value in options.items() if option in names_of(kind)}).check()
 
 
-def parse_option_time(options, name: str) -> datetime.datetime:
+def parse_option_time(options: "CoveredCallCandidatesConfig", name: str) -> datetime.datetime:
     value = getattr(options, name)
     time = iso_time(value.isoformat() if isinstance(value, datetime.date) else str(value))
     if time is None:

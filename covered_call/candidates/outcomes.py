@@ -13,6 +13,7 @@ import numpy as np
 from datasets.utils import tqdm
 from scipy.special import ndtr
 
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
@@ -32,7 +33,7 @@ def black_scholes_call(spot, strike, years, iv):
     return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
 
 
-def trading_cost(price: float, spot: float, options) -> float:
+def trading_cost(price: float, spot: float, options: CoveredCallCandidatesConfig) -> float:
     """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
 
     Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price.
@@ -43,7 +44,7 @@ def trading_cost(price: float, spot: float, options) -> float:
 class Market:
     """Spots and chains by time (in microseconds since 1970), from the decisions of the files themselves."""
 
-    def __init__(self, logged: list[LoggedDecision], options):
+    def __init__(self, logged: list[LoggedDecision], options: CoveredCallCandidatesConfig):
         self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
         spots, self.chains = collections.defaultdict(dict), {}
         for decision in (entry.decision for entry in logged):
@@ -73,7 +74,7 @@ def microseconds(time: datetime.datetime) -> int:
     return (time - EPOCH) // datetime.timedelta(microseconds=1)
 
 
-def add_counterfactuals(logged: list[LoggedDecision], options) -> list[LoggedDecision]:
+def add_counterfactuals(logged: list[LoggedDecision], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
     """The same decisions with a counterfactual for each candidate; unknown for other exit styles than the two."""
     market = Market(logged, options)
     with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
@@ -87,7 +88,9 @@ def add_counterfactuals(logged: list[LoggedDecision], options) -> list[LoggedDec
         ]
 
 
-def counterfactual(decision: Decision, candidate: Candidate, market: Market, options) -> Counterfactual:
+def counterfactual(
+    decision: Decision, candidate: Candidate, market: Market, options: CoveredCallCandidatesConfig
+) -> Counterfactual:
     """The outcome of selling this candidate, until it expires or until the horizon.
 
     Unknown where iv is blank, or where the files hold no spot near enough to the end.
@@ -103,7 +106,14 @@ def counterfactual(decision: Decision, candidate: Candidate, market: Market, opt
     return Counterfactual(float(pnl) if pnl is not None and math.isfinite(pnl) else None, label_end)
 
 
-def hold(decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options) -> float:
+def hold(
+    decision: Decision,
+    candidate: Candidate,
+    life: float,
+    last: int,
+    market: Market,
+    options: CoveredCallCandidatesConfig,
+) -> float:
     """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
 
     At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
@@ -117,13 +127,13 @@ def premium_of(spot: float, candidate: Candidate) -> float:
     return black_scholes_call(spot, candidate.strike, candidate.dte / DAYS_PER_YEAR, candidate.iv)
 
 
-def open_call(spot: float, candidate: Candidate, options) -> float:
+def open_call(spot: float, candidate: Candidate, options: CoveredCallCandidatesConfig) -> float:
     """USD that selling the call brings, net of costs."""
     premium = premium_of(spot, candidate)
     return premium - trading_cost(premium, spot, options)
 
 
-def close_call(spot: float, candidate: Candidate, left: float, options) -> float:
+def close_call(spot: float, candidate: Candidate, left: float, options: CoveredCallCandidatesConfig) -> float:
     """USD that buying the call back takes, ``left`` days before its expiry; at expiry it settles without costs."""
     value = black_scholes_call(spot, candidate.strike, max(0.0, left) / DAYS_PER_YEAR, candidate.iv)
     return value + (trading_cost(value, spot, options) if left > 0 else 0.0)
@@ -173,7 +183,7 @@ class Net(NamedTuple):
     source: str | None
 
 
-def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
+def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
     """For each candidate its counterfactual, or else what was recorded."""
     found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
     recorded = recorded_outcome(logged, options)
@@ -182,13 +192,13 @@ def net_outcomes(logged: LoggedDecision, options) -> list[Net]:
     return [Net(None, None) if net.value is None else net for net in found]
 
 
-def recorded_outcome(logged: LoggedDecision, options) -> float | None:
+def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> float | None:
     """The recorded P&L vs HODL of the call that was sold; None with costs or a horizon, of which it does not know."""
     if logged.chosen is None or not as_recorded(options):
         return None
     return logged.outcomes[logged.chosen].pnl_vs_hodl
 
 
-def as_recorded(options) -> bool:
+def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
     """Whether counterfactuals mean what the recorded outcomes do: until the exit, before costs."""
     return options.horizon is None and options.fee == options.half_spread == options.slippage == 0

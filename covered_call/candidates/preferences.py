@@ -5,6 +5,7 @@ import logging
 import random
 from typing import NamedTuple
 
+from covered_call.candidates.options import PreferenceConfig
 from covered_call.candidates.outcomes import recorded_outcome
 from covered_call.candidates.prompts import answer_of, present_in_order
 from covered_call.candidates.schema import LoggedDecision
@@ -26,7 +27,7 @@ class Pair(NamedTuple):
     source: str
 
 
-def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
+def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | None:
     """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
@@ -44,11 +45,11 @@ def preferred_pair(logged: LoggedDecision, options) -> Pair | None:
     source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
     outcomes = logged_ones if source == "recorded" else known
     pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
-    least = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
-    return pair if pair.chosen_outcome - pair.rejected_outcome > least else None
+    min_gain = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
+    return pair if pair.chosen_outcome - pair.rejected_outcome > min_gain else None
 
 
-def balance_pairs(entries: list[LoggedDecision], options) -> list[LoggedDecision]:
+def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> list[LoggedDecision]:
     """Decisions with a pair, the commonest chosen answer cut by lot to as many as the second: none dominates.
 
     Indices count in the prompt's order.

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, UTC, Candidate, Decision, LoggedDecision, Outcome
 
 
@@ -102,7 +103,7 @@ def pick_of(answer: str) -> int | None:
     return int(answer) - 1
 
 
-def order_candidates(decision: Decision, options) -> tuple[Decision, list[int]]:
+def order_candidates(decision: Decision, options: CoveredCallCandidatesConfig) -> tuple[Decision, list[int]]:
     """The decision with its candidates in the order that prompts show, and the place that each of them had."""
     candidates = decision.candidates
     order = list(range(len(candidates)))
@@ -113,7 +114,7 @@ def order_candidates(decision: Decision, options) -> tuple[Decision, list[int]]:
     return decision._replace(candidates=tuple(candidates[i] for i in order)), order
 
 
-def present_in_order(logged: LoggedDecision, options) -> LoggedDecision:
+def present_in_order(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> LoggedDecision:
     """The same with all that goes with each candidate."""
     decision, order = order_candidates(logged.decision, options)
     return LoggedDecision(

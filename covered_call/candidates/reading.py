@@ -50,7 +50,7 @@ class Row(NamedTuple):
     chosen: int
 
 
-def read_candidates(paths: list[str], options: "CoveredCallCandidatesConfig") -> list[LoggedDecision]:
+def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
     """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
 
     Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
@@ -87,7 +87,7 @@ def hashes_of(data_files: DataFilesDict | None) -> dict[str, str]:
     return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
 
 
-def say_what_was_filtered(options, present: dict[str, collections.Counter]) -> None:
+def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
     for name, rows in present.items():
         left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
         if left:
@@ -95,7 +95,7 @@ def say_what_was_filtered(options, present: dict[str, collections.Counter]) -> N
             logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
 
 
-def check_repeated(repeated: dict[tuple[str, str], list[str]], options: "CoveredCallCandidatesConfig") -> None:
+def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
     """``repeated`` holds, for two files, the ids of the decisions that both have."""
     if not repeated:
         return
@@ -129,17 +129,21 @@ def stamp(path: str) -> str:
     return found.group(1)
 
 
-def nothing_left(paths, options, present, skipped) -> CandidatesError:
-    asked = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
-    if skipped or not asked:
+def nothing_left(
+    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
+) -> CandidatesError:
+    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
+    if skipped or not filters:
         return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
     found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
     return CandidatesError(
-        f"{', '.join(paths)}: no row is left with {' and '.join(asked)}. The files hold {'; '.join(found)}."
+        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
     )
 
 
-def read_file(path: str, options, present: dict, expected: str | None) -> tuple[list[LoggedDecision], int]:
+def read_file(
+    path: str, options: CoveredCallCandidatesConfig, present: dict, expected: str | None
+) -> tuple[list[LoggedDecision], int]:
     """The file's good decisions in order of first appearance, and how many bad ones were dropped.
 
     Args:
@@ -180,7 +184,9 @@ def read_file(path: str, options, present: dict, expected: str | None) -> tuple[
     return good, len(spoilt & {run.key for run in runs if run.wanted})
 
 
-def read_runs(path: str, options, present: dict, expected: str | None, complain) -> list[Run]:
+def read_runs(
+    path: str, options: CoveredCallCandidatesConfig, present: dict, expected: str | None, complain
+) -> list[Run]:
     """The file's rows, those of one decision together as far as they stand together."""
     runs: list[Run] = []
     offsets_checked = False
@@ -205,7 +211,7 @@ def read_runs(path: str, options, present: dict, expected: str | None, complain)
     return runs
 
 
-def add_row(run: Run, cells: Cells, options, complain) -> None:
+def add_row(run: Run, cells: Cells, options: CoveredCallCandidatesConfig, complain) -> None:
     run.size += 1
     run.spots[cells.values["spot"]] += 1
     run.instruments.add(cells.values["instrument"])
@@ -236,7 +242,7 @@ def parse_key(cells: Cells) -> tuple[datetime.datetime, str, str]:
     return parse_time(cells), parse_name(cells, "underlying"), parse_name(cells, "exit_style")
 
 
-def parse_row(cells: Cells, options) -> Row:
+def parse_row(cells: Cells, options: CoveredCallCandidatesConfig) -> Row:
     trade_executed, chosen = parse_flag(cells, "trade_executed"), parse_flag(cells, "chosen")
     if chosen and not trade_executed:
         raise cells.bad("chosen", "says sold, but trade_executed is 0")
@@ -256,7 +262,7 @@ def parse_row(cells: Cells, options) -> Row:
     return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
 
 
-def parse_candidate(cells: Cells, options) -> Candidate:
+def parse_candidate(cells: Cells, options: CoveredCallCandidatesConfig) -> Candidate:
     names = Candidate._fields[1:]
     values = (parse_number(cells, name, options, blank=name in MAY_LACK) for name in names)
     candidate = Candidate(cells.values["instrument"], *values)
@@ -288,7 +294,9 @@ def parse_flag(cells: Cells, column: str) -> int:
     return int(text in ("1", "1.0", "True"))
 
 
-def parse_number(cells: Cells, column: str, options, blank: bool = False, zero: bool = False) -> float | None:
+def parse_number(
+    cells: Cells, column: str, options: CoveredCallCandidatesConfig, blank: bool = False, zero: bool = False
+) -> float | None:
     """A number within the limits of its column.
 
     Args:

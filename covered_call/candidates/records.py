@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import datasets
 
+from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
 from covered_call.candidates.outcomes import net_outcomes
 from covered_call.candidates.preferences import preferred_pair
 from covered_call.candidates.prompts import (
@@ -17,7 +18,7 @@ from covered_call.candidates.prompts import (
 from covered_call.candidates.schema import SELL_CALL, SKIP, Decision, LoggedDecision, Outcome
 
 
-def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def candidate_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     decision = logged.decision
     for index, (candidate, outcome) in enumerate(zip(decision.candidates, logged.outcomes, strict=True)):
@@ -29,7 +30,7 @@ def candidate_records(logged: LoggedDecision, options) -> Iterator[dict]:
         }
 
 
-def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def ranking_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     decision, chosen = logged.decision, logged.chosen
     traded = chosen is not None
@@ -41,7 +42,7 @@ def ranking_records(logged: LoggedDecision, options) -> Iterator[dict]:
     }
 
 
-def preference_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def preference_records(logged: LoggedDecision, options: PreferenceConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     pair = preferred_pair(logged, options)
     if pair is None:
@@ -58,7 +59,7 @@ def preference_records(logged: LoggedDecision, options) -> Iterator[dict]:
     }
 
 
-def q_records(logged: LoggedDecision, options) -> Iterator[dict]:
+def q_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
     logged = present_in_order(logged, options)
     for index, net in enumerate(net_outcomes(logged, options)):
         columns = candidate_columns(logged, index)
@@ -111,7 +112,7 @@ RECORDS = {
 }
 
 
-def makes_record(logged: LoggedDecision, options) -> bool:
+def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
     if options.name == "preference":
         return preferred_pair(present_in_order(logged, options), options) is not None
     return options.name == "per_decision_ranking" or bool(logged.decision.candidates)

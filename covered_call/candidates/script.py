@@ -1,6 +1,6 @@
 """Makes covered_call_candidates.py, the loading script: the modules that make records as one self-contained file.
 
-    make script          # or: python -m covered_call.candidates.script
+    make script          # python -m covered_call.candidates.script; with --check it only says whether it is current
 
 ``datasets`` copies a loading script, alone, into its module cache: a script that imports the package would fail there,
 or run the prompts of another checkout that happens to be installed.
@@ -61,9 +61,8 @@ def check_current(base_path: str) -> None:
 RULE = "# " + "-" * 117
 
 
-def script() -> str:
-    """The text of the loading script; ValueError if two modules define the same name."""
-    folder = Path(__file__).parent
+def script(folder: Path = Path(__file__).parent) -> str:
+    """The text of the loading script from the modules in a folder; ValueError if two define the same name."""
     imports = {"import hashlib", "import logging", "import os"}  # of HEAD
     sections, places = [], {}
     for module in MODULES:
@@ -118,5 +117,13 @@ def laid_out(imports: set[str]) -> str:
     return "\n".join([*inside, "", *(line for line in ordered if line not in inside)])
 
 
+def main(arguments: list[str]) -> None:
+    path = HOME / "covered_call_candidates.py"
+    if arguments != ["--check"]:
+        atomic.write(path, script())
+    elif not path.is_file() or path.read_text(encoding="utf-8") != script():
+        sys.exit(f"error: {path.name} is not what covered_call/candidates/ makes: run `make script`.")
+
+
 if __name__ == "__main__":
-    atomic.write(HOME / "covered_call_candidates.py", script())
+    main(sys.argv[1:])

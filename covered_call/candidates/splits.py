@@ -5,13 +5,15 @@ import collections
 import datetime
 import logging
 
-from covered_call.candidates.options import parse_option_time
+from covered_call.candidates.options import CoveredCallCandidatesConfig, parse_option_time
 from covered_call.candidates.schema import UTC, LoggedDecision
 
 logger = logging.getLogger(__name__)
 
 
-def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[LoggedDecision]]:
+def split_decisions(
+    logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
+) -> dict[str, list[LoggedDecision]]:
     """Decisions by split name. ``logged`` must be sorted by decision time."""
     if options.splits == "train":
         return {"train": logged}
@@ -37,7 +39,7 @@ def split_decisions(logged: list[LoggedDecision], options) -> dict[str, list[Log
     return splits
 
 
-def split_starts(times: list[datetime.datetime], options) -> list[datetime.datetime]:
+def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesConfig) -> list[datetime.datetime]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [parse_option_time(options, name) for name in ("validation_from", "test_from")]

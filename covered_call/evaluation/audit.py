@@ -1,4 +1,11 @@
-"""Can the answer be read from the prompt, or from something as simple as the order or the score?"""
+"""Could the answer be read from the prompt, or from something as simple as the order or the score?
+
+    covered-call audit --data_files 'runs/*.csv'   # of the prompts as they are trained on: exit status 0
+    covered-call audit --hindsight                 # with the teacher's outcomes in them it can: exit status 1
+
+Readers too simple to have learnt anything answer the prompts of each split: by the commonest answer, by the place, by
+the score, by single words. And every label and outcome is changed: a prompt that changes with them names its answer.
+"""
 
 import argparse
 import collections
@@ -11,33 +18,38 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
-from covered_call.candidates.options import CHATS
+from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
+from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
-from covered_call.data_options import config_of, data_options, read_splits
+from covered_call.command_line import plain_errors, start_logging
+from covered_call.data_options import Help, add_data_options, backtest_of, config_of, typed
 from covered_call.evaluation.baselines import Pick, fit_threshold, highest, scores
 from covered_call.tables import align
 
+SCORE_RULE = "score rule"
+Reader = Callable[[Corpus], list[str]]  # an answer to each prompt
 
-def audit(asked: argparse.Namespace) -> int:
+
+def main(arguments: list[str]) -> int:
     """Prints what each reader gets right; returns 1 if prompts name the answer, else 0."""
-    files, config = data_options(asked, {})
-    _, splits = read_splits(files, config)
+    start_logging()
+    args = parse_arguments(arguments)
+    with plain_errors(args, CandidatesError):
+        return audit(args)
+
+
+def audit(args: argparse.Namespace) -> int:
+    backtest = backtest_of(args, {})
+    print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
     leaks, only_score = [], []
     for task in PROMPTED:
-        corpora = render_splits(splits, config := config_of(task, config))
+        config = config_of(task, backtest.options)
+        corpora = render_splits(backtest.splits, config)
         leaks += find_leaks(corpora, config)
-        if task not in CHATS:  # pairs to prefer between: there is no one answer to guess
-            continue
-        readers = make_readers(task, corpora["train"])
-        cells = [[task, *corpora]]
-        for name, read in readers.items():
-            cells.append([name, *(f"{share_right(read, corpus):.3f}" for corpus in corpora.values())])
-        # A decision with a high score and no trade may only be the last of a backtest: trades are counted apart.
-        traded = [render([e for e in c.entries if e.chosen is not None], config) for c in corpora.values()]
-        right = [share_right(readers[SCORE_RULE], corpus) for corpus in traded]
-        cells.append([f"{SCORE_RULE}, on trades", *(f"{share:.3f}" for share in right)])
-        only_score.append(all(share == 1.0 for share in right))
-        print(f"\n{align(cells)}")
+        if task in CHATS:  # else pairs to prefer between: there is no one answer to guess
+            cells, right_on_trades = read_corpora(corpora, config)
+            only_score.append(all(share == 1.0 for share in right_on_trades))
+            print(f"\n{align(cells)}")
     print()
     if all(only_score):
         print(
@@ -48,20 +60,30 @@ def audit(asked: argparse.Namespace) -> int:
     return int(bool(leaks))
 
 
-def share_right(read: Callable[[Corpus], list[str]], corpus: Corpus) -> float:
-    return (
-        float(np.mean([a == b for a, b in zip(read(corpus), corpus.answers, strict=True)]))
-        if corpus.answers
-        else math.nan
-    )
+def read_corpora(
+    corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig
+) -> tuple[list[list[str]], list[float]]:
+    """The table of what each reader gets right by split, and what the score rule gets right of the trades alone."""
+    readers = make_readers(config.name, corpora.get("train"))
+    cells = [[config.name, *corpora]]
+    for name, read in readers.items():
+        cells.append([name, *(f"{share_right(read, corpus):.3f}" for corpus in corpora.values())])
+    # A decision with a high score and no trade may only be the last of a backtest: trades are counted apart.
+    traded = [render([e for e in c.entries if e.chosen is not None], config) for c in corpora.values()]
+    right = [share_right(readers[SCORE_RULE], corpus) for corpus in traded]
+    return [*cells, [f"{SCORE_RULE}, on trades", *(f"{share:.3f}" for share in right)]], right
 
 
-SCORE_RULE = "score rule"
+def share_right(read: Reader, corpus: Corpus) -> float:
+    """NaN where there is nothing to read."""
+    if not corpus.answers:
+        return math.nan
+    return float(np.mean([a == b for a, b in zip(read(corpus), corpus.answers, strict=True)]))
 
 
-def make_readers(task: str, train: Corpus) -> dict[str, Callable[[Corpus], list[str]]]:
-    """From a corpus to an answer for each of its prompts; those that need it are fitted on train."""
-    if not train.prompts:
+def make_readers(task: str, train: Corpus | None) -> dict[str, Reader]:
+    """Those that need it are fitted on train."""
+    if train is None or not train.prompts:
         raise CandidatesError("The training split holds no candidate: give more data, or other splits.")
     commonest = collections.Counter(train.answers).most_common(1)[0][0]
     rule = highest(scores, fit_threshold(scores, train.entries))
@@ -77,12 +99,12 @@ def make_readers(task: str, train: Corpus) -> dict[str, Callable[[Corpus], list[
 def answers_to(task: str, entries: list[LoggedDecision], picks: list[Pick]) -> list[str]:
     """Picks as the answers of a task, in the order of its prompts."""
     if task == "per_decision_ranking":
-        return [NO_TRADE if pick is None else str(pick + 1) for pick in picks]
+        return [answer_of(pick) for pick in picks]
     sizes = [len(entry.decision.candidates) for entry in entries]
     return [SELL_CALL if i == pick else SKIP for size, pick in zip(sizes, picks, strict=True) for i in range(size)]
 
 
-def bag_of_tokens(train: Corpus, commonest: str) -> Callable[[Corpus], list[str]]:
+def bag_of_tokens(train: Corpus, commonest: str) -> Reader:
     """A linear classifier of the words, and pairs of words, in the prompt's text."""
     if len(set(train.answers)) == 1:
         return lambda corpus: [commonest] * len(corpus.prompts)
@@ -98,3 +120,13 @@ def read_hindsight(task: str, prompt: str) -> str:
         return found[1] if found else NO_TRADE
     found = REWARD.search(prompt)
     return SELL_CALL if found and found[1] not in ("0.00", "-0.00", "n/a") else SKIP
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="covered-call audit", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
+    add_data_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--hindsight", action="store_true", help="the prompts as rendered with hindsight")
+    return typed(parser, parser.parse_args(arguments))

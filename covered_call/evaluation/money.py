@@ -18,14 +18,14 @@ from covered_call.evaluation import metrics
 from covered_call.evaluation.baselines import Pick
 from covered_call.evaluation.metrics import Figure, Played
 
-LEAST_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
+MIN_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
 MODEL, TEACHER, HODL, RANDOM = "model", "teacher", "never sell (HODL)", "random (expected)"
 Q_SCORER = "Q-scorer"
 ALL = "all"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Money: what each answer to a decision would have brought, in USD against holding, for each unit of underlying
+# What each answer to a decision would have brought, in USD for each unit of underlying
 
 
 class Case(NamedTuple):
@@ -126,7 +126,7 @@ class Validation(NamedTuple):
 
     @property
     def follows(self) -> bool:
-        return self.correlation >= LEAST_CORRELATION
+        return self.correlation >= MIN_CORRELATION
 
     def sentence(self, style: str) -> str:
         if not self.trades:
@@ -138,7 +138,7 @@ class Validation(NamedTuple):
         )
         if self.follows:
             return text
-        below = f"the correlation is below {LEAST_CORRELATION}"
+        below = f"the correlation is below {MIN_CORRELATION}"
         if style == HOLD_TO_EXPIRY:
             return f"{text} WARNING: {below}: do not trust computed outcomes."
         return f"{text} Since {below}, they count as unknown."
@@ -215,6 +215,7 @@ def play(row: Row, rule: Row, cases: list[Case], places: list[int], times: list[
 
 
 def answer_number(pick: Pick) -> int:
+    """A pick as a class of Played's arrays, which cannot hold None: 0 is NO_TRADE, from 1 the candidates."""
     return 0 if pick is None else pick + 1
 
 

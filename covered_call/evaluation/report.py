@@ -18,7 +18,7 @@ from covered_call.evaluation import metrics
 from covered_call.evaluation.metrics import METRICS, Figure
 from covered_call.evaluation.money import (
     ALL,
-    LEAST_CORRELATION,
+    MIN_CORRELATION,
     MODEL,
     Q_SCORER,
     TEACHER,
@@ -28,7 +28,7 @@ from covered_call.evaluation.money import (
     Row,
     play,
 )
-from covered_call.tables import align
+from covered_call.tables import align, markdown
 from covered_call.value_model.scorer import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison, comparison_json, draw_reliability, png
 
@@ -52,6 +52,29 @@ class Study(NamedTuple):
         ]
 
 
+class Evaluation(NamedTuple):
+    """All that a report tells: what was judged on which decisions, and how each policy did there.
+
+    Args:
+        model: the folder of the tuned model; None if the baselines alone are judged.
+        rows: the picks of each policy at ``cases``, the decisions of ``split``.
+        rule: the one of ``rows`` that agrees most with the teacher.
+        notes: what a reader of the figures must know beside them.
+        study: None if there is no Q-scorer.
+    """
+
+    model: str | None
+    split: str
+    files: list[str]
+    config: CoveredCallCandidatesConfig
+    cases: list[Case]
+    rows: list[Row]
+    rule: Row
+    results: list[Result]
+    notes: list[str]
+    study: Study | None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -72,24 +95,24 @@ def show(metric: str, figure: Figure, with_interval: bool = True) -> str:
 HEAD = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced",
-    "trade_rate": "sells",
-    "coverage": "known",
+    "trade_rate": "trade rate",
+    "coverage": "coverage",
     "mean_pnl": "P&L a decision",
     "minus_teacher": "minus teacher",
 }
 
 
-def terminal_table(split: str, results: list[Result], rule: str) -> str:
+def terminal_table(evaluation: Evaluation) -> str:
     """The policies of each exit style, most like the teacher first."""
     blocks = []
-    for group, times, _, figures in results:
+    for group, times, _, figures in evaluation.results:
         if group.name != ALL:
             continue
         cells = [["", *HEAD.values()]]
         for name, found in figures.items():
             short = ("balanced_accuracy", "trade_rate", "coverage")
             cells.append([name, *(show(metric, found[metric], metric not in short) for metric in HEAD)])
-        blocks.append(f"\n{describe(split, group, times)}\n\n{align(cells)}")
+        blocks.append(f"\n{describe(evaluation.split, group, times)}\n\n{align(cells)}")
         if MODEL in figures:
             differs = show("minus_best_rule", figures[MODEL]["minus_best_rule"])
             blocks.append(f"\nP&L a decision, {MODEL} minus best rule: {differs}")
@@ -97,7 +120,7 @@ def terminal_table(split: str, results: list[Result], rule: str) -> str:
         [
             *blocks,
             "\nBest accuracy first; [95 % intervals]; P&L vs HODL in USD a unit of underlying; 'a to b' are bounds",
-            f"where outcomes are unknown. The best rule is: {rule}.",
+            f"where outcomes are unknown. The best rule is: {evaluation.rule.name}.",
         ]
     )
 
@@ -110,10 +133,9 @@ def describe(split: str, group: Group, times: list[datetime.datetime]) -> str:
 
 
 def markdown_table(figures: dict[str, dict[str, Figure]], names: list[str]) -> str:
-    lines = [f"| | {' | '.join(names)} |".replace("_", " "), "|---" * (len(names) + 1) + "|"]
-    for row, found in figures.items():
-        lines.append(f"| {row} | {' | '.join(show(name, found[name]) for name in names)} |")
-    return "\n".join(lines)
+    """The figures of these names for each policy."""
+    head = ["", *(name.replace("_", " ") for name in names)]
+    return markdown([head, *([row, *(show(name, found[name]) for name in names)] for row, found in figures.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,18 +176,15 @@ EQUITY = "equity_{style}.png"
 def how_measured(config: CoveredCallCandidatesConfig) -> str:
     return HOW.format(
         tolerance=config.expiry_tolerance, take_profit=config.take_profit, roll_delta=config.roll_delta,
-        correlation=LEAST_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
+        correlation=MIN_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
     )  # fmt: skip
 
 
-def report_files(asked, files, results, rows, rule, cases, notes, how, learnt: Study | None) -> dict[str, str | bytes]:
+def report_files(evaluation: Evaluation) -> dict[str, str | bytes]:
     """The files of a report by their names, metrics.json first."""
-    plots = draw(results, rows, rule, cases)
-    if learnt:
-        plots[RELIABILITY] = draw_reliability(learnt.pairs)
-    figures = as_json(asked, files, results, rule, notes) | {"q_scorer": study_json(learnt)}
-    text = report_text(asked, files, results, rule, notes, list(plots), how, learnt)
-    return {METRICS_FILE: json.dumps(figures, indent=2, allow_nan=False), TEXT: text, **plots}
+    plots = draw(evaluation)
+    figures = json.dumps(as_json(evaluation), indent=2, allow_nan=False)
+    return {METRICS_FILE: figures, TEXT: report_text(evaluation, list(plots)), **plots}
 
 
 def write_report(folder: Path, files: dict[str, str | bytes]) -> None:
@@ -177,74 +196,77 @@ def write_report(folder: Path, files: dict[str, str | bytes]) -> None:
     atomic.write_together(folder, files, old)
 
 
-def report_text(
-    asked, files, results: list[Result], rule: Row, notes: list[str], plots: list[str], how: str, learnt: Study | None
-) -> str:
-    parts = [f"# {asked.model or 'Baselines'}, {asked.split} split"]
-    parts += ["Read from " + ", ".join(f"`{os.path.basename(path)}`" for path in files) + "."]
-    parts += [f"The best rule, the baseline that agrees most with the teacher here, is: {rule.name}."]
-    parts += ["\n".join(f"- {note}" for note in notes)]
-    for group, times, block, figures in results:
-        title = f"{describe(asked.split, group, times)} (blocks of {block})"
-        if group.name == ALL:
-            parts += [f"## {title}", "Imitation:", markdown_table(figures, IMITATION)]
-            parts += ["Money:", markdown_table(figures, MONEY), "Differences:", markdown_table(figures, DIFFERENCES)]
-            parts += [f"![{plot}]({plot})" for plot in plots if group.exit_style in plot]
-        else:
-            parts += [f"### {title}", markdown_table(figures, ["accuracy", "coverage", "mean_pnl", *DIFFERENCES])]
+def report_text(evaluation: Evaluation, plots: list[str]) -> str:
+    parts = [f"# {evaluation.model or 'Baselines'}, {evaluation.split} split"]
+    parts += ["Read from " + ", ".join(f"`{os.path.basename(path)}`" for path in evaluation.files) + "."]
+    parts += [f"The best rule, the baseline that agrees most with the teacher here, is: {evaluation.rule.name}."]
+    parts += ["\n".join(f"- {note}" for note in evaluation.notes)]
+    for result in evaluation.results:
+        parts += group_text(result, evaluation.split, plots)
     parts += [f"![{plot}]({plot})" for plot in plots if plot == CALIBRATION]
-    if learnt:
-        parts += [f"## {Q_SCORER}", *study_text(learnt), f"![{RELIABILITY}]({RELIABILITY})"]
-    parts += ["## How it is measured", how]
-    meanings = [f"| {name.replace('_', ' ')} | {m.better or 'neither'} | {m.meaning} |" for name, m in METRICS.items()]
-    parts += ["\n".join([f"| metric (version {metrics.VERSION}) | better | |", "|---|---|---|", *meanings])]
+    if evaluation.study:
+        parts += [f"## {Q_SCORER}", *study_text(evaluation.study), f"![{RELIABILITY}]({RELIABILITY})"]
+    parts += ["## How it is measured", how_measured(evaluation.config)]
+    meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
+    parts += [markdown([[f"metric (version {metrics.VERSION})", "better", ""], *meanings])]
     return "\n\n".join(parts) + "\n"
 
 
-def study_text(learnt: Study) -> list[str]:
-    meta = learnt.metadata
+def group_text(result: Result, split: str, plots: list[str]) -> list[str]:
+    group, times, block, figures = result
+    title = f"{describe(split, group, times)} (blocks of {block})"
+    if group.name != ALL:
+        return [f"### {title}", markdown_table(figures, ["accuracy", "coverage", "mean_pnl", *DIFFERENCES])]
+    parts = [f"## {title}"]
+    for what, names in (("Imitation", IMITATION), ("Money", MONEY), ("Differences", DIFFERENCES)):
+        parts += [f"{what}:", markdown_table(figures, names)]
+    return parts + [f"![{plot}]({plot})" for plot in plots if group.exit_style in plot]
+
+
+def study_text(study: Study) -> list[str]:
+    meta = study.metadata
     fitted = (
         f"Learnt from {meta['train']['known']:,} known outcomes, {meta['train']['from'][:10]} to "
-        f"{meta['train']['to'][:10]}; calibrated by {100 * meta['offset']:+.3f} % of spot on "
+        f"{meta['train']['to'][:10]}; offset of {100 * meta['offset']:+.3f} % of spot, fitted on "
         f"{meta['validation']['known']:,}, {meta['validation']['from'][:10]} to {meta['validation']['to'][:10]}; "
         f"{gates_text(Gates(**meta['gates']))}."
     )
-    return [fitted, "\n".join(f"- {sentence}" for sentence in learnt.sentences())]
+    return [fitted, "\n".join(f"- {sentence}" for sentence in study.sentences())]
 
 
-def study_json(learnt: Study | None) -> dict | None:
+def study_json(study: Study | None) -> dict | None:
     """None where there is no Q-scorer; figures that are not defined are null."""
-    if learnt is None:
+    if study is None:
         return None
-    compared = {style: comparison_json(found) for style, found in learnt.compared.items()}
-    return {"fitted": learnt.metadata, "by_exit_style": compared}
+    compared = {style: comparison_json(found) for style, found in study.compared.items()}
+    return {"fitted": study.metadata, "by_exit_style": compared}
 
 
-def as_json(asked, files, results: list[Result], rule: Row, notes: list[str]) -> dict:
+def as_json(evaluation: Evaluation) -> dict:
     return {
         "metrics_version": metrics.VERSION,
         "definitions": {name: {"better": m.better, "meaning": m.meaning} for name, m in METRICS.items()},
-        "model": asked.model,
-        "split": asked.split,
-        "data_files": [os.path.basename(path) for path in files],
-        "best_rule": rule.name,
-        "notes": notes,
-        "groups": [
-            {
-                "exit_style": group.exit_style,
-                "group": group.name,
-                "decisions": len(group.places),
-                "from": times[0].isoformat(),
-                "to": times[-1].isoformat(),
-                "block": block,
-                "rows": {
-                    row: {name: figure_json(figure) for name, figure in found.items()}
-                    for row, found in figures.items()
-                },
-            }
-            for group, times, block, figures in results
-        ],
+        "model": evaluation.model,
+        "split": evaluation.split,
+        "data_files": [os.path.basename(path) for path in evaluation.files],
+        "best_rule": evaluation.rule.name,
+        "notes": evaluation.notes,
+        "groups": [result_json(result) for result in evaluation.results],
         "versions": {name: importlib.metadata.version(name) for name in ("scikit-learn", "arch", "numpy", "datasets")},
+        "q_scorer": study_json(evaluation.study),
+    }
+
+
+def result_json(result: Result) -> dict:
+    group, times, block, figures = result
+    return {
+        "exit_style": group.exit_style,
+        "group": group.name,
+        "decisions": len(group.places),
+        "from": times[0].isoformat(),
+        "to": times[-1].isoformat(),
+        "block": block,
+        "rows": {row: {name: figure_json(figure) for name, figure in found.items()} for row, found in figures.items()},
     }
 
 
@@ -254,14 +276,18 @@ def figure_json(figure: Figure) -> dict:
     return {"value": value, "low": ends[0], "high": ends[1], "interval": figure.interval}
 
 
-def draw(results: list[Result], rows: list[Row], rule: Row, cases: list[Case]) -> dict[str, bytes]:
-    """PNGs by their names: the equity for each exit style and, if there is a model, its calibration."""
-    overall, plots = [result for result in results if result.group.name == ALL], {}
+def draw(evaluation: Evaluation) -> dict[str, bytes]:
+    """PNGs by their names: the equity for each exit style and, for what is there, the calibration of the model and the
+    reliability of the Q-scorer."""
+    cases, rows, rule = evaluation.cases, evaluation.rows, evaluation.rule
+    overall, plots = [result for result in evaluation.results if result.group.name == ALL], {}
     for result in overall:
         name = EQUITY.format(style=re.sub(r"[^a-z0-9_]", "_", result.group.exit_style.lower()))
         plots[name] = draw_equity(result, rows, rule, cases)
     if rows[-1].name == MODEL:
         plots[CALIBRATION] = draw_calibration(overall, rows[-1], rule, cases)
+    if evaluation.study:
+        plots[RELIABILITY] = draw_reliability(evaluation.study.pairs)
     return plots
 
 

@@ -181,24 +181,35 @@ def load_base(
         MemoryFull: if there is no room for it.
         PolicyError: if Liger is asked for and not there.
     """
-    config = {
-        "int4": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
-        ),
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "none": None,
-    }[quantization]
+    model = read_base(name, quantization, dtype, "cpu" if sharded else device, revision, sharded)
+    if sharded:
+        model.hf_device_map = None  # accelerate would take it for a model that is to stay on the CPU
+    if sharded or torch.device(device).type == "cuda":  # Triton compiles nothing for a CPU
+        use_liger(model, liger)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation and round their
+            # scales to bfloat16 for good: training would go on from other weights than a resumed run loads.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def read_base(
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    revision: str | None,
+    sharded: bool,
+) -> PreTrainedModel:
+    """The model as transformers reads it, with plain errors."""
     full_before = times_full()
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            quantization_config=config,
-            device_map={"": "cpu" if sharded else device},
+            quantization_config=bits(quantization, dtype, sharded),
+            device_map={"": device},
             revision=revision,
             trust_remote_code=False,
             output_loading_info=True,
@@ -215,16 +226,19 @@ def load_base(
         ) from error
     if loaded["missing_keys"]:  # transformers draws them at random, and only warns
         raise PolicyError(f"{name} lacks {few(loaded['missing_keys'])}: download or copy it again.")
-    if sharded:
-        model.hf_device_map = None  # accelerate would take it for a model that is to stay on the CPU
-    if sharded or torch.device(device).type == "cuda":  # Triton compiles nothing for a CPU
-        use_liger(model, liger)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On a CPU with AVX512-BF16, bitsandbytes would repack the weights at the first evaluation and round their
-            # scales to bfloat16 for good: training would go on from other weights than a resumed run loads.
-            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def bits(quantization: str, dtype: torch.dtype, sharded: bool) -> BitsAndBytesConfig | None:
+    if quantization == "int4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
 def use_liger(model: PreTrainedModel, wanted: bool | None) -> None:

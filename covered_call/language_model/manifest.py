@@ -1,4 +1,7 @@
-"""TODO."""
+"""What a finished run saved: its manifest, the hashes of its files, its calibration.
+
+Neither torch nor transformers is imported here, so that a folder can be judged in a moment.
+"""
 
 import functools
 import hashlib
@@ -18,9 +21,6 @@ TEMPERATURES = 0.05, 20.0  # between which a calibration looks
 class PolicyError(ValueError):
     """A model, its tokenizer or its folder cannot be used as it is; the message says why and what to do."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a finished run saved
 
 # What a manifest must say before its model can be used, with its type; a dot is a level of nesting.
 KEYS = {
@@ -49,18 +49,18 @@ def read_manifest(folder: str | os.PathLike) -> dict:
         PolicyError: if the run has not finished, its prompts are not today's, or a file is not as it was saved.
     """
     if not Path(folder).is_dir():
-        raise PolicyError(f"There is no folder {folder}: give one that train_sft.py saved.")
+        raise PolicyError(f"There is no folder {folder}: give one that covered-call train saved.")
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise PolicyError(f"{folder} holds no {MANIFEST}: it is no folder that train_sft.py saved.")
+        raise PolicyError(f"{folder} holds no {MANIFEST}: it is no folder that covered-call train saved.")
     manifest = read_json(path)
     if not {"finished", "prompt_version"} <= manifest.keys():
-        raise PolicyError(f"{path} is none that train_sft.py saved: it does not say whether a run has finished.")
+        raise PolicyError(f"{path} is none that covered-call train saved: it does not say whether a run has finished.")
     if not manifest["finished"]:
         raise PolicyError(f"The run in {folder} has not finished: start it again with the same command.")
     if manifest["prompt_version"] != PROMPT_VERSION:
         raise PolicyError(
-            f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and covered_call_candidates.py "
+            f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and this code "
             f"now renders version {PROMPT_VERSION}. Tune it again, or go back to the code it was tuned with."
         )
     if "files" not in manifest:

@@ -68,11 +68,11 @@ class Answer(NamedTuple):
 
 @dataclass
 class Policy:
-    """A tuned model that decides; ``Policy.load`` makes it from a folder that train_sft.py saved.
+    """A tuned model that decides; ``Policy.load`` makes it from a folder that a training saved.
 
     Args:
         manifest: what the model was tuned on; see read_manifest.
-        temperature: what scores are divided by before they become probabilities; see calibrate.
+        temperature: what scores are divided by before they become probabilities; see fit_temperature.
         threshold: a trade of lower probability becomes NO_TRADE.
         batch_tokens: how many tokens are read together; None: what fits in the GPU's free memory. Fewer need less
             memory, and change nothing else.
@@ -201,7 +201,7 @@ class Policy:
             return []
         owners = [number for number, prompts in enumerate(decisions) for _ in prompts]
         prompts = chat_ids(self.tokenizer, [prompt for prompt, _ in asked], add_generation_prompt=True)
-        # Answers read alike after every prompt: train_sft.py has checked that before it tuned.
+        # Answers read alike after every prompt: the preflight of its training has checked that.
         tokens = answer_tokens(self.tokenizer, asked[0][0], list({a: None for _, answers in asked for a in answers}))
         answers = [[tokens[answer] for answer in given] for _, given in asked]
         check_fits(self.model.config, max(map(len, prompts)) + max(map(len, tokens.values())))
@@ -254,7 +254,7 @@ def check_fits(config: PretrainedConfig, length: int) -> None:
         )
 
 
-def calibrate(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
+def fit_temperature(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
     """Fits the policy's temperature to what the teacher answered, and stores it beside the model for Policy.load.
 
     The temperature minimises the mean negative log-likelihood (nats) of the teacher's answers
@@ -274,13 +274,13 @@ def calibrate(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
                 targets.append(len(row) - 1 if entry.chosen is None else entry.chosen)
     if not scores:
         raise PolicyError("None of the decisions to calibrate on has a candidate: give the validation split.")
-    fitted = fit_temperature(scores, targets)
+    fitted = best_temperature(scores, targets)
     policy.temperature = fitted["temperature"]
     atomic.write(policy.folder / CALIBRATION, json.dumps(fitted, indent=2))
     return policy.temperature
 
 
-def fit_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> dict[str, float]:
+def best_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> dict[str, float]:
     """The temperature with the least mean negative log-likelihood (nats) of the right answers, and that before it.
 
     Args:

@@ -1,6 +1,5 @@
 """The datasets to share: built as Parquet shards, checked, described by a card, and written to a folder."""
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -15,23 +14,24 @@ from typing import NamedTuple
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 from datasets import Dataset, DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils import tqdm
 from huggingface_hub import DatasetCard
 
 from covered_call import atomic
-from covered_call.candidates.builder import CoveredCallCandidates, load_candidates
+from covered_call.candidates.builder import Backtest, CoveredCallCandidates
 from covered_call.candidates.leaks import PROMPTED, find_leaks, render_splits
-from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.options import CoveredCallCandidatesConfig, names_of
 from covered_call.candidates.records import RECORDS
-from covered_call.candidates.schema import LoggedDecision
 from covered_call.candidates.source import HOME
 from covered_call.candidates.splits import split_decisions
-from covered_call.command_line import quiet
-from covered_call.data_options import DATA_OPTIONS, config_of
-from covered_call.publishing.private import CARD, PublishError, fill, load_card
+from covered_call.data_options import config_of
+from covered_call.publishing.hub import PublishError
+from covered_call.tables import align, markdown
 
+CARD = "README.md"
 SAMPLE = HOME.resolve() / "data" / "sample"
 ROWS_A_GROUP = 1000  # a reader holds one row group in memory at a time
 SHARD = re.compile(rf"({'|'.join(RECORDS)})/[^/]+-\d{{5}}-of-\d{{5}}\.parquet")
@@ -67,12 +67,10 @@ class Built(NamedTuple):
     splits: dict[str, Split]
 
 
-def build(name: str, files: list[str], config: CoveredCallCandidatesConfig, folder: Path, shard_size: int) -> Built:
-    """Builds a config from the CSVs and writes its shards to ``folder``/``name``."""
-    options = {option: getattr(config, option) for option in (*DATA_OPTIONS, "hindsight")}
+def build(name: str, backtest: Backtest, folder: Path, shard_size: int) -> Built:
+    """Renders a config and writes its shards, of about ``shard_size`` bytes in memory, to ``folder``/``name``."""
     with tempfile.TemporaryDirectory(prefix="arrow_", dir=folder.parent) as cache:
-        with quiet():  # the audit read the same files, and spoke of them, a moment ago
-            splits = load_candidates(name, data_files=files, cache_dir=cache, **options)
+        splits = backtest.load(name, cache_dir=cache)
         written = {split: write_split(rows, folder, f"{name}/{split}", shard_size) for split, rows in splits.items()}
         return Built(name, next(iter(splits.values())).features, written)
 
@@ -126,13 +124,11 @@ def labels_of(split: Dataset) -> Counter:
 # Check: nothing is shared that names its answers, is described by a card of something else, or was meant to be private
 
 
-def check_leaks(splits: dict, config: CoveredCallCandidatesConfig, names: list[str], allow: bool) -> None:
-    """Raises PublishError if prompts name their answers, as evaluate_policy.py finds it, unless that is allowed."""
+def check_leaks(backtest: Backtest, names: list[str], allow: bool) -> None:
+    """Raises PublishError if prompts name their answers, as the verb audit finds it, unless that is allowed."""
     leaks = []
-    for name in names:
-        if name in PROMPTED:
-            of_config = config_of(name, config)
-            leaks += find_leaks(render_splits(splits, of_config), of_config)
+    for config in (config_of(name, backtest.options) for name in names if name in PROMPTED):
+        leaks += find_leaks(render_splits(backtest.splits, config), config)
     if leaks and not allow:
         raise PublishError(f"The leak audit fails. {' '.join(leaks)} To share them all the same: --allow-hindsight.")
     print("\n".join(leaks) if leaks else "Leak audit passed: no prompt names its answer.")
@@ -142,10 +138,10 @@ def is_sample(files: list[str]) -> bool:
     return all(Path(path).resolve().is_relative_to(SAMPLE) for path in files)
 
 
-def check_visibility(asked: argparse.Namespace, files: list[str]) -> bool:
+def check_visibility(files: list[str], private: bool, public: bool) -> bool:
     """Whether the repo is to be private: data that is not the sample needs a word on it."""
-    if asked.private or asked.public or is_sample(files):
-        return asked.private
+    if private or public or is_sample(files):
+        return private
     raise PublishError(
         f"{first_of_others(files)} is not of the simulated sample: say --private or --public, as the repo is to be."
     )
@@ -191,6 +187,30 @@ def simulated(card: DatasetCard) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Card: its keys and body are kept; what was built is filled in
+
+
+def load_card(kind: type, path: Path):
+    """A README.md as a card of ``kind``: DatasetCard or ModelCard; PublishError if it is none."""
+    try:
+        return kind(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PublishError(f"The card {path} cannot be read ({error}).") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise PublishError(
+            f"{path}: what stands between its --- lines is not the YAML of a card ({reason})."
+        ) from error
+
+
+def fill(text: str, section: str, title: str, content: str) -> str:
+    """The text with ``content`` between the comments that mark a section, or at its end if nothing marks it."""
+    start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    if start not in text and end not in text:
+        return f"{text.rstrip()}\n\n## {title}\n\n{start}\n{content}\n{end}\n"
+    before, *rest = text.split(start)
+    if len(rest) != 1 or rest[0].count(end) != 1 or end in before:
+        raise PublishError(f"The card must hold {start} and, after it, {end} once each.")
+    return f"{before}{start}\n{content}\n{end}{rest[0].split(end)[1]}"
 
 
 def fill_card(card: DatasetCard, source: str, revision: str | None, statistics: str, built: list[Built]) -> str:
@@ -241,17 +261,17 @@ def how_to_load(source: str, revision: str | None, built: list[Built]) -> str:
     return "\n".join(["```python", "from datasets import load_dataset", "", *lines, "```"])
 
 
-def describe_data(
-    built: list[Built], logged: list[LoggedDecision], splits: dict, config: CoveredCallCandidatesConfig
-) -> str:
+def describe_data(built: list[Built], backtest: Backtest) -> str:
     """The statistics of the card: how the splits were made, what each holds, and what was purged."""
-    lines = ["| config | split | decision times | decisions | records | labels |", "|---|---|---|---|---|---|"]
-    for one in built:
-        for name, split in one.splits.items():
-            cells = [f"`{one.name}`", name, split.times, split.decisions, f"{split.rows:,}", balance(split.labels)]
-            lines.append(f"| {' | '.join(cells)} |")
-    purged = describe_purge(logged, splits, config)
-    return "\n\n".join(filter(None, [describe_splits(config), "\n".join(lines), purged, describe_options(config)]))
+    cells = [["config", "split", "decision times", "decisions", "records", "labels"]]
+    cells += [
+        [f"`{one.name}`", name, split.times, split.decisions, f"{split.rows:,}", balance(split.labels)]
+        for one in built
+        for name, split in one.splits.items()
+    ]
+    options = backtest.options
+    parts = [describe_splits(options), markdown(cells), describe_purge(backtest), describe_options(options)]
+    return "\n\n".join(filter(None, parts))
 
 
 def balance(labels: Counter) -> str:
@@ -281,23 +301,24 @@ def describe_splits(config: CoveredCallCandidatesConfig) -> str:
     return f"By decision time: {parts}; the decisions of one time are never divided."
 
 
-def describe_purge(logged: list[LoggedDecision], splits: dict, config: CoveredCallCandidatesConfig) -> str:
-    if config.splits == "train":
+def describe_purge(backtest: Backtest) -> str:
+    if backtest.options.splits == "train":
         return ""
-    if not config.purge:
+    if not backtest.options.purge:
         return "Nothing is purged: options of one split may still be alive when the next begins."
-    whole = split_decisions(logged, dataclasses.replace(config, purge=False))
-    purged = {name: len(entries) - len(splits[name]) for name, entries in whole.items()}
+    whole = split_decisions(backtest.logged, dataclasses.replace(backtest.options, purge=False))
+    purged = {name: len(entries) - len(backtest.splits[name]) for name, entries in whole.items()}
     counts = " and ".join(f"{count:,} from {name}" for name, count in purged.items() if count)
+    total = f"{sum(purged.values()):,} of {len(backtest.logged):,}"
     return (
-        f"Purged decisions: {sum(purged.values()):,} of {len(logged):,}{f', {counts}' if counts else ''}. A decision "
+        f"Purged decisions: {', '.join(filter(None, [total, counts]))}. A decision "
         "is left out if one of its options is still alive when the next split begins, because its outcome lies there."
     )
 
 
 def describe_options(config: CoveredCallCandidatesConfig) -> str:
     defaults = CoveredCallCandidatesConfig()
-    given = {name: getattr(config, name) for name in (*DATA_OPTIONS, "hindsight")}
+    given = {name: getattr(config, name) for name in names_of(CoveredCallCandidatesConfig)}
     given = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(defaults, name)]
     text = f"Built with {', '.join(given)}." if given else ""
     return f"{text} **The prompts name the teacher's outcomes, and so the answers.**" if config.hindsight else text
@@ -305,7 +326,9 @@ def describe_options(config: CoveredCallCandidatesConfig) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder: made beside its place, and exchanged with what is there if that was made here too
-SIGNATURE = re.compile(r"\n<!-- publish\.py wrote this file; SHA-256 of what is above: ([0-9a-f]{64}) -->\n\Z")
+SIGNATURE = re.compile(
+    r"\n<!-- covered-call publish wrote this file; SHA-256 of what is above: ([0-9a-f]{64}) -->\n\Z"
+)
 
 
 @contextmanager
@@ -364,7 +387,7 @@ def sign(card: str) -> str:
     """The card with a last line by which check_folder knows it, unless it is changed."""
     text = f"{card.rstrip()}\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text}\n<!-- publish.py wrote this file; SHA-256 of what is above: {digest} -->\n"
+    return f"{text}\n<!-- covered-call publish wrote this file; SHA-256 of what is above: {digest} -->\n"
 
 
 def is_signed(card: Path) -> bool:
@@ -386,11 +409,8 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 def listing(folder: Path) -> str:
     """Each file with its rows and bytes."""
-    lines = [("file", "rows", "bytes")]
+    cells = [["file", "rows", "bytes"]]
     for name in files_below(folder):
         rows = f"{pq.read_metadata(folder / name).num_rows:,}" if name.endswith(".parquet") else ""
-        lines.append((name, rows, f"{(folder / name).stat().st_size:,}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {rows:>{widths[1]}}  {size:>{widths[2]}}".rstrip() for name, rows, size in lines
-    )
+        cells.append([name, rows, f"{(folder / name).stat().st_size:,}"])
+    return align(cells, right=(1, 2))

@@ -1,8 +1,12 @@
-"""The Hub: one commit that makes a repo hold certain files, or none; with deadlines, and errors in plain words."""
+"""The Hub: one commit that makes a repo hold certain files, or none; with deadlines, and errors in plain words.
+
+Before it, a last look at every byte: no token and no path of this machine is shared.
+"""
 
 import hashlib
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -24,7 +28,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
 
-from covered_call.publishing.private import PublishError, check_no_secrets, redact
+from covered_call.candidates.schema import printable
+
+
+class PublishError(Exception):
+    """What was asked cannot be shared as it is; the message says why and what to do."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Deadlines: the Hub's own client has none, and lets a server say how long to wait before the next try
@@ -138,6 +147,7 @@ def deadlines(seconds: float = float("inf")) -> Iterator[None]:
 # Errors
 HUB_ERRORS = (httpx2.HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, RuntimeError, ValueError)
 AGAIN = "Run this again; if it stays so, look at https://status.huggingface.co"
+LONGEST_SAID = 500  # characters of what a server says
 
 
 @contextmanager
@@ -191,6 +201,15 @@ def refused(error: HfHubHTTPError, repo: str) -> str:
     }.get(status, f"the Hub refuses ({status}: {said}). {AGAIN}.")
 
 
+def redact(said: str) -> str:
+    """What a server says, on one line and in printable characters, clipped, and without tokens."""
+    token = get_token()
+    if token:
+        said = said.replace(token, "hf_***")
+    said = re.sub(r"\bhf_\w{8,}", "hf_***", " ".join(said.split()))
+    return printable(said, LONGEST_SAID)
+
+
 def check_login(token: str | None = None) -> str:
     """The name that the Hub knows you by; raises PublishError before any work if a push could not work."""
     with deadlines(ASKING), in_plain_words("you"):
@@ -198,6 +217,48 @@ def check_login(token: str | None = None) -> str:
         if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
             raise TypeError("it does not say who you are")
         return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Secrets: a token or a path of this machine goes nowhere
+TOKEN = r"hf_[A-Za-z0-9]{20,}"
+CHUNK, OVERLAP = 1 << 20, 1 << 12  # bytes read at a time, and of them once more with the next ones
+
+
+def check_no_secrets(tree: dict[str, Path], token: str | None = None) -> None:
+    """Raises PublishError if a file holds a token, or a path of this machine."""
+    tokens = [re.escape(one).encode() for one in {token, get_token()} if one]
+    folders = b"|".join(re.escape(folder).encode() for folder in private_folders())
+    secret = re.compile(b"|".join([TOKEN.encode(), *tokens]))
+    either = re.compile(b"|".join([secret.pattern, rb"(?:%s)[/\\][\w.@-]+" % folders]))
+    for path, file in tree.items():
+        found = next((match[0] for piece in pieces(file) for match in either.finditer(piece)), None)
+        if found is None:
+            continue
+        if secret.fullmatch(found):
+            raise PublishError(
+                f"{path} holds what looks like a token of the Hub (hf_***), and would give it to every reader. Revoke "
+                f"it at https://huggingface.co/settings/tokens, take it out of the file, and run this again."
+            )
+        raise PublishError(
+            f"{path} holds a path of this machine, {found.decode(errors='replace')}: take it out of the file, and "
+            "run this again."
+        )
+
+
+def pieces(file: Path) -> Iterator[bytes]:
+    """The bytes of a file, in pieces that overlap."""
+    with open(file, "rb") as opened:
+        before = b""
+        while chunk := opened.read(CHUNK):
+            yield before + chunk
+            before = chunk[-OVERLAP:]
+
+
+def private_folders() -> list[str]:
+    """The folders of this machine that a path in what is shared may begin with, the longest first."""
+    folders = {str(one) for one in (Path.home(), Path.cwd(), tempfile.gettempdir()) if Path(one) != Path(one).parent}
+    return sorted(folders, key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,17 +14,8 @@ from covered_call.evaluation import metrics
 from covered_call.evaluation.money import ALL, HODL, MODEL, TEACHER
 from covered_call.evaluation.report import markdown_table
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
-from covered_call.publishing.hub import push
-from covered_call.publishing.private import (
-    CARD,
-    PublishError,
-    check_no_secrets,
-    fill,
-    load_card,
-    name_of,
-    scrub,
-    scrub_text,
-)
+from covered_call.publishing.dataset import CARD, fill, load_card
+from covered_call.publishing.hub import PublishError, check_no_secrets, private_folders, push
 
 # What a training says of itself. The rest of what is shared are the files whose hashes its manifest keeps.
 SAID = (CARD, MANIFEST, RECIPE, CALIBRATION, "training.png")
@@ -59,9 +51,9 @@ def push_model(
     """Shares a finished fine-tune with its model card in one commit; what training did not write stays here.
 
     Args:
-        folder: as train_sft.py saved it; it is not changed.
+        folder: as training saved it; it is not changed.
         data_repo: the dataset on the Hub that it was tuned on.
-        report: a metrics.json of evaluate_policy.py; default that of ``report/``, if it is of this model.
+        report: a metrics.json of the verb evaluate; default that of ``report/``, if it is of this model.
 
     Raises:
         PublishError: if the run has not finished, a file is not as it was saved, no regular one, or holds a token, the
@@ -162,7 +154,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 def model_card(
     folder: Path, manifest: dict, repo: str, revision: str | None, data_repo: str | None, report: str | None
 ) -> str:
-    """The card that train_sft.py wrote, with where the model and its data are on the Hub, and its evaluation."""
+    """The card that training wrote, with where the model and its data are on the Hub, and its evaluation."""
     card = load_card(ModelCard, folder / CARD)
     data = "The data it was tuned on are not on the Hub."
     if data_repo:
@@ -183,7 +175,8 @@ def model_card(
 HOW_TO_DECIDE = """\
 ```python
 from huggingface_hub import snapshot_download
-from policy import Policy
+
+from covered_call import Policy
 
 policy = Policy.load(snapshot_download("{repo}"{at}))
 ```"""
@@ -201,12 +194,12 @@ def read_report(folder: Path, given: str | None) -> str | None:
             return describe_report(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PublishError(
-            f"{path} is no metrics.json of evaluate_policy.py ({type(error).__name__}: {error})."
+            f"{path} is no metrics.json of `covered-call evaluate` ({type(error).__name__}: {error})."
         ) from error
     if given:
         raise PublishError(
             f"{path} is of {found['model'] or 'the baselines alone'}, with metrics of version "
-            f"{found['metrics_version']}. Run: python evaluate_policy.py --model {folder}"
+            f"{found['metrics_version']}. Run: covered-call evaluate --model {folder}"
         )
     print(f"{path} is not of {folder}: the card is made without it.")
     return None
@@ -215,7 +208,7 @@ def read_report(folder: Path, given: str | None) -> str | None:
 def describe_report(found: dict) -> str:
     """The model beside the best rule, the teacher and never selling, for each exit style."""
     parts = [
-        f"By `evaluate_policy.py` on the {found['split']} split; [95 % intervals]; P&L in USD a unit, against HODL."
+        f"By `covered-call evaluate` on the {found['split']} split; [95 % intervals]; P&L in USD a unit, against HODL."
     ]
     for group in found["groups"]:
         if group["group"] == ALL:
@@ -230,3 +223,48 @@ def describe_report(found: dict) -> str:
 def figure(saved: dict) -> metrics.Figure:
     low, high = (float("nan") if saved[end] is None else saved[end] for end in ("low", "high"))
     return metrics.Figure(low, high, saved["interval"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scrub: names in the place of paths
+PATH_KEYS = ("data_files", "data_dir", "output_dir", "adapter", "resume_from_checkpoint", "chat_template_path")
+DROPPED_KEYS = ("logging_dir", "run_name")  # their defaults hold the name of the machine
+LOCAL = re.compile(r"/[^/\s]+/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")  # how a path on a machine begins
+REST = r"(?:[/\\][^\s\"'`<>|)\],;]*)?"  # of a path within a text
+# Paths of any machine within a text; a URL, a closing tag or a share such as 1/2 is none.
+ANYWHERE = r"(?:/(?:home|Users)/[\w.-]+|[A-Za-z]:\\Users\\[\w.-]+|(?<![\w/:.<-])/[\w.@+-]+(?=/[\w.@+-]))"
+
+
+def name_of(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "."
+
+
+def is_local(text: str) -> bool:
+    return bool(LOCAL.match(text)) or ("/" in text and os.path.exists(text))
+
+
+def scrub(value, local: set[str], key: str = ""):
+    """The same value of JSON or YAML, with the names of files and folders in the place of their paths.
+
+    Args:
+        local: texts that are known to be paths.
+
+    Raises:
+        PublishError: if it holds a hub_token.
+    """
+    if key == "hub_token" and value:
+        raise PublishError("it holds a hub_token")
+    if isinstance(value, dict):
+        return {name: scrub(one, local, name) for name, one in value.items() if name not in DROPPED_KEYS}
+    if isinstance(value, list):
+        return [scrub(one, local, key) for one in value]
+    if not isinstance(value, str):
+        return value
+    return name_of(value) if key in PATH_KEYS or value in local or is_local(value) else scrub_text(value, local)
+
+
+def scrub_text(text: str, local: set[str]) -> str:
+    for path in sorted(local, key=len, reverse=True):
+        text = text.replace(path, name_of(path))
+    here = "|".join(map(re.escape, private_folders()))
+    return re.sub(rf"(?:{here}|{ANYWHERE})(?![\w.-]){REST}", lambda found: name_of(found[0]), text)

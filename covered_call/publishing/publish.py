@@ -1,28 +1,30 @@
-"""Shares the datasets, or a tuned adapter: Parquet and a card, made from the script and pushed in one commit.
+"""The verb publish: shares the datasets, or a tuned model, as Parquet or an adapter with a card, in one commit.
 
-    python publish.py USER/NAME --dry-run                     # what would be pushed; needs no network
-    python publish.py USER/NAME                               # the simulated sample, public
-    python publish.py USER/NAME --data_files 'runs/*.csv' --card my_card.md --private
-    python publish.py --to DIR                                # the same files into a folder
-    python publish.py --adapter out/ranking USER/NAME --data_repo USER/DATA --report report/metrics.json
+    covered-call publish USER/NAME --dry-run                     # what would be pushed; needs no network
+    covered-call publish USER/NAME                               # the simulated sample, public
+    covered-call publish USER/NAME --data_files 'runs/*.csv' --card my_card.md --private
+    covered-call publish --to DIR                                # the same files into a folder
+    covered-call publish --adapter out/ranking USER/NAME --data_repo USER/DATA --report report/metrics.json
 
 After it ``load_dataset("USER/NAME", "per_candidate")`` works on any version of datasets, with no trust flag. Pushing
 again what has not changed makes no commit; a push that fails leaves the repo as it was.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from datasets.utils.py_utils import convert_file_size_to_int
+from huggingface_hub import DatasetCard
 from huggingface_hub.utils import validate_repo_id
 
+from covered_call.candidates.builder import Backtest
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
 from covered_call.candidates.source import HOME
-from covered_call.command_line import as_typed, disk_trouble, start_logging
-from covered_call.data_options import DATA_OPTIONS, add_data_options, data_options, flags, read_splits, typed
+from covered_call.command_line import plain_errors, start_logging
+from covered_call.data_options import DATA_OPTIONS, FILES, Help, add_data_options, backtest_of, flags, typed
 from covered_call.publishing.dataset import (
+    CARD,
     OWNED,
     build,
     check_folder,
@@ -36,18 +38,24 @@ from covered_call.publishing.dataset import (
     read_card,
     workplace,
 )
-from covered_call.publishing.hub import check_login, push, tell
-from covered_call.publishing.model import REPORT, push_model
-from covered_call.publishing.private import CARD, PublishError
+from covered_call.publishing.hub import PublishError, check_login, push, tell
 
 DATASET_CARD = HOME / "dataset_card.md"
 MAX_SHARD_SIZE = "500MB"
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="covered-call publish", description=__doc__, formatter_class=Help, allow_abbrev=False
     )
+    add_places(parser)
+    add_datasets(parser)
+    add_data_options(parser)
+    add_model(parser)
+    return check_arguments(parser, typed(parser, parser.parse_args(arguments)))
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to")
     where.add_argument("repo", nargs="?", metavar="USER/NAME", help="the repo on the Hub; made if there is none")
     where.add_argument("--to", metavar="DIR", help="write the files into this folder, and push nothing")
@@ -64,39 +72,45 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="make it public; default: of the simulated sample, other data need a word",
     )
+
+
+def add_datasets(parser: argparse.ArgumentParser) -> None:
     made = parser.add_argument_group("datasets")
     made.add_argument(
         "--configs", nargs="+", choices=list(RECORDS), metavar="CONFIG", help=f"of {', '.join(RECORDS)}; default: all"
     )
-    made.add_argument("--card", metavar="FILE", help=f"the card to fill in; default: {DATASET_CARD.name}")
+    made.add_argument(
+        "--card", metavar="FILE", help=f"the card to fill in; default: {DATASET_CARD.name} of a checkout"
+    )
     made.add_argument(
         *flags("max_shard_size"), metavar="SIZE", help=f"of a Parquet file, in memory; default: {MAX_SHARD_SIZE}"
     )
     made.add_argument("--hindsight", action="store_true", help="prompts that print outcomes, and so the answers")
     made.add_argument(*flags("allow_hindsight"), action="store_true", help="share prompts that name their answers")
-    add_data_options(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("a tuned model")
-    model.add_argument("--adapter", metavar="FOLDER", help="share what train_sft.py saved here, in place of datasets")
+    model.add_argument("--adapter", metavar="FOLDER", help="share what a training saved here, in place of datasets")
     model.add_argument(*flags("data_repo"), metavar="USER/DATA", help="the dataset it was tuned on; default: not said")
     model.add_argument(
         "--report",
         metavar="FILE",
-        help=f"its evaluation, for the card; default: {REPORT.as_posix()}, if it is of this model",
+        help="its evaluation, for the card; default: report/metrics.json, if it is of this model",
     )
-    return check_arguments(parser, typed(parser, parser.parse_args(arguments)))
 
 
-def check_arguments(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> argparse.Namespace:
-    of_data = ("to", "configs", "card", "max_shard_size", "hindsight", "allow_hindsight", "data_files", "data_dir")
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    of_data = ("to", "configs", "card", "max_shard_size", "hindsight", "allow_hindsight", *FILES, *DATA_OPTIONS)
     of_model = ("data_repo", "report")
-    stray = [name for name in ((*of_data, *DATA_OPTIONS) if asked.adapter else of_model) if getattr(asked, name)]
+    stray = [name for name in (of_data if args.adapter else of_model) if getattr(args, name)]
     if stray:
-        parser.error(f"--{stray[0]} {'does not go' if asked.adapter else 'goes'} with --adapter.")
-    if not asked.repo and (asked.adapter or not asked.to):
-        parser.error(f"say where to: USER/NAME{'' if asked.adapter else ', or --to DIR'}, before the other options.")
-    for repo in filter(None, (asked.repo, asked.data_repo)):
+        parser.error(f"--{stray[0]} {'does not go' if args.adapter else 'goes'} with --adapter.")
+    if not args.repo and (args.adapter or not args.to):
+        parser.error(f"say where to: USER/NAME{'' if args.adapter else ', or --to DIR'}, before the other options.")
+    for repo in filter(None, (args.repo, args.data_repo)):
         check_name(parser, repo)
-    return asked
+    return args
 
 
 def check_name(parser: argparse.ArgumentParser, repo: str) -> None:
@@ -108,8 +122,9 @@ def check_name(parser: argparse.ArgumentParser, repo: str) -> None:
         parser.error(f"{repo!r}: give it with its owner, as USER/NAME.")
 
 
-def shard_size(asked: argparse.Namespace) -> int:
-    text = asked.max_shard_size or MAX_SHARD_SIZE
+def shard_size(args: argparse.Namespace) -> int:
+    """In bytes."""
+    text = args.max_shard_size or MAX_SHARD_SIZE
     try:
         size = convert_file_size_to_int(text)
     except ValueError:
@@ -119,56 +134,73 @@ def shard_size(asked: argparse.Namespace) -> int:
     return size
 
 
-def publish(asked: argparse.Namespace) -> None:
+def card_file(args: argparse.Namespace) -> str:
+    """The card to fill in. The one of the sample is in a checkout only: of what is installed no other is made."""
+    if not args.card and not DATASET_CARD.is_file():
+        raise PublishError(
+            f"There is no {DATASET_CARD.name} to fill in, for this is not a checkout: give a card that describes "
+            "your data with --card FILE."
+        )
+    return args.card or str(DATASET_CARD)
+
+
+def publish(args: argparse.Namespace) -> None:
     """Builds the datasets and pushes them, writes them to a folder, or only shows them."""
-    files, config = data_options(asked, {})
-    names, size, pushes = asked.configs or list(RECORDS), shard_size(asked), not (asked.to or asked.dry_run)
-    target = Path(asked.to).absolute() if asked.to else None
-    private = None if target else check_visibility(asked, files)
-    card = read_card(asked.card or str(DATASET_CARD), files)
+    backtest, size = backtest_of(args, {}), shard_size(args)
+    target = Path(args.to).absolute() if args.to else None
+    private = None if target else check_visibility(backtest.files, args.private, args.public)
+    card = read_card(card_file(args), backtest.files)
     if target:
         check_folder(target)
-    if pushes:
+    elif not args.dry_run:
         check_login()
-    with workplace(None if asked.dry_run else target) as scratch:
-        tell(f"Reading {len(files)} files")
-        logged, splits = read_splits(files, config)
-        tell("Looking for prompts that name their answer")
-        check_leaks(splits, config, names, asked.allow_hindsight)
+    with workplace(None if args.dry_run else target) as scratch:
         folder = scratch / "new"
-        built = [build(name, files, config, folder, size) for name in names]
-        statistics = describe_data(built, logged, splits, config)
-        text = fill_card(card, asked.repo or str(target), asked.revision, statistics, built)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        text = make(folder, backtest, card, size, args)
         print(listing(folder))
-        if asked.dry_run:
+        if args.dry_run:
             print(f"\n{text}")
         elif target:
             put_in_place(folder, target)
         else:
             tree = {path: folder / path for path in files_below(folder)}
-            push(tree, asked.repo, "dataset", private, asked.revision, OWNED.fullmatch)
+            push(tree, args.repo, "dataset", private, args.revision, OWNED.fullmatch)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make(folder: Path, backtest: Backtest, card: DatasetCard, size: int, args: argparse.Namespace) -> str:
+    """Writes the shards and the filled card into ``folder``, and returns the card."""
+    names = args.configs or list(RECORDS)
+    tell(f"Reading {len(backtest.files)} files, and looking for prompts that name their answer")
+    check_leaks(backtest, names, args.allow_hindsight)
+    built = [build(name, backtest, folder, size) for name in names]
+    text = fill_card(
+        card, args.repo or str(Path(args.to).absolute()), args.revision, describe_data(built, backtest), built
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return text
+
+
+def main(arguments: list[str]) -> None:
     start_logging()
-    asked = parse_arguments(arguments)
-    try:
-        if asked.adapter:
-            if not asked.dry_run:
-                check_login()
-            push_model(
-                asked.adapter,
-                asked.repo,
-                private=not asked.public,
-                revision=asked.revision,
-                data_repo=asked.data_repo,
-                report=asked.report,
-                dry_run=asked.dry_run,
-            )
+    args = parse_arguments(arguments)
+    with plain_errors(args, PublishError, CandidatesError):
+        if args.adapter:
+            share_model(args)
         else:
-            publish(asked)
-    except (PublishError, CandidatesError) as error:
-        sys.exit(f"error: {as_typed(error, asked)}")
-    except OSError as error:
-        sys.exit(f"error: {disk_trouble(error) or error}")
+            publish(args)
+
+
+def share_model(args: argparse.Namespace) -> None:
+    from covered_call.publishing.model import push_model  # imports what evaluates: a second that data need not wait
+
+    if not args.dry_run:
+        check_login()
+    push_model(
+        args.adapter,
+        args.repo,
+        private=not args.public,
+        revision=args.revision,
+        data_repo=args.data_repo,
+        report=args.report,
+        dry_run=args.dry_run,
+    )

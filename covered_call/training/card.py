@@ -83,7 +83,7 @@ Use it with the code that tuned it, which renders the same prompts and scores th
 
 <!-- loading -->
 ```python
-from policy import Policy
+from covered_call import Policy
 
 policy = Policy.load({folder})
 ```

@@ -1,10 +1,10 @@
-"""TODO."""
+"""Examples: the records that are trained on and judged by, as a recipe asks for them, in tokens and in an order."""
 
 import itertools
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,26 +13,48 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_fsdp_enabled
 
-from covered_call.candidates.builder import load_candidates
-from covered_call.candidates.prompts import admissible_answers
-from covered_call.candidates.schema import NO_TRADE, SKIP
-from covered_call.command_line import quiet
-from covered_call.language_model.loading import (
-    context_limit,
-    control_beside,
-    control_in,
-    control_tokens,
-    encode,
-    load_config,
+from covered_call.candidates.builder import Backtest
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.prompts import (
+    admissible_answers,
+    answer_of,
+    order_candidates,
+    pick_of,
+    ranking_messages,
 )
+from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision
+from covered_call.language_model.loading import encode, load_config
 from covered_call.language_model.tiny_phi3 import build_tiny_base, tiny_base_path
 from covered_call.training.first_checks import check_base, no_model
-from covered_call.training.recipe import DataArguments, ModelArguments, TrainingArguments
+from covered_call.training.keys import RANKING, ModelArguments
+from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import RecipeError
 
-ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label of a token that carries no loss
 ALIKE, NEAR = 8, 512  # records of like length that come together, out of so many neighbours of an epoch's order
+
+
+@dataclass
+class Examples:
+    """What a model is trained on and judged by.
+
+    Args:
+        splits: as encode_split makes them; of a shuffled training split a copy for each epoch, one after another.
+        tokenizer: of the model.
+        answers: the tokens of each answer.
+        sampler: of the training records.
+        commonest: the answer that the teacher gave most often in the training split.
+        seen: of the training split; see tuned_on.
+        hashes: of the data files by path, from before they were read.
+    """
+
+    splits: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    answers: dict[str, tuple[int, ...]]
+    sampler: "EpochSampler"
+    commonest: str
+    seen: dict
+    hashes: dict[str, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,35 +76,52 @@ def check_model(model: ModelArguments) -> None:
         raise RecipeError(f"{model.model_name_or_path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def load_splits(data: DataArguments, files: list[str], seed: int) -> DatasetDict:
-    """The splits as load_candidates makes them, with an error for one that is too small to train or choose on."""
-    splits = load_candidates(**loading_options(data), data_files=files, seed=seed)
+def load_splits(backtest: Backtest, name: str, seed: int, **options) -> DatasetDict:
+    """A config's splits, with an error for one that is too small to train or choose on."""
+    splits = backtest.load(name, seed=seed, **options)
     for split in ("train", "validation"):
         if split not in splits:
             raise RecipeError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
     return splits
 
 
-def loading_options(data: DataArguments) -> dict:
-    """The options of load_candidates that a recipe gives. A shuffle is for training only: see load_epochs."""
-    left_out = ("dataset_config", "balance", "max_eval_records", "data_files", "data_dir")
-    options = {name: value for name, value in vars(data).items() if value is not None and name not in left_out}
-    if data.candidate_order == "shuffle":
-        del options["candidate_order"]
-    return {"name": data.dataset_config, **options}
+def shuffle_epochs(train: Dataset, seed: int, copies: int) -> Dataset:
+    """The training split of rankings ``copies`` times over, the candidates of each in another order.
 
-
-def load_epochs(data: DataArguments, files: list[str], seed: int, copies: int) -> Dataset:
-    """The training split ``copies`` times over, each with its candidates shuffled anew."""
+    Copy e is what load_candidates makes with candidate_order="shuffle" and seed + e.
+    """
     epochs = []
-    with quiet():  # the same files were loaded, and spoken of, a moment ago
-        for epoch in range(copies):
-            options = loading_options(data) | {"candidate_order": "shuffle", "seed": seed + epoch}
-            epochs.append(load_candidates(**options, data_files=files)["train"])
+    for epoch in range(copies):
+        options = CoveredCallCandidatesConfig(candidate_order="shuffle", seed=seed + epoch)
+        mix = {
+            "fn_kwargs": {"options": options},
+            "features": train.features,
+            "desc": f"Shuffling for epoch {epoch + 1}",
+        }
+        epochs.append(train.map(in_another_order, **mix))
     return concatenate_datasets(epochs)
 
 
-def build_base_if_tiny(model: ModelArguments, train: Dataset, training: TrainingArguments) -> None:
+def in_another_order(record: dict, options: CoveredCallCandidatesConfig) -> dict:
+    """What of a ranking's record changes with the order of its candidates."""
+    rows = record["candidates"]
+    if not rows:
+        return {}
+    state = (record[name] for name in ("decision_time", "underlying", "exit_style"))
+    candidates = tuple(Candidate(*(row[name] for name in Candidate._fields)) for row in rows)
+    decision, order = order_candidates(Decision(*state, rows[0]["spot"], candidates), options)
+    pick = pick_of(record["label"])
+    pick = None if pick is None else order.index(pick)
+    label = answer_of(pick)
+    return {
+        "messages": [*ranking_messages(decision), {"role": "assistant", "content": label}],
+        "label": label,
+        "candidates": [rows[i] for i in order],
+        "chosen_index": None if pick is None else pick + 1,
+    }
+
+
+def build_base_if_tiny(model: ModelArguments, train: Dataset, training: RunArguments) -> None:
     """Builds the tiny Phi-3 that a recipe with tiny_base_steps asks for, unless it stands there already."""
     if not model.tiny_base_steps or os.path.isdir(model.model_name_or_path):
         return
@@ -94,88 +133,75 @@ def build_base_if_tiny(model: ModelArguments, train: Dataset, training: Training
     path = tiny_base_path(model.model_name_or_path, chats, model.tiny_base_steps, training.seed)
     if not os.path.isdir(path):
         if training.world_size > 1:
-            raise RecipeError("The tiny base is built by one process: give this command once with python, --dry_run.")
+            raise RecipeError(
+                "The tiny base is built by one process: give this command once without accelerate, --dry_run."
+            )
         build_tiny_base(path, chats, model.tiny_base_steps, training.seed)
     model.model_name_or_path = path
 
 
-def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids of each chat, with labels on its answer alone, and the answers it could have, unless given."""
+def tuned_on(train: Dataset) -> dict:
+    """What the training prompts show of a market: its names, and from where to where each number of a candidate goes.
+
+    Args:
+        train: as load_splits makes it of per_candidate or per_decision_ranking.
+    """
+    ranking = "candidates" in train.column_names
+    shown = ["dte", "delta", "score"] if ranking else ["dte", "delta", "score", "iv", "ivrv_ratio"]
+    if ranking:
+        rows = pd.DataFrame(itertools.chain(*train["candidates"]), columns=shown)
+    else:
+        rows = train.select_columns(shown).to_pandas()
+    ends = rows.astype(float).agg(["min", "max"]).dropna(axis=1)  # of what is always blank there are none
+    return {
+        "underlyings": sorted(set(train["underlying"])),
+        "exit_styles": sorted(set(train["exit_style"])),
+        "numbers": {name: ends[name].tolist() for name in ends},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode
+
+
+def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
+    """Token ids of each chat, with labels on its answer alone, and the answers that its task admits."""
 
     def tokens(rows: dict) -> dict:
-        encoded = encode(tokenizer, rows["messages"])
-        answers = rows.get("answers")
-        if answers is None and "candidates" in rows:
-            answers = [admissible_answers("per_decision_ranking", len(listed)) for listed in rows["candidates"]]
-        elif answers is None:
-            answers = [admissible_answers("per_candidate", 1)] * len(encoded)
+        shown = map(len, rows["candidates"]) if task == RANKING else [1] * len(rows["label"])
+        prompts = [chat[:-1] for chat in rows["messages"]]
         return {
-            "input_ids": [prompt + answer for prompt, answer in encoded],
-            "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in encoded],
-            "answers": answers,
+            **encode_answers(tokenizer, prompts, rows["label"]),
+            "answers": [admissible_answers(task, number) for number in shown],
         }
 
-    unused = set(split.column_names) - {"label", "decision_id", "decision_time", "answers"}
+    unused = set(split.column_names) - {"label", "decision_id", "decision_time"}
     return split.map(tokens, batched=True, remove_columns=list(unused), desc="Tokenising")
 
 
-def count_labels(labels: list[str]) -> str:
-    counts = Counter(labels)
-    most = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(6))
-    return most + (f", {len(counts) - 6} more" if len(counts) > 6 else "")
+def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str]) -> dict:
+    """Token ids of each prompt with its answer, and labels on the answer alone, by column."""
+    chats = [
+        [*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    encoded = encode(tokenizer, chats)
+    return {
+        "input_ids": [prompt + answer for prompt, answer in encoded],
+        "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in encoded],
+    }
+
+
+def offered(splits: DatasetDict) -> list[str]:
+    """All answers that a record of these splits admits."""
+    return sorted({answer for split in splits.values() for choices in split["answers"] for answer in choices})
 
 
 def is_trade(label: str) -> bool:
     return label not in (SKIP, NO_TRADE)
 
 
-def check_records(
-    name: str, split: Dataset, answers: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens, and its
-    control tokens are those of the chat template."""
-    totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
-    control = control_tokens(tokenizer)
-    [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
-    template = control_in(prompt + answer, control)
-    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id"])):
-        if strange := control_beside(template, row["input_ids"], control):
-            raise RecipeError(
-                f"{name}, {row['decision_id']}: a name holds the text {strange}, which is a control token of the "
-                "model. Correct the file."
-            )
-        label_ids = tuple(token for token in row["labels"] if token != IGNORE)
-        if label_ids != answers[row["label"]]:
-            raise RecipeError(
-                f"{name}, {row['decision_id']}: the loss would be on the tokens {label_ids}, and the answer "
-                f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
-                "different prompts: take another model."
-            )
-        totals[index], learnt[index] = len(row["labels"]), len(label_ids)
-    return totals, learnt
-
-
-def check_lengths(splits: DatasetDict, lengths: dict, max_length: int | None, config) -> None:
-    """Raises RecipeError if a record is longer than max_length, which would cut its answer off, without a word."""
-    context = context_limit(config)
-    if (max_length or 0) > context:
-        raise RecipeError(f"max_length {max_length} is more than the {context} tokens that the model sees at once.")
-    limit = max_length or context
-    over = {name: np.flatnonzero(total > limit) for name, (total, _) in lengths.items()}
-    if not any(map(len, over.values())):
-        return
-    first = next(name for name, places in over.items() if len(places))
-    place = int(over[first][0])
-    counts = ", ".join(f"{len(places):,} of {len(splits[name]):,} in {name}" for name, places in over.items())
-    raise RecipeError(
-        f"Records longer than max_length {limit}: {counts}. The first is {splits[first]['decision_id'][place]} with "
-        f"{lengths[first][0][place]} tokens; its answer would be cut off. Set max_length to "
-        f"{max(total.max() for total, _ in lengths.values())} or more."
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Train
+# Order
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -252,23 +278,3 @@ def thin_out(split: Dataset, limit: int | None) -> Dataset:
     if not limit or len(split) <= limit:
         return split
     return split.select(range(0, len(split), math.ceil(len(split) / limit)))
-
-
-def tuned_on(train: Dataset) -> dict:
-    """What the training prompts show of a market: its names, and from where to where each number of a candidate goes.
-
-    Args:
-        train: as load_splits makes it of per_candidate or per_decision_ranking.
-    """
-    ranking = "candidates" in train.column_names
-    shown = ["dte", "delta", "score"] if ranking else ["dte", "delta", "score", "iv", "ivrv_ratio"]
-    if ranking:
-        rows = pd.DataFrame(itertools.chain(*train["candidates"]), columns=shown)
-    else:
-        rows = train.select_columns(shown).to_pandas()
-    ends = rows.astype(float).agg(["min", "max"]).dropna(axis=1)  # of what is always blank there are none
-    return {
-        "underlyings": sorted(set(train["underlying"])),
-        "exit_styles": sorted(set(train["exit_style"])),
-        "numbers": {name: ends[name].tolist() for name in ends},
-    }

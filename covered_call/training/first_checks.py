@@ -1,6 +1,6 @@
 """What can be known of a training in two seconds: from its command line, recipe, folders, manifests and the Hub.
 
-The trainings call it before they import torch and TRL, which takes ten seconds, and long before they read data.
+The commands ask it before they import torch and TRL, which takes ten seconds, and long before they read data.
 """
 
 import argparse
@@ -9,91 +9,127 @@ import http.client
 import logging
 import os
 import ssl
-import sys
 import threading
+import types
+import typing
 import urllib.request
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from covered_call.candidates.builder import find_csvs
-from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, names_of
-from covered_call.candidates.schema import CandidatesError
+from covered_call.candidates.options import PreferenceConfig
 from covered_call.candidates.source import HOME
-from covered_call.command_line import as_typed, disk_trouble, quiet
-from covered_call.data_options import DATA_OPTIONS, add_data_options, flags
-from covered_call.language_model.manifest import QUANTIZATIONS, PolicyError, read_manifest
+from covered_call.data_options import flags
+from covered_call.language_model.manifest import read_manifest
+from covered_call.training.keys import RANKING, DataArguments, ModelArguments, PairArguments, StartArguments
 from covered_call.training.runs import RecipeError, begun_run, refuse_finished
 
 logger = logging.getLogger(__name__)
 
 RECIPES = HOME / "configs"
 SFT_RECIPES, DPO_RECIPES = ("per_candidate", "ranking", "tiny"), ("preference", "tiny_dpo")
-BALANCES = ("none", "downsample", "weight")
-RANKING = "per_decision_ranking"
 HELP = ("-h", "--help", "--help_all", "--help-all")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DEADLINE = 3.0  # seconds that the Hub has to answer
 
 
-def check(recipes: tuple[str, ...], arguments: list[str]) -> None:
-    """Ends a training that cannot work with one line and a bad exit."""
-    if set(HELP) & set(arguments):
+class Stage(NamedTuple):
+    """A training: the names of its recipes, and the dataclasses of its model's and its data's keys."""
+
+    recipes: tuple[str, ...]
+    keys: tuple[type, type]
+
+
+STAGES = {
+    "sft": Stage(SFT_RECIPES, (ModelArguments, DataArguments)),
+    "dpo": Stage(DPO_RECIPES, (StartArguments, PairArguments)),
+}
+
+
+@dataclass
+class RunKeys:
+    """Of the trainer's keys, those that are looked at here."""
+
+    output_dir: str | None = None
+    dry_run: bool = False
+    overwrite_output_dir: bool = False
+    push_to_hub: bool = False
+    hub_token: str | None = None
+
+
+def check(stage: str, command: "Command") -> None:
+    """Looks for what would end a training, in order of what it costs to see.
+
+    Raises:
+        RecipeError, CandidatesError, PolicyError: if it cannot work; the message says why.
+    """
+    if command.asks_help:
         return
-    try:
-        asked = read_keys(arguments, recipes)
-        check_model_keys(asked)
-        check_data_keys(asked)
-        if recipes == DPO_RECIPES:
-            check_start_keys(asked)
-            check_pair_keys(asked)
-        if asked.output_dir:
-            check_output(Path(asked.output_dir), asked.overwrite_output_dir, asked.dry_run)
-        check_data(asked)
-        start = read_start(asked.adapter) if asked.adapter and recipes == DPO_RECIPES else None
-        if start:
-            check_base(start["base_model"], not asked.dry_run, start["base_revision"])
-        elif asked.model_name_or_path and not asked.tiny_base_steps:
-            check_base(asked.model_name_or_path, not asked.dry_run)
-        if asked.push_to_hub:
-            check_sharing(asked.hub_token)
-    except (RecipeError, PolicyError, CandidatesError) as error:
-        sys.exit(f"error: {in_words_of_the_command_line(error)}")
-    except OSError as error:
-        sys.exit(f"error: {disk_trouble(error) or error}")
-
-
-def in_words_of_the_command_line(error: Exception) -> str:
-    """A message that speaks of load_candidates' options, as they are typed."""
-    return as_typed(error, argparse.Namespace(**dict.fromkeys(names_of(PreferenceConfig))))
+    model, data, run = (read_keys(part, command) for part in (*STAGES[stage].keys, RunKeys))
+    if run.output_dir:
+        check_output(Path(str(run.output_dir)), run.overwrite_output_dir, run.dry_run)
+    data.backtest()
+    if isinstance(data, PairArguments):
+        PreferenceConfig(name="preference", **data.pairing()).check()
+    start = read_start(str(model.adapter)) if getattr(model, "adapter", None) else None
+    if start:
+        check_base(start["base_model"], not run.dry_run, start["base_revision"])
+    elif not model.tiny_base_steps:
+        check_base(str(model.model_name_or_path), not run.dry_run)
+    if run.push_to_hub:
+        check_sharing(run.hub_token)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipe and command line
 
 
-def with_recipe_path(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """The command line with --config first and its NAME, one of ``names`` or a path, as the path of a file."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(arguments)
-    if set(HELP) & set(rest):
-        return rest
+class Command(NamedTuple):
+    """What was typed.
+
+    Args:
+        path: of the recipe, None where help is asked for.
+        recipe: its keys; it is read once, here.
+        words: the rest of the command line, which goes before it.
+    """
+
+    path: str | None
+    recipe: dict
+    words: list[str]
+
+    @property
+    def asks_help(self) -> bool:
+        return self.path is None
+
+
+def read_command(arguments: list[str], names: tuple[str, ...]) -> Command:
+    """A command line of which --config NAME is one of ``names``, or the path of a recipe.
+
+    Raises:
+        RecipeError: if there is no such recipe, or it cannot be read.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, words = parser.parse_known_args(arguments)
+    if set(HELP) & set(words):
+        return Command(None, {}, words)
     if known.config is None:
         raise RecipeError(f"Say which recipe: --config NAME, one of {', '.join(names)}, or a path.")
     path = RECIPES / f"{known.config}.yaml" if known.config in names else Path(known.config)
-    if path.is_file():
-        return ["--config", str(path), *rest]
-    raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
+    if not path.is_file():
+        raise RecipeError(f"--config {known.config}: neither a file nor one of {', '.join(names)}.")
+    return Command(str(path), read_recipe(path), words)
 
 
-def read_recipe(path: str) -> dict:
+def read_recipe(path: Path) -> dict:
     """The keys of a recipe, dates as text."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict):
@@ -101,58 +137,42 @@ def read_recipe(path: str) -> dict:
     return {key: str(value) if isinstance(value, datetime.date) else value for key, value in recipe.items()}
 
 
-def read_keys(arguments: list[str], recipes: tuple[str, ...]) -> argparse.Namespace:
-    """The keys that are checked here, from the recipe and, before it, the command line; None where neither says."""
-    _, path, *words = with_recipe_path(arguments, recipes)
-    usage = f"{Path(sys.argv[0]).name} --config NAME [--KEY VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False, conflict_handler="resolve")
-    add_data_options(parser)
-    parser.add_argument("--splits", nargs="+", type=float)
-    for key in ("output_dir", "model_name_or_path", "adapter", "quantization", "balance", "hub_token"):
-        parser.add_argument(*flags(key))
-    for key in ("lora_r", "tiny_base_steps"):
-        parser.add_argument(*flags(key), type=int)
-    for key in ("dry_run", "overwrite_output_dir", "push_to_hub", "purge"):
-        parser.add_argument(*flags(key), nargs="?", const=True, type=is_on)
-    given = vars(parser.parse_known_args(words)[0])
-    recipe = read_recipe(path)
-    keys = {key: recipe.get(key) if value is None else value for key, value in given.items()}
-    names = ("output_dir", "model_name_or_path", "adapter", "hub_token")
-    return argparse.Namespace(**keys | {key: str(keys[key]) for key in names if keys[key] is not None})
+class KeyParser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise RecipeError(f"{message}.")
+
+
+def read_keys(part: type, command: Command) -> Any:
+    """A dataclass of keys, from the recipe and, before it, the command line."""
+    parser = KeyParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    own = [key for key in fields(part) if key.init]
+    for key in own:
+        parser.add_argument(*flags(key.name), **reading(key.type))
+    parser.set_defaults(**{key.name: command.recipe[key.name] for key in own if key.name in command.recipe})
+    found = vars(parser.parse_known_args(command.words)[0])
+    for key in own:
+        if key.name not in found and key.default is MISSING:
+            raise RecipeError(f"{key.name} is missing: give it in {command.path}, or on the command line.")
+    return part(**found)
+
+
+def reading(kind) -> dict:
+    """How argparse reads a value of this type."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(one for one in typing.get_args(kind) if one is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        return {"nargs": "+", "type": typing.get_args(kind)[0]}
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": is_on}
+    return {"type": kind if kind in (int, float) else str}
 
 
 def is_on(word: str) -> bool:
     return word.lower() in ("true", "t", "yes", "y", "1")
 
 
-def check_model_keys(model) -> None:
-    """Raises RecipeError for keys of a model that exclude each other; of a recipe in part, None is any value."""
-    if model.quantization not in (None, *QUANTIZATIONS):
-        raise RecipeError(f"quantization: {model.quantization!r} is none of {', '.join(QUANTIZATIONS)}.")
-    if model.lora_r == 0 and model.quantization not in (None, "none"):
-        raise RecipeError(f"lora_r: 0 trains all weights, which {model.quantization} freezes: use quantization none.")
-
-
-def check_start_keys(model) -> None:
-    """Raises RecipeError unless the keys of a preference training say what it starts from."""
-    if not (model.adapter or model.model_name_or_path):
-        raise RecipeError("Nothing to start from: give adapter, a fine-tune's folder, or model_name_or_path.")
-    if model.lora_r == 0:
-        raise RecipeError("lora_r: 0 trains all weights; here only an adapter is trained. Give it a rank, as 16.")
-
-
-def check_data_keys(data) -> None:
-    if data.balance not in (None, *BALANCES):
-        raise RecipeError(f"balance: {data.balance!r} is none of {', '.join(BALANCES)}.")
-
-
-def check_pair_keys(data) -> None:
-    if data.candidate_order == "shuffle":
-        raise RecipeError("candidate_order: shuffle is for train_sft.py; pairs are made in one order, instrument.")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders and data
+# Folders
 
 
 def check_output(folder: Path, overwrite: bool, dry_run: bool) -> None:
@@ -176,20 +196,10 @@ def read_start(folder: str) -> dict:
     if start["task"] != RANKING or not start["adapter"]:
         raise RecipeError(
             f"{folder} is a fine-tune of {start['task']}{'' if start['adapter'] else ', of all weights'}: "
-            f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with train_sft.py "
-            "--config ranking, or start from a base: model_name_or_path."
+            f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with covered-call "
+            "train --config ranking, or start from a base: model_name_or_path."
         )
     return start
-
-
-def check_data(asked: argparse.Namespace) -> None:
-    """Raises CandidatesError for options that no load takes, and for files that are not there."""
-    options = {name: getattr(asked, name) for name in DATA_OPTIONS if getattr(asked, name) is not None}
-    if isinstance(asked.splits, list):
-        options["splits"] = tuple(asked.splits)
-    CoveredCallCandidatesConfig(**options).check()
-    with quiet():  # which files are read is said when they are
-        find_csvs(asked.data_files, asked.data_dir, str(HOME))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

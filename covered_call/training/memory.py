@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from covered_call.command_line import quiet
 from covered_call.language_model.scoring import free_memory, scoring_bytes
 
 GIB = 2**30
@@ -38,7 +37,7 @@ class ModelSize:
 
 def count_parameters(config: PretrainedConfig, adapter: LoraConfig | None) -> ModelSize:
     """Counts on a model without storage, so that nothing is read or allocated."""
-    with quiet(), init_empty_weights():
+    with init_empty_weights():
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = base.get_output_embeddings()
     linear = [m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
@@ -117,7 +116,7 @@ class Work:
     def layer_bytes(self) -> int:
         """What one decoder layer keeps of a token for its backward pass, with an adapter on every linear layer.
 
-        Counted tensor by tensor on a small model of Phi-3's proportions (tests/test_memory.py does so again): the
+        Counted tensor by tensor on a small model of Phi-3's proportions (tests/training/test_memory.py does so again): the
         inputs of both norms in float32; the inputs of the adapters, queries, keys and values before and after their
         rotation, and what attention makes of them; gate, up, and both products of the MLP. Dropout keeps what it let
         through, and a byte that says so. Where bitsandbytes multiplies in 8 bits it keeps each input once more.

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The preflight: before a step is taken, whether the run can work is checked, and what it will be is said."""
 
 import math
 from collections import Counter
@@ -7,52 +7,38 @@ from pathlib import Path
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from covered_call.language_model.loading import load_config
+from covered_call.language_model.loading import (
+    context_limit,
+    control_beside,
+    control_in,
+    control_tokens,
+    encode,
+    load_config,
+)
 from covered_call.language_model.scoring import ROW_TOKENS
-from covered_call.training.examples import EpochSampler, check_lengths, check_records, count_labels, is_trade
+from covered_call.training.examples import IGNORE, Examples, is_trade
+from covered_call.training.keys import DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
-from covered_call.training.recipe import DataArguments, ModelArguments, RunArguments, TrainingArguments
+from covered_call.training.recipe import RunArguments, TrainingArguments
 from covered_call.training.runs import RecipeError, begun_run
+from covered_call.training.trainers import lora_config
 
-
-def lora_config(model: ModelArguments) -> LoraConfig | None:
-    """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer but the head; None to train all weights."""
-    if not model.lora_r:
-        return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        target_modules="all-linear",
-    )
+ROLES = ("system", "user", "assistant")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Check
 
 
-def preflight(
-    model: ModelArguments,
-    data: DataArguments,
-    training: TrainingArguments,
-    splits: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    answers: dict[str, tuple[int, ...]],
-    sampler: "EpochSampler",
-) -> str:
+def preflight(model: ModelArguments, data: DataArguments, training: TrainingArguments, examples: Examples) -> str:
     """Checks that this can be trained, and says what it is, on what, and how long.
-
-    Args:
-        splits: as encode_split made them.
-        answers: the tokens of each answer.
 
     Raises:
         RecipeError: for a record that does not fit max_length, or whose loss is not exactly its answer's.
     """
+    splits, tokenizer, answers, sampler = examples.splits, examples.tokenizer, examples.answers, examples.sampler
     config = load_config(model.model_name_or_path)
     lengths = {name: check_records(name, split, answers, tokenizer) for name, split in splits.items()}
     check_lengths(splits, lengths, training.max_length, config)
@@ -75,7 +61,56 @@ def preflight(
     )
 
 
-def describe_model(config, model: ModelArguments, training: "RunArguments", tokens: int, asked: int) -> Work:
+def check_records(
+    name: str, split: Dataset, answers: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens, and its
+    control tokens are those of the chat template."""
+    totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
+    control = control_tokens(tokenizer)
+    [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
+    template = control_in(prompt + answer, control)
+    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id"])):
+        if strange := control_beside(template, row["input_ids"], control):
+            raise RecipeError(
+                f"{name}, {row['decision_id']}: a name holds the text {strange}, which is a control token of the "
+                "model. Correct the file."
+            )
+        label_ids = tuple(token for token in row["labels"] if token != IGNORE)
+        if label_ids != answers[row["label"]]:
+            raise RecipeError(
+                f"{name}, {row['decision_id']}: the loss would be on the tokens {label_ids}, and the answer "
+                f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
+                "different prompts: take another model."
+            )
+        totals[index], learnt[index] = len(row["labels"]), len(label_ids)
+    return totals, learnt
+
+
+def check_lengths(splits: DatasetDict, lengths: dict, max_length: int | None, config) -> None:
+    """Raises RecipeError if a record is longer than max_length, which would cut its answer off, without a word."""
+    context = context_limit(config)
+    if (max_length or 0) > context:
+        raise RecipeError(f"max_length {max_length} is more than the {context} tokens that the model sees at once.")
+    limit = max_length or context
+    over = {name: np.flatnonzero(total > limit) for name, (total, _) in lengths.items()}
+    if not any(map(len, over.values())):
+        return
+    first = next(name for name, places in over.items() if len(places))
+    place = int(over[first][0])
+    counts = ", ".join(f"{len(places):,} of {len(splits[name]):,} in {name}" for name, places in over.items())
+    raise RecipeError(
+        f"Records longer than max_length {limit}: {counts}. The first is {splits[first]['decision_id'][place]} with "
+        f"{lengths[first][0][place]} tokens; its answer would be cut off. Set max_length to "
+        f"{max(total.max() for total, _ in lengths.values())} or more."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def describe_model(config, model: ModelArguments, training: RunArguments, tokens: int, asked: int) -> Work:
     """What of a recipe decides the memory; for ``tokens`` and ``asked`` see memory.Work."""
     width = 2 if training.bf16 or training.fp16 else 4
     moment = 1 if "8bit" in training.optim else 4
@@ -83,13 +118,13 @@ def describe_model(config, model: ModelArguments, training: "RunArguments", toke
     return Work(config, size, model.quantization, width, moment, bool(model.lora_dropout), tokens, asked)
 
 
-def memory_for(training: "RunArguments", quantization: str) -> float | None:
+def memory_for(training: RunArguments, quantization: str) -> float | None:
     """GiB that each process has, or is to have: the same figure for all, whose plans must not differ."""
     gib = memory_there(quantization, None if training.awaits_gpu else training.device)
     return gib if gib is None or training.world_size == 1 else min(gather_object([gib]))
 
 
-def make_plan(work: Work, training: "RunArguments", there: float | None) -> Plan:
+def make_plan(work: Work, training: RunArguments, there: float | None) -> Plan:
     """What the recipe leaves open, for so many GiB; a run that was begun keeps its micro-batch."""
     begun = None if training.overwrite_output_dir else begun_run(Path(training.output_dir))
     size, every = training.per_device_train_batch_size, int(training.gradient_checkpointing)
@@ -98,6 +133,10 @@ def make_plan(work: Work, training: "RunArguments", there: float | None) -> Plan
     if "gradient_checkpointing" in training.open_keys:
         every = None
     return choose(work, training.records, size, every, there)
+
+
+def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
+    return int(max(total.max() for total, _ in lengths.values()))
 
 
 def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers: dict) -> tuple[int, int]:
@@ -111,8 +150,8 @@ def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers:
     return longest, math.ceil(longest * max(a / n for a, n in zip(asked, lengths.tolist(), strict=True)))
 
 
-def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
-    return int(max(total.max() for total, _ in lengths.values()))
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
 
 
 def describe_tokens(
@@ -134,7 +173,7 @@ def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tupl
 
 
 def describe_work(
-    training: "RunArguments", work: Work, plan: Plan, there: float | None, row: tuple[int, int], records: int
+    training: RunArguments, work: Work, plan: Plan, there: float | None, row: tuple[int, int], records: int
 ) -> dict[str, str]:
     """What is trained, in how much memory, for how long; an epoch takes so many records."""
     steps, epochs = count_steps(training, records)
@@ -186,11 +225,17 @@ def describe_split(name: str, split: Dataset) -> str:
     )
 
 
-def global_batch(training: TrainingArguments) -> int:
+def count_labels(labels: list[str]) -> str:
+    counts = Counter(labels)
+    most = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(6))
+    return most + (f", {len(counts) - 6} more" if len(counts) > 6 else "")
+
+
+def global_batch(training: RunArguments) -> int:
     return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
-def count_steps(training: TrainingArguments, records: int) -> tuple[int, float]:
+def count_steps(training: RunArguments, records: int) -> tuple[int, float]:
     """Optimiser steps of the run, and how many epochs of so many records they are."""
     batches = records / (training.train_batch_size * training.world_size)
     batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)

@@ -1,29 +1,15 @@
-"""TODO."""
+"""A recipe as TRL's arguments: which keys there are, which are refused and why, and what is left to the memory."""
 
-import copy
 import difflib
 import logging
-import sys
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from trl import DPOConfig, SFTConfig
 
-from covered_call.candidates.options import DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig
-from covered_call.data_options import recipe_keys
 from covered_call.language_model.loading import half_precision
-from covered_call.training.first_checks import (
-    DPO_RECIPES,
-    RANKING,
-    SFT_RECIPES,
-    check_data_keys,
-    check_model_keys,
-    check_pair_keys,
-    check_start_keys,
-    read_recipe,
-    with_recipe_path,
-)
+from covered_call.training.first_checks import STAGES, Command, read_command
 from covered_call.training.memory import Plan
 from covered_call.training.recipe_help import RecipeParser, plain
 from covered_call.training.runs import RecipeError
@@ -31,68 +17,6 @@ from covered_call.training.runs import RecipeError
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parse
-
-
-@dataclass
-class ModelArguments:
-    """The model, how it is quantised, and the adapter."""
-
-    model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
-    quantization: Literal["int4", "int8", "none"] = field(
-        metadata={"help": "Bits of the frozen weights; int4 is NF4, doubly quantised."}
-    )
-    tiny_base_steps: int = field(
-        default=0,
-        metadata={
-            "help": "If above 0 and there is no model in model_name_or_path: make a tiny Phi-3 there, trained for so "
-            "many steps in full precision on the training split."
-        },
-    )
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank; 0 trains all weights (with quantization none)."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter counts lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Share of the adapter's inputs left out."})
-
-    def __post_init__(self):
-        check_model_keys(self)
-        if not 0 <= self.lora_dropout < 1:
-            raise RecipeError(f"lora_dropout: {self.lora_dropout} is no share: give 0 or more, and less than 1.")
-
-
-@dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, SPLITS)):
-    """What load_candidates is called with; what is not given takes its default there."""
-
-    dataset_config: str = field(metadata={"help": "What is asked: per_candidate or per_decision_ranking."})
-    candidate_order: str | None = field(
-        default=None,
-        metadata={
-            "help": "instrument, csv, or shuffle: the training split, in another order each epoch; validation and "
-            "test stay in instrument order; default: instrument",
-            "metavar": "ORDER",
-        },
-    )
-    balance: Literal["none", "downsample", "weight"] = field(
-        default="none",
-        metadata={
-            "help": "Trades against SKIP or NO_TRADE in the training split: downsample draws as many of either each "
-            "epoch, weight gives both the same share of the loss."
-        },
-    )
-    max_eval_records: int | None = field(
-        default=None,
-        metadata={
-            "help": "While training, score at most so many validation records, evenly spaced; default: all.",
-            "metavar": "N",
-        },
-    )
-
-    def __post_init__(self):
-        check_data_keys(self)
-
 
 # Keys of SFTConfig that would be overruled here in silence, or break what the preflight promises.
 REFUSED = {
@@ -113,6 +37,10 @@ REFUSED = {
     "activation_checkpointing": "say gradient_checkpointing: true, false or auto",
     "auto_find_batch_size": "per_device_train_batch_size: auto finds it before the training",
 }
+REFUSED_BY_BOTH = (
+    "padding_free", "pad_token", "train_sampling_strategy", "ignore_data_skip", "resume_from_checkpoint",
+    "per_device_eval_batch_size", "activation_checkpointing", "auto_find_batch_size", "liger_kernel_config",
+)  # fmt: skip
 
 
 @dataclass
@@ -120,6 +48,7 @@ class RunArguments:
     """Mixed into TRL's arguments: what a recipe can say beside them. A GPU is asked for unless use_cpu is set."""
 
     refused: ClassVar[dict[str, str]] = {}
+    verb: ClassVar[str] = "train"
     tiny_recipe: ClassVar[str] = "tiny"
 
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the preflight, train nothing."})
@@ -157,10 +86,33 @@ class RunArguments:
     )
 
     def __post_init__(self):
+        self.refuse()
+        self.find_device()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        self.read_automatic()
+        # Applied when the model is loaded: TRL would do it later, after a reference was scored, or take its loss too.
+        self.liger, self.use_liger_kernel = self.use_liger_kernel, False
+        super().__post_init__()
+        if self.n_gpu > 1:  # transformers would spread each batch over them, by threads
+            logger.warning(
+                "There are %d GPUs here, and this run uses one. For all: accelerate launch -m covered_call %s ...",
+                self.n_gpu,
+                self.verb,
+            )
+            self._n_gpu = 1
+        # On several processes, the few records that do not fill a last batch wait for another epoch's shuffle; the
+        # alternative would be to train some twice.
+        self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
+
+    def refuse(self) -> None:
         for key, reason in self.refused.items():
             default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) not in (default, key == "completion_only_loss"):
                 raise RecipeError(f"{key}: {getattr(self, key)!r} cannot be set: {reason}. Remove it.")
+
+    def find_device(self) -> None:
+        """A GPU and its 16 bits; a dry run may go without."""
         self.awaits_gpu = not self.use_cpu and not torch.cuda.is_available()
         if self.awaits_gpu:
             if not self.dry_run:
@@ -173,20 +125,6 @@ class RunArguments:
         if self.bf16 and not self.use_cpu and half_precision() == torch.float16:
             logger.warning("This GPU has no bfloat16: using float16.")
             self.bf16, self.fp16 = False, True
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
-        self.read_automatic()
-        # Applied when the model is loaded: TRL would do it later, after a reference was scored, or take its loss too.
-        self.liger, self.use_liger_kernel = self.use_liger_kernel, False
-        super().__post_init__()
-        if self.n_gpu > 1:  # transformers would spread each batch over them, by threads
-            logger.warning(
-                "There are %d GPUs here, and this run uses one. For all: accelerate launch %s", self.n_gpu, sys.argv[0]
-            )
-            self._n_gpu = 1
-        # On several processes, the few records that do not fill a last batch wait for another epoch's shuffle; the
-        # alternative would be to train some twice.
-        self.dataloader_drop_last = self.dataloader_drop_last or self.world_size > 1
 
     def read_automatic(self) -> None:
         """The keys that may say auto as what they are in transformers; ``settle`` closes what is left open."""
@@ -210,6 +148,11 @@ class RunArguments:
             logger.warning("model_init_kwargs is left out: the model is loaded as the other keys say.")
         token, self.hub_token, self.push_to_hub, self.model_init_kwargs = self.hub_token, None, False, None
         return token
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process, of several perhaps, is the one that speaks and writes."""
+        return self.process_index == 0
 
     @property
     def records(self) -> int:
@@ -246,8 +189,29 @@ class TrainingArguments(RunArguments, SFTConfig):
         super().__post_init__()
 
 
+@dataclass
+class PreferenceArguments(RunArguments, DPOConfig):
+    """TRL's DPOConfig."""
+
+    refused: ClassVar[dict[str, str]] = {
+        **{key: REFUSED[key] for key in REFUSED_BY_BOTH},
+        "label_smoothing_factor": "it is for cross-entropy; DPO's own is label_smoothing",
+        "precompute_ref_log_probs": "the reference is scored before the first step, always",
+        "sync_ref_model": "the reference is the model at the start, and stays so",
+        "ld_alpha": "the reference is scored over whole answers",
+        "truncation_mode": "a record that is longer than max_length is an error",
+        "pad_to_multiple_of": "rows are padded to the longest",
+    }
+    verb: ClassVar[str] = "prefer"
+    tiny_recipe: ClassVar[str] = "tiny_dpo"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parse
+
+
 class Script(NamedTuple):
-    """A command that takes a recipe: what it is called, its help, its own recipes, and their keys."""
+    """A training's command: what it is called, its help, its own recipes, and the dataclasses of their keys."""
 
     name: str
     description: str
@@ -256,17 +220,47 @@ class Script(NamedTuple):
 
 
 SFT = Script(
-    "train_sft.py",
-    __doc__,
-    SFT_RECIPES,
-    (ModelArguments, DataArguments, TrainingArguments),
+    "covered-call train",
+    """Fine-tunes a language model to answer as the teacher did: LoRA on an int4 or int8 base, loss on the answer only.
+
+    covered-call train --config tiny              # CPU, minutes: a tiny Phi-3 it builds itself
+    covered-call train --config ranking           # Phi-3-mini on a CUDA GPU
+    covered-call train --config ranking --dry_run # only check that it would work
+    covered-call train --config tiny --data_files 'runs/*.csv' --max_steps 50
+    accelerate launch train_sft.py --config ranking
+
+A recipe is a YAML file in configs/; every key of it can be given on the command line too, which wins. A run that was
+killed goes on from its last checkpoint when the same command is given again. `python train_sft.py` is the same.
+""",
+    STAGES["sft"].recipes,
+    (*STAGES["sft"].keys, TrainingArguments),
+)
+DPO = Script(
+    "covered-call prefer",
+    """Teaches a model to prefer what paid more: DPO on pairs of answers, from a fine-tune or from a base.
+
+    covered-call prefer --config tiny_dpo                            # CPU, minutes: from a tiny Phi-3 it builds itself
+    covered-call prefer --config tiny_dpo --adapter out/tiny_ranking # from a fine-tune of it
+    covered-call prefer --config preference                          # from out/ranking, Phi-3-mini on a CUDA GPU
+    covered-call prefer --config preference --dry_run                # only check that it would work
+
+Recipes, the preflight, resuming and what is saved are those of covered-call train.
+""",
+    STAGES["dpo"].recipes,
+    (*STAGES["dpo"].keys, PreferenceArguments),
 )
 
 
-def parse_recipe(
-    arguments: list[str], script: Script = SFT
-) -> tuple[ModelArguments, DataArguments, TrainingArguments, dict]:
+def parse_recipe(arguments: list[str], script: Script = SFT) -> tuple:
+    """parse_command of a command line."""
+    return parse_command(read_command(arguments, script.recipes), script)
+
+
+def parse_command(command: Command, script: Script) -> tuple:
     """Recipe and command line as dataclasses, and the keys given in either with their parsed values.
+
+    Returns:
+        The arguments of model, data and training, and a dict.
 
     Raises:
         RecipeError: for an unknown key (it names the nearest) or a value that no key takes.
@@ -275,103 +269,24 @@ def parse_recipe(
         script.parts,
         [key.name for key in fields(RunArguments)],
         script.recipes,
-        everything=bool({"--help_all", "--help-all"} & set(arguments)),
+        everything=bool({"--help_all", "--help-all"} & set(command.words)),
         description=script.description,
         usage=f"{script.name} --config NAME [--KEY VALUE ...]",
     )
-    arguments = with_recipe_path(arguments, script.recipes)
-    given = []
-    if arguments[0] == "--config":
-        given = check_keys(arguments, [action.dest for action in parser._actions])
-    *parsed, stray = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    given = [] if command.asks_help else check_keys(command, [action.dest for action in parser._actions])
+    parser.set_defaults_with_config(**command.recipe)
+    *parsed, stray = parser.parse_args_into_dataclasses(command.words, return_remaining_strings=True)
     if stray:
         raise RecipeError(f"{stray[0]!r} belongs to no key: give --KEY VALUE, and quote a value that holds blanks.")
     return *parsed, {key: plain(value) for part in parsed for key, value in vars(part).items() if key in given}
 
 
-def check_keys(arguments: list[str], known: list[str]) -> list[str]:
-    recipe = read_recipe(arguments[1])
-    given = [word[2:].split("=")[0].replace("-", "_") for word in arguments[2:] if word.startswith("--")]
-    for where, keys in ((arguments[1], recipe), ("the command line", given)):
+def check_keys(command: Command, known: list[str]) -> list[str]:
+    """The keys that are given; RecipeError for one that there is not."""
+    typed = [word[2:].split("=")[0].replace("-", "_") for word in command.words if word.startswith("--")]
+    for where, keys in ((command.path, command.recipe), ("the command line", typed)):
         for key in keys:
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
                 raise RecipeError(f"{key}, in {where}, is not a key of a recipe. Did you mean {nearest}?")
-    return [*recipe, *given]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parse
-
-
-@dataclass
-class StartArguments(ModelArguments):
-    """What to start from: an adapter that train_sft.py saved, or a base with a new one."""
-
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "A per_decision_ranking fine-tune to start from; base, quantization and LoRA are then its own."
-        },
-    )
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A base, where no adapter is given."})
-    quantization: str = field(default="int4", metadata={"help": "int4, int8 or none, of the base."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_start_keys(self)
-
-
-@dataclass(kw_only=True)
-class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceConfig)):
-    """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
-
-    dataset_config: str = field(default="preference", init=False)
-    balance: str = field(default="none", init=False)  # the pairs come balanced
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_pair_keys(self)
-
-    def rankings(self) -> DataArguments:
-        """The same decisions, with the teacher's answers."""
-        ranking = copy.copy(self)
-        ranking.dataset_config, ranking.rejected, ranking.min_edge, ranking.min_edge_pct = RANKING, None, None, None
-        return ranking
-
-
-@dataclass
-class PreferenceArguments(RunArguments, DPOConfig):
-    """TRL's DPOConfig."""
-
-    refused: ClassVar[dict[str, str]] = {
-        **{
-            key: REFUSED[key]
-            for key in (
-                "padding_free",
-                "pad_token",
-                "train_sampling_strategy",
-                "ignore_data_skip",
-                "resume_from_checkpoint",
-                "per_device_eval_batch_size",
-                "activation_checkpointing",
-                "auto_find_batch_size",
-                "liger_kernel_config",
-            )
-        },
-        "label_smoothing_factor": "it is for cross-entropy; DPO's own is label_smoothing",
-        "precompute_ref_log_probs": "the reference is scored before the first step, always",
-        "sync_ref_model": "the reference is the model at the start, and stays so",
-        "ld_alpha": "the reference is scored over whole answers",
-        "truncation_mode": "a record that is longer than max_length is an error",
-        "pad_to_multiple_of": "rows are padded to the longest",
-    }
-    tiny_recipe: ClassVar[str] = "tiny_dpo"
-
-
-DPO = Script(
-    "train_dpo.py",
-    __doc__,
-    DPO_RECIPES,
-    (StartArguments, PairArguments, PreferenceArguments),
-)
+    return [*command.recipe, *typed]

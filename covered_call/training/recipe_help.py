@@ -3,13 +3,14 @@
 import argparse
 from dataclasses import fields
 from enum import Enum
+from typing import NoReturn
 
-import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from covered_call.candidates.options import OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
-from covered_call.training.first_checks import RECIPES
+from covered_call.training.first_checks import RECIPES, read_recipe
+from covered_call.training.runs import RecipeError
 
 PLACEHOLDERS = {int: "N", float: "NUMBER", str: "TEXT", string_to_bool: "BOOL"}
 MOST_CHOICES = 4  # that are shown in the place of a placeholder
@@ -90,7 +91,7 @@ class RecipeParser(TrlParser):
         self, parts: tuple[type, ...], run_keys: list[str], recipes: tuple[str, ...], everything: bool, **more
     ):
         super().__init__(parts, formatter_class=Help, allow_abbrev=False, **more)
-        self.add_argument(  # for --help alone: with_recipe_path has read it
+        self.add_argument(  # for --help alone: read_command has taken it
             "--config",
             metavar="NAME",
             default=argparse.SUPPRESS,
@@ -101,13 +102,14 @@ class RecipeParser(TrlParser):
         )
         self.parts, self.run_keys, self.recipes, self.everything = parts, run_keys, recipes, everything
 
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}.")
+
     def groups(self) -> dict[str, list[argparse.Action]]:
         """The options under each heading."""
         model, data = ([key.name for key in fields(part)] for part in self.parts[:2])
         split, outcomes = names_of(PreferenceConfig, SPLITS), names_of(PreferenceConfig, OUTCOMES, PAIRS)
-        in_recipes = {
-            key for name in self.recipes for key in yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8"))
-        }
+        in_recipes = {key for name in self.recipes for key in read_recipe(RECIPES / f"{name}.yaml")}
         sharing = ["push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"]
         keys = {
             "run": ["config", "help", "help_all", "output_dir", *self.run_keys, *sharing],

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a training leaves: the manifest it is begun with, and in the end the model, its figures and its card."""
 
 import datetime
 import importlib.metadata
@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from sklearn.metrics import accuracy_score
 
 from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
@@ -22,42 +20,32 @@ from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.reading import hashes_of
 from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
-from covered_call.language_model.policy import fit_temperature
+from covered_call.language_model.policy import best_temperature
 from covered_call.language_model.scoring import Scored
-from covered_call.training.card import Panel, fill_card, plot_course
-from covered_call.training.examples import EpochSampler
-from covered_call.training.recipe import DataArguments, ModelArguments, TrainingArguments
-from covered_call.training.runs import RecipeError, of_the_run
-from covered_call.training.trainers import AnswerTrainer, ScoringTrainer, balanced_accuracy, predictions
+from covered_call.tables import align
+from covered_call.training.card import Panel, plot_course
+from covered_call.training.examples import Examples
+from covered_call.training.keys import DataArguments, ModelArguments
+from covered_call.training.recipe import RunArguments
+from covered_call.training.runs import RecipeError, of_the_run, open_run
+from covered_call.training.trainers import ScoringTrainer
 
 CARD, PLOT = "README.md", "training.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Resume and save
+# Begin
 
 
 def describe_run(
-    model: ModelArguments,
-    data: DataArguments,
-    training: TrainingArguments,
-    given: dict,
-    hashes: dict[str, str],
-    splits: DatasetDict,
-    answers: dict[str, tuple[int, ...]],
-    sampler: EpochSampler,
-    seen: dict,
+    model: ModelArguments, data: DataArguments, training: RunArguments, given: dict, examples: Examples
 ) -> dict:
     """The manifest: all that decides what comes out of a run. Equal manifests give equal weights.
 
-    Args:
-        hashes: of the data files by path, from before they were read.
-        splits: as encode_split made them.
-        seen: of the training split; see tuned_on.
-
     Raises:
-        RecipeError: if a data file is not any more as it was then.
+        RecipeError: if a data file is not any more as it was before it was read.
     """
+    hashes, splits, sampler = examples.hashes, examples.splits, examples.sampler
     for path, digest in hashes_of(fingerprint(list(hashes))).items():
         if digest != hashes[path]:
             raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")
@@ -69,7 +57,7 @@ def describe_run(
         "adapter": bool(model.lora_r),
         "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
         "prompt_version": PROMPT_VERSION,
-        "labels": list(answers),
+        "labels": list(examples.answers),
         "splits": {
             name: {
                 "records": sampler.records if name == "train" else len(split),
@@ -79,7 +67,7 @@ def describe_run(
             for name, split in splits.items()
         },
         "recipe": of_the_run({**keys_of(model), **keys_of(data), **given, **training.settled()}),
-        "tuned_on": seen,
+        "tuned_on": examples.seen,
         "processes": training.world_size,
         "micro_batch": training.per_device_train_batch_size,
         "seed": training.seed,
@@ -91,9 +79,21 @@ def describe_run(
     }
 
 
+def begin_run(training: RunArguments, manifest: dict) -> str | None:
+    """The folder of the run as open_run makes it, and the checkpoint to go on from, if there is one."""
+    with training.main_process_first():
+        overwrite = training.overwrite_output_dir and training.is_first
+        checkpoint = open_run(Path(training.output_dir), manifest, overwrite)
+    return str(checkpoint) if checkpoint else None
+
+
 def keys_of(part: ModelArguments | DataArguments) -> dict:
     """What a recipe can say, with its values."""
     return {key.name: getattr(part, key.name) for key in fields(part) if key.init}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
 
 
 def save(
@@ -134,55 +134,29 @@ def save(
     atomic.write(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
-IMITATES = "It imitates a covered-call backtest (the teacher)"
-COPIES = "it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit."
-
-
-def model_card(manifest: dict, folder: str) -> ModelCard:
-    rows = [
-        f"| {r['split']} | {r['records']} | {r['answers_by']} | {r['accuracy']:.3f} | {r['balanced_accuracy']:.3f} |"
-        for r in manifest["results"]
-    ]
-    head = ["| split | records | answers by | accuracy | balanced accuracy |", "|---|---|---|---|---|"]
-    return fill_card(manifest, folder, "sft", IMITATES, "\n".join([*head, *rows]), COPIES)
-
-
-def report(trainer: AnswerTrainer, splits: DatasetDict, scored: dict[str, list[Scored]], commonest: str) -> list[dict]:
-    """Accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
-    results = []
-    for name in scored:
-        split = splits[name]
-        answers = {"tuned model": predictions(split, scored[name])}
-        if isinstance(trainer.model, PeftModel):
-            with trainer.model.disable_adapter():
-                answers["its base, untuned"] = predictions(split, trainer.score(split))
-        answers[f"always {commonest}"] = [commonest] * len(split)
-        for who, given in answers.items():
-            results.append(
-                {
-                    "split": name,
-                    "records": len(split),
-                    "answers_by": who,
-                    "accuracy": float(accuracy_score(split["label"], given)),
-                    "balanced_accuracy": balanced_accuracy(split["label"], given),
-                }
-            )
-    return results
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
 
 
 def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:
     """The temperature that fits the answers' probabilities to the teacher's on this split."""
     targets = [answers.index(label) for answers, label in zip(split["answers"], split["label"], strict=True)]
-    return fit_temperature([torch.tensor(one.log_probabilities, dtype=torch.float64) for one in scored], targets)
+    return best_temperature([torch.tensor(one.log_probabilities, dtype=torch.float64) for one in scored], targets)
 
 
-def table(results: list[dict]) -> str:
-    head = f"\n{'split':<12}{'records':>8}  {'answers by':<24}{'accuracy':>9}{'balanced accuracy':>19}"
-    lines = [
-        f"{r['split']:<12}{r['records']:>8}  {r['answers_by']:<24}{r['accuracy']:>9.3f}{r['balanced_accuracy']:>19.3f}"
-        for r in results
+def cells(results: list[dict], columns: dict[str, str]) -> list[list[str]]:
+    """A table of some keys of the results, under their names; a dash where a result has none."""
+    shown = [[result.get(key, "-") for key in columns] for result in results]
+    return [
+        list(columns.values()),
+        *([f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in shown),
     ]
-    return "\n".join([head, *lines])
+
+
+def table(results: list[dict], columns: dict[str, str]) -> str:
+    texts = ("split", "answers_by")
+    right = [place for place, key in enumerate(columns) if key not in texts]
+    return f"\n{align(cells(results, columns), right)}"
 
 
 def what_next(folder: str) -> str:
@@ -190,6 +164,6 @@ def what_next(folder: str) -> str:
     quoted = shlex.quote(folder)
     return (
         f"\nSaved in {folder}: the model, its card (README.md), its course ({PLOT}), its recipe ({RECIPE}).\n"
-        f"Is it any good?  python evaluate_policy.py --model {quoted}\n"
-        f"Decide with it:  from policy import Policy; Policy.load({json.dumps(folder)}).decide(decisions)"
+        f"Is it any good?  covered-call evaluate --model {quoted}\n"
+        f"Decide with it:  from covered_call import Policy; Policy.load({json.dumps(folder)}).decide(decisions)"
     )

@@ -28,6 +28,10 @@ class RecipeError(ValueError):
     """The recipe cannot run as it is; the message says what to change."""
 
 
+class TrainingStopped(RuntimeError):
+    """Training went wrong in a way that more steps do not mend; the message says how."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Begin and go on
 
@@ -96,7 +100,7 @@ def begun_run(folder: Path) -> dict | None:
             return manifest
     except (OSError, ValueError):
         pass  # another program's file, or none
-    raise RecipeError(f"{folder} is no run of train_sft.py and not empty: give another output_dir.")
+    raise RecipeError(f"{folder} is no run of covered-call train and not empty: give another output_dir.")
 
 
 def is_left_over(path: Path) -> bool:

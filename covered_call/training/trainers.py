@@ -1,4 +1,4 @@
-"""TODO."""
+"""The trainers: TRL's, evaluated by scoring answers, in an order of records that can be resumed; and their model."""
 
 import itertools
 import math
@@ -19,24 +19,38 @@ from covered_call.language_model.manifest import CHECKPOINT
 from covered_call.language_model.scoring import Scored, head_at, score_answers
 from covered_call.language_model.training_log import talk_plainly
 from covered_call.training.examples import IGNORE, EpochSampler, is_trade
-from covered_call.training.preflight import lora_config
-from covered_call.training.recipe import ModelArguments, TrainingArguments
+from covered_call.training.keys import ModelArguments
+from covered_call.training.recipe import RunArguments
+from covered_call.training.runs import TrainingStopped
 
 ZERO_GRADIENT_STEPS = 20
 
 
-class TrainingStopped(RuntimeError):
-    """Training went wrong in a way that more steps do not mend; the message says how."""
-
-
 def load_model(
-    model: ModelArguments, training: TrainingArguments, revision: str | None = None
+    model: ModelArguments, training: RunArguments, revision: str | None = None
 ) -> tuple[PreTrainedModel, LoraConfig | None]:
     """The base, quantised as asked, and the adapter to attach."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     name, sharded = model.model_name_or_path, is_fsdp_enabled()
     base = load_base(name, model.quantization, dtype, training.device, revision, sharded, training.liger)
     return base, lora_config(model)
+
+
+def lora_config(model: ModelArguments) -> LoraConfig | None:
+    """LoRA (https://arxiv.org/abs/2106.09685) on every linear layer but the head; None to train all weights."""
+    if not model.lora_r:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules="all-linear",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers
 
 
 class ScoringTrainer:
@@ -149,6 +163,10 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
         return torch.tensor([self.weights[answer] for answer in answers], device=labels.device)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
 def answer_metrics(split: Dataset, scored: list[Scored]) -> dict[str, float]:
     """How the likeliest answers compare with the teacher's.
 
@@ -180,6 +198,10 @@ def predictions(split: Dataset, scored: list[Scored]) -> list[str]:
 def balanced_accuracy(labels: list[str], predicted: list[str]) -> float:
     """Mean over the answers that the teacher gave of the share of each that is met."""
     return float(recall_score(labels, predicted, labels=sorted(set(labels)), average="macro", zero_division=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callbacks
 
 
 class StopOnTrouble(TrainerCallback):

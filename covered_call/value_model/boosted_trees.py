@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_NODES = 5_000  # of a model; those that are grown here have 660 at most
-LARGEST = 1_000.0  # of what a leaf adds: a share of spot, or log-odds, of which 40 are certainty in a float64
+MAX_NODES = 5_000  # of a model; those that are grown here have 660 at most
+MAX_VALUE = 1_000.0  # of what a leaf adds: a share of spot, or log-odds, of which 40 are certainty in a float64
 ROWS_AT_ONCE = 1_000
 NODE_FIELDS = ("feature", "threshold", "missing_left", "left", "right", "value")
 
@@ -77,8 +77,8 @@ class Trees(NamedTuple):
         each = np.arange(len(rows))
         place = np.repeat(self.roots[:, None], len(rows), axis=1)
         while True:
-            asked = rows[each, self.feature[place]]
-            goes_left = np.where(np.isnan(asked), self.missing_left[place] == 1, asked <= self.threshold[place])
+            found = rows[each, self.feature[place]]
+            goes_left = np.where(np.isnan(found), self.missing_left[place] == 1, found <= self.threshold[place])
             following = np.where(goes_left, self.left[place], self.right[place])
             if np.array_equal(following, place):
                 break
@@ -100,10 +100,10 @@ class Trees(NamedTuple):
         """
         if not isinstance(found, dict) or set(found) != set(cls._fields):
             raise TreesError(f"trees have the keys {', '.join(cls._fields)}, and no others")
-        baseline = number("baseline", found["baseline"], LARGEST)
+        baseline = number("baseline", found["baseline"], MAX_VALUE)
         nodes = len(found["feature"]) if isinstance(found["feature"], list) else 0
-        if nodes > MOST_NODES:
-            raise TreesError(f"{nodes:,} nodes: {MOST_NODES:,} are the most")
+        if nodes > MAX_NODES:
+            raise TreesError(f"{nodes:,} nodes: {MAX_NODES:,} are the most")
         own = np.arange(nodes)
         left, right = (integers(name, found[name], nodes, 0, nodes - 1) for name in ("left", "right"))
         if not (((left > own) & (right > own)) | ((left == own) & (right == own))).all():
@@ -119,21 +119,21 @@ class Trees(NamedTuple):
             integers("missing_left", found["missing_left"], nodes, 0, 1),
             left,
             right,
-            floats("value", found["value"], nodes, LARGEST),
+            floats("value", found["value"], nodes, MAX_VALUE),
         )
 
 
-def number(name: str, found, largest: float) -> float:
-    """A finite number, and no boolean, between -largest and largest; else TreesError."""
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= largest:
-        raise TreesError(f"{name} {found!r:.40} is no number from {-largest:g} to {largest:g}")
+def number(name: str, found, most: float) -> float:
+    """A finite number, and no boolean, between -most and most; else TreesError."""
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= most:
+        raise TreesError(f"{name} {found!r:.40} is no number from {-most:g} to {most:g}")
     return float(found)
 
 
-def floats(name: str, found, length: int, largest: float) -> np.ndarray:
+def floats(name: str, found, length: int, most: float) -> np.ndarray:
     if not isinstance(found, list) or len(found) != length:
         raise TreesError(f"{name} is no list of {length} numbers")
-    return np.array([number(name, one, largest) for one in found], dtype=float)
+    return np.array([number(name, one, most) for one in found], dtype=float)
 
 
 def integers(name: str, found, length: int | None, low: int, high: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from covered_call.value_model.scorer import (
     Fitted,
     Gates,
     QScorerError,
-    calibrate,
     decide,
+    fit_offset,
     gates_text,
     outcomes,
 )
@@ -29,11 +29,7 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)  # % of spot
 MIN_CONFIDENCES = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 MIN_ABS_RETURNS = (0.0, 0.1, 0.25, 0.5)  # % of spot
 FINALISTS = 5
-LEAST_TRADES = 10  # a cell of the grid with fewer, but some, is luck
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Search for the gates: a coarse grid on the first half of validation, finalists on the second
+MIN_TRADES = 10  # a cell of the grid with fewer, but some, is luck
 
 
 class Cell(NamedTuple):
@@ -79,25 +75,25 @@ class Search(NamedTuple):
 def optimize(
     learnt: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
 ) -> tuple[Fitted, Search]:
-    """The scorer, calibrated on all of ``validation``, with the gates that did best there.
+    """The scorer, with the offset of all of ``validation`` and the gates that did best there.
 
-    The first half of its decision times, purged, calibrates and ranks the grid; the FINALISTS best of it that differ
-    in what they sell, and the default gates, meet in the second half, and the best mean P&L (% of spot a decision)
-    wins. Gates with fewer than LEAST_TRADES trades in the first half are no finalists, but never selling is.
+    On the first half of its decision times, purged, an offset is fitted and the grid is ranked; the FINALISTS best of
+    it that differ in what they sell, and the default gates, meet in the second half, and the best mean P&L (% of spot
+    a decision) wins. Gates with fewer than MIN_TRADES trades in the first half are no finalists, but never selling is.
 
     Raises:
-        QScorerError: if a half holds fewer than LEAST_TRADES decisions whose best candidate has a known outcome.
+        QScorerError: if a half holds fewer than MIN_TRADES decisions whose best candidate has a known outcome.
     """
     halves = dict(zip(("first", "second"), cut(validation, 0.5), strict=True))
     too_short = QScorerError(
         f"The validation split has {len(validation)} decisions, too few to search for gates: a half of it holds fewer "
-        f"than {LEAST_TRADES} known outcomes. Give more data, a longer validation split, or leave --optimize out."
+        f"than {MIN_TRADES} known outcomes. Give more data, a longer validation split, or leave --optimize out."
     )
     if not len(outcomes(halves["first"], config)):
         raise too_short
-    early = calibrate(learnt, halves["first"], config)
+    early = fit_offset(learnt, halves["first"], config)
     bests = {name: known_bests(early, half, config) for name, half in halves.items()}
-    if min(map(len, bests.values())) < LEAST_TRADES:
+    if min(map(len, bests.values())) < MIN_TRADES:
         raise too_short
     combinations = itertools.starmap(Gates, itertools.product(THRESHOLDS, MIN_CONFIDENCES, MIN_ABS_RETURNS))
     grid = [measure(gates, bests["first"]) for gates in combinations]
@@ -107,7 +103,7 @@ def optimize(
         name: {"from": str(times[0].date()), "to": str(times[-1].date()), "decisions": len(bests[name])}
         for name, times in ((name, decision_times(half)) for name, half in halves.items())
     }
-    fitted = calibrate(learnt, validation, config).with_gates(winner.gates)
+    fitted = fit_offset(learnt, validation, config).with_gates(winner.gates)
     saved = measure(winner.gates, known_bests(fitted, halves["second"], config))
     offsets = early.metadata["offset"], fitted.metadata["offset"]
     return fitted, Search(grid, finals, winner, saved, offsets, windows)
@@ -118,7 +114,7 @@ def known_bests(fitted: Fitted, entries: Sequence[LoggedDecision], config: Cover
     found = []
     answers = decide(fitted, [entry.decision for entry in entries])
     for answer, entry in zip(answers, entries, strict=True):
-        came = net_outcomes(entry, config)[answer.best - 1].value if answer.best else None
+        came = None if answer.best is None else net_outcomes(entry, config)[answer.best].value
         if came is not None and answer.stopped_by != OTHER_STYLE:
             to_percent = 100 / entry.decision.spot
             found.append(Best(answer.q_sell * to_percent, answer.confidence, came * to_percent, came))
@@ -139,7 +135,7 @@ def pick_finalists(grid: Sequence[Cell], bests: Sequence[Best]) -> list[Gates]:
     """The best gates of the grid that sell different things, and the default ones; of the same the lowest."""
     different = {}
     for cell in sorted(grid, key=lambda cell: cell.gates):
-        if cell.sold == 0 or cell.sold >= LEAST_TRADES:
+        if cell.sold == 0 or cell.sold >= MIN_TRADES:
             different.setdefault(tuple(sells(cell.gates, bests)), cell)
     ranked = sorted(different.values(), key=lambda cell: -cell.mean_percent)
     return list(dict.fromkeys([*(cell.gates for cell in ranked[:FINALISTS]), Gates()]))
@@ -158,7 +154,7 @@ def search_lines(search: Search) -> list[str]:
         lines.append("WARNING: none of them earned more than never selling there: do not expect these gates to.")
     before, after = (100 * offset for offset in search.offsets)
     lines.append(
-        f"Calibrated on both windows, by {after:+.3f} % of spot (on the first alone {before:+.3f} %), the chosen "
+        f"With the offset of both windows, {after:+.3f} % of spot (of the first alone {before:+.3f} %), the chosen "
         f"gates let through on the second: {brought(search.saved)}"
     )
     return lines
@@ -198,8 +194,8 @@ def draw_grid(search: Search) -> bytes:
     limit = max(np.abs(values).max(), 1e-9)
     image = axis.imshow(values, origin="lower", aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     for y, confidence in enumerate(MIN_CONFIDENCES):
-        for x, least in enumerate(columns):
-            cell = cells[least, confidence]
+        for x, percent in enumerate(columns):
+            cell = cells[percent, confidence]
             color = "white" if abs(cell.mean_percent) > 0.6 * limit else "black"
             text = f"{cell.mean_percent:+.3f}\n{cell.sold} sold" if cell.sold else "none sold"
             axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)

@@ -1,9 +1,9 @@
 """What would selling this call bring? Gradient boosting on counterfactual outcomes, used as a policy.
 
-    python q_scorer.py                                                   # on the simulated sample
-    python q_scorer.py --data_files 'runs/*.csv' --optimize              # search threshold and gates on validation
-    python q_scorer.py --data_files 'runs/*.csv' --horizon 3 --fee 0.0003 --positive_weight 1.5
-    python evaluate_policy.py --baselines-only --q_scorer out/q_scorer/q_scorer.zip
+    covered-call q-scorer                                            # on the simulated sample
+    covered-call q-scorer --data_files 'runs/*.csv' --optimize       # search threshold and gates on validation
+    covered-call q-scorer --data_files 'runs/*.csv' --horizon 3 --fee 0.0003 --positive_weight 1.5
+    covered-call evaluate --baselines-only --q_scorer out/q_scorer/q_scorer.zip
 
 A regressor predicts each candidate's net outcome (``q_sell``; holding is worth 0), a classifier the probability that
 it is positive. The best candidate is sold if both like it enough, else nothing is. Outcomes are learnt as a share of
@@ -15,23 +15,21 @@ The test split is never looked at. A saved file is a zip of numbers and text: lo
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from covered_call import atomic
-from covered_call.candidates.builder import fingerprint
-from covered_call.candidates.reading import hashes_of
-from covered_call.candidates.schema import CandidatesError
-from covered_call.command_line import as_typed, disk_trouble, start_logging
-from covered_call.data_options import Help, add_data_options, data_options, flags, read_splits, typed
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.schema import CandidatesError, LoggedDecision
+from covered_call.command_line import plain_errors, start_logging
+from covered_call.data_options import Help, add_data_options, backtest_of, flags, typed
 from covered_call.tables import align
 from covered_call.value_model.gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
 from covered_call.value_model.scorer import (
     FILE_NAME,
     Fitted,
     Gates,
-    calibrate,
     check_weight,
+    fit_offset,
     gates_text,
     learn,
     to_bytes,
@@ -41,50 +39,67 @@ from covered_call.value_model.walk_forward import FOLDS, fold_json, fold_rows, w
 GRID, PICTURE = "grid.csv", "grid.png"
 
 
-def run(asked: argparse.Namespace) -> None:
-    gates = Gates(asked.threshold or 0.0, asked.min_confidence or 0.0, asked.min_abs_return or 0.0)
+def main(arguments: list[str]) -> None:
+    """Fits a scorer on the backtest's outcomes, and saves it; an error is one line and a bad exit."""
+    start_logging()
+    args = parse_arguments(arguments)
+    with plain_errors(args, CandidatesError):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    gates = Gates(args.threshold or 0.0, args.min_confidence or 0.0, args.min_abs_return or 0.0)
     gates.check()
-    check_weight(asked.positive_weight)
-    files, config = data_options(asked, {})
-    folder = Path(asked.output_dir)
+    check_weight(args.positive_weight)
+    backtest = backtest_of(args, {})
+    folder = Path(args.output_dir)
     with atomic.locked(folder):
-        print(f"Reading {len(files)} file(s) ...", flush=True)
-        config.data_files = fingerprint(files)
-        _, splits = read_splits(files, config)
-        fitted, made = fit_all(asked, gates, config, splits["train"], splits.get("validation", []))
-        hashes = {os.path.basename(path): sha256 for path, sha256 in hashes_of(config.data_files).items()}
+        print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
+        train, validation = (backtest.splits.get(name, []) for name in ("train", "validation"))
+        fitted, made = fit_all(args, gates, backtest.options, train, validation)
+        hashes = {os.path.basename(path): sha256 for path, sha256 in backtest.hashes.items()}
         fitted = fitted._replace(metadata=fitted.metadata | {"data_files": hashes})
         # Where a scorer stands, a grid beside it is that scorer's.
         old = (GRID, PICTURE) if (folder / FILE_NAME).is_file() else ()
         atomic.write_together(folder, {FILE_NAME: to_bytes(fitted), **made}, old)
     print(f"Saved {', '.join(str(folder / name) for name in (FILE_NAME, *made))}: {gates_text(fitted.gates)}")
-    print(
-        f"Next: judge it on the test split: python evaluate_policy.py --baselines-only --q_scorer {folder / FILE_NAME}"
-    )
+    print(f"Next: judge it on the test split: covered-call evaluate --baselines-only --q_scorer {folder / FILE_NAME}")
 
 
-def fit_all(asked: argparse.Namespace, gates: Gates, config, train: list, validation: list) -> tuple[Fitted, dict]:
+def fit_all(
+    args: argparse.Namespace,
+    gates: Gates,
+    config: CoveredCallCandidatesConfig,
+    train: list[LoggedDecision],
+    validation: list[LoggedDecision],
+) -> tuple[Fitted, dict[str, bytes]]:
     """Prints what was learnt and how it held; returns the scorer, and by name the files that go with it."""
-    print("Learning, calibrating ...", flush=True)
-    fitted, search, made, more = learn(train, config, asked.positive_weight), None, {}, {}
-    if asked.optimize:
+    print("Learning ...", flush=True)
+    fitted, search, made, more = learn(train, config, args.positive_weight), None, {}, {}
+    if args.optimize:
         print("Searching for gates ...", flush=True)
         fitted, search = optimize(fitted, validation, config)
         made, more = {GRID: grid_csv(search.grid), PICTURE: draw_grid(search)}, {"optimize": search_json(search)}
     else:
-        fitted = calibrate(fitted, validation, config).with_gates(gates)
+        fitted = fit_offset(fitted, validation, config).with_gates(gates)
     for name in ("train", "validation"):
         print(split_sentence(name, fitted.metadata[name]))
     print(f"Offset fitted on validation: {100 * fitted.metadata['offset']:+.3f} % of spot")
-    folds = []
-    if asked.folds:
-        print(f"Walking forward in {asked.folds} folds ...", flush=True)
-        folds = walk_forward([*train, *validation], asked.folds, config, asked.positive_weight, gates)
-        table = align(fold_rows(folds))
-        print(f"\nWalk forward over train and validation, {gates_text(gates)}; money in USD:\n\n{table}\n")
+    folds = walk([*train, *validation], args, gates, config) if args.folds else []
     if search:
         print("\n".join(search_lines(search)))
-    return fitted._replace(metadata=fitted.metadata | {"walk_forward": list(map(fold_json, folds))} | more), made
+    return fitted._replace(metadata=fitted.metadata | {"walk_forward": folds} | more), made
+
+
+def walk(
+    entries: list[LoggedDecision], args: argparse.Namespace, gates: Gates, config: CoveredCallCandidatesConfig
+) -> list[dict]:
+    """Prints how scorers that were fitted on the past held, fold by fold; returns the same as JSON holds it."""
+    print(f"Walking forward in {args.folds} folds ...", flush=True)
+    folds = walk_forward(entries, args.folds, config, args.positive_weight, gates)
+    table = align(fold_rows(folds))
+    print(f"\nWalk forward over train and validation, {gates_text(gates)}; money in USD:\n\n{table}\n")
+    return [fold_json(fold) for fold in folds]
 
 
 def split_sentence(name: str, found: dict) -> str:
@@ -94,8 +109,10 @@ def split_sentence(name: str, found: dict) -> str:
     )
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="covered-call q-scorer", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
     add_data_options(parser)
     parser.set_defaults(hindsight=False)
     model = parser.add_argument_group("model")
@@ -121,20 +138,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument(
         *flags("output_dir"), metavar="DIR", default="out/q_scorer", help=f"for {FILE_NAME}; default: %(default)s"
     )
-    asked = parser.parse_args(arguments)
-    if asked.optimize and (asked.threshold, asked.min_confidence, asked.min_abs_return) != (None, None, None):
+    args = parser.parse_args(arguments)
+    if args.optimize and (args.threshold, args.min_confidence, args.min_abs_return) != (None, None, None):
         parser.error("--optimize finds threshold, min_confidence and min_abs_return: do not give them too.")
-    if asked.folds < 0:
-        parser.error(f"--folds {asked.folds}: give 0 or more.")
-    return typed(parser, asked)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    start_logging()
-    asked = parse_arguments(arguments)
-    try:
-        run(asked)
-    except CandidatesError as error:
-        sys.exit(f"error: {as_typed(error, asked)}")
-    except OSError as error:
-        sys.exit(f"error: {disk_trouble(error) or error}")
+    if args.folds < 0:
+        parser.error(f"--folds {args.folds}: give 0 or more.")
+    return typed(parser, args)

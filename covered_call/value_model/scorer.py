@@ -26,6 +26,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from covered_call import atomic
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_outcomes
+from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import (
     NO_TRADE,
     CandidatesError,
@@ -45,8 +46,8 @@ FEATURES = ["moneyness", "dte", "delta", "score", "iv", "ivrv_ratio", "exit_styl
 # Few, small steps and large leaves: outcomes of neighbouring days share most of their week, and in the sample their
 # standard deviation is 4 % of spot around a mean of -0.2 %. Chosen beforehand, not by what they earned.
 BOOSTING = {"max_iter": 60, "learning_rate": 0.05, "max_leaf_nodes": 6, "l2_regularization": 10.0, "random_state": 0}
-LEAF_SHARE, LEAST_LEAF = 0.05, 20
-LEAST_ROWS = 2 * LEAST_LEAF  # of fewer no tree could be grown
+LEAF_SHARE, MIN_LEAF = 0.05, 20
+MIN_ROWS = 2 * MIN_LEAF  # of fewer no tree could be grown
 CERTAIN = 1_000.0  # log-odds, of which the probability is 1.0, and of their negative 0.0
 NO_CANDIDATE, OTHER_STYLE = "no candidate", "unknown exit_style"
 
@@ -98,26 +99,32 @@ def gates_text(gates: Gates) -> str:
 
 
 class Answer(NamedTuple):
-    """What the scorer answers to one decision, after the fashion of policy.Answer.
+    """What the scorer answers to one decision, after the fashion of a language model's Answer.
 
     Args:
-        answer: "1" to "N", an index into the candidates in the order the caller gave them, or "NO_TRADE".
-        best: the index, from 1, of the candidate with the highest q_sell, sold or not; None where there is none.
+        pick: the candidate to sell, an index from 0 into the candidates in the order the caller gave them; None for no
+            trade.
+        instrument: the candidate's, None for NO_TRADE.
+        best: the candidate with the highest q_sell, sold or not, an index as ``pick`` is; None where there is none.
         q_sell: its predicted net outcome against holding, in USD a unit of underlying; NaN where there is none.
         confidence: the predicted probability that its net outcome is positive; NaN where there is none.
         scores: q_sell of each candidate, "1" to "N", and NO_TRADE, which is worth 0; USD.
         stopped_by: None if it sold, else what kept it from that: "threshold", "min_confidence", "min_abs_return",
             "no candidate", or "unknown exit_style", for one that it was not fitted on.
-        instrument: the call to sell; None if it did not sell.
     """
 
-    answer: str
+    pick: int | None
+    instrument: str | None
     best: int | None
     q_sell: float
     confidence: float
     scores: dict[str, float]
     stopped_by: str | None
-    instrument: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """The pick as the answer to a ranking: "1" to "N", or "NO_TRADE"."""
+        return answer_of(self.pick)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ class Fitted(NamedTuple):
         return self._replace(metadata=self.metadata | {"gates": gates._asdict()})
 
     def predict(self, decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:
-        """Calibrated net outcomes as a share of spot, and confidences, each of shape (candidates,)."""
+        """Net outcomes as a share of spot, the offset added, and confidences, each of shape (candidates,)."""
         rows = features(decisions, self.metadata["exit_styles"])
         return self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows))
 
@@ -174,7 +181,7 @@ class Fitted(NamedTuple):
 def learn(
     train: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig, positive_weight: float = 1.0
 ) -> Fitted:
-    """Fits both models on the known outcomes of ``train``; not calibrated yet, and with no gate but q_sell > 0.
+    """Fits both models on the known outcomes of ``train``; with no offset yet, and no gate but q_sell > 0.
 
     Args:
         config: the friction and horizon that outcomes are net of.
@@ -182,21 +189,21 @@ def learn(
             a probability: no weight touches it.
 
     Raises:
-        QScorerError: for fewer than LEAST_ROWS known outcomes, or a weight that is not above 0.
+        QScorerError: for fewer than MIN_ROWS known outcomes, or a weight that is not above 0.
     """
     check_weight(positive_weight)
     styles = sorted({entry.decision.exit_style for entry in train})
     target = outcomes(train, config)
     known = ~np.isnan(target)
-    if known.sum() < LEAST_ROWS:
+    if known.sum() < MIN_ROWS:
         raise QScorerError(
-            f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {LEAST_ROWS} are "
+            f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {MIN_ROWS} are "
             "needed. Give more data, or other splits."
         )
     rows, target = features([entry.decision for entry in train], styles)[known], target[known]
     rows[:, np.isnan(rows).all(axis=0)] = 0.0  # scikit-learn fails on a column without a number; no tree asks this one
     positive = target > 0
-    options = BOOSTING | {"min_samples_leaf": max(LEAST_LEAF, round(LEAF_SHARE * len(target)))}
+    options = BOOSTING | {"min_samples_leaf": max(MIN_LEAF, round(LEAF_SHARE * len(target)))}
     value = HistGradientBoostingRegressor(**options, early_stopping=False)
     value.fit(rows, target, sample_weight=np.where(positive, positive_weight, 1.0))
     if 0 < positive.sum() < len(positive):
@@ -224,7 +231,7 @@ def check_weight(positive_weight: float) -> None:
         raise QScorerError(f"positive_weight={positive_weight!r}: give a number above 0; 1 is symmetric.")
 
 
-def calibrate(fitted: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> Fitted:
+def fit_offset(fitted: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> Fitted:
     """With the offset by which outcomes of ``validation`` were, on average, better than predicted.
 
     Raises:
@@ -234,7 +241,7 @@ def calibrate(fitted: Fitted, validation: Sequence[LoggedDecision], config: Cove
     known = ~np.isnan(target)
     if not known.any():
         raise QScorerError(
-            "No outcome of the validation split is known, so that the predictions cannot be calibrated. Give more "
+            "No outcome of the validation split is known, so that no offset can be fitted. Give more "
             "data, or other splits."
         )
     predicted, _ = fitted.predict([entry.decision for entry in validation])
@@ -248,8 +255,8 @@ def fit(
     config: CoveredCallCandidatesConfig,
     positive_weight: float = 1.0,
 ) -> Fitted:
-    """Learnt on one split and calibrated on the next; see learn and calibrate for what they raise."""
-    return calibrate(learn(train, config, positive_weight), validation, config)
+    """Learnt on one split, with the offset of the next; see learn and fit_offset for what they raise."""
+    return fit_offset(learn(train, config, positive_weight), validation, config)
 
 
 def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
@@ -278,9 +285,9 @@ def decide(fitted: Fitted, decisions: Sequence[Decision]) -> list[Answer]:
 
 def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted) -> Answer:
     """From predicted outcomes (shares of spot) and confidences of one decision's candidates."""
-    scores = {str(i): float(value * decision.spot) for i, value in enumerate(values, start=1)} | {NO_TRADE: 0.0}
     if not len(values):
-        return Answer(NO_TRADE, None, math.nan, math.nan, scores, NO_CANDIDATE)
+        return Answer(None, None, None, math.nan, math.nan, {NO_TRADE: 0.0}, NO_CANDIDATE)
+    q_sell = [float(value * decision.spot) for value in values]
 
     def rank(i: int) -> tuple:
         return values[i], confidences[i], decision.candidates[i].strike, decision.candidates[i].instrument
@@ -289,15 +296,15 @@ def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, 
     stopped_by = fitted.gates.stop(100 * values[best], confidences[best])
     if decision.exit_style not in fitted.metadata["exit_styles"]:
         stopped_by = OTHER_STYLE  # its outcomes mean something else
-    answer = str(best + 1)
+    sold = stopped_by is None
     return Answer(
-        answer if stopped_by is None else NO_TRADE,
-        best + 1,
-        scores[answer],
+        best if sold else None,
+        decision.candidates[best].instrument if sold else None,
+        best,
+        q_sell[best],
         float(confidences[best]),
-        scores,
+        {answer_of(i): value for i, value in enumerate(q_sell)} | {NO_TRADE: 0.0},
         stopped_by,
-        decision.candidates[best].instrument if stopped_by is None else None,
     )
 
 
@@ -357,8 +364,8 @@ class QScorer:
 # ---------------------------------------------------------------------------------------------------------------------
 # The file: one zip of two JSON texts. Nothing in it is run, and every number in it is checked.
 METADATA, MODELS = "metadata.json", "trees.json"
-LARGEST_PART = 16 << 20  # bytes; one that was fitted on the sample has 0.1 MB in all
-LARGEST_OFFSET = 10.0  # shares of spot: a mean outcome of ten times spot is no market's
+MAX_PART = 16 << 20  # bytes; one that was fitted on the sample has 0.1 MB in all
+MAX_OFFSET = 10.0  # shares of spot: a mean outcome of ten times spot is no market's
 SHA256 = "trees_sha256"
 
 
@@ -384,10 +391,10 @@ def read(path: str | os.PathLike) -> Fitted:
         QScorerError: if it is not whole, or was made by another version of this file, or holds what cannot be.
     """
     if not os.path.isfile(path):
-        raise QScorerError(f"{path} is no file: make one with python q_scorer.py.")
+        raise QScorerError(f"{path} is no file: make one with covered-call q-scorer.")
     try:
-        if os.path.getsize(path) > 2 * LARGEST_PART:
-            raise ValueError(f"it has more than {2 * LARGEST_PART:,} bytes")
+        if os.path.getsize(path) > 2 * MAX_PART:
+            raise ValueError(f"it has more than {2 * MAX_PART:,} bytes")
         with zipfile.ZipFile(path) as archive:
             metadata, models = (read_part(archive, name) for name in (METADATA, MODELS))
         metadata = parse(metadata)
@@ -404,8 +411,8 @@ def read_part(archive: zipfile.ZipFile, name: str) -> bytes:
     if name not in archive.namelist():
         raise KeyError(name)
     size = archive.getinfo(name).file_size
-    if size > LARGEST_PART:
-        raise ValueError(f"{name} unpacks to {size:,} bytes: {LARGEST_PART:,} are the most")
+    if size > MAX_PART:
+        raise ValueError(f"{name} unpacks to {size:,} bytes: {MAX_PART:,} are the most")
     return archive.read(name)
 
 
@@ -434,7 +441,7 @@ def check_metadata(metadata: dict) -> None:
         raise ValueError(f"exit_styles {styles!r:.100} is no list of names")
     for name, value in metadata["outcome_options"].items():
         number(name, 0.0 if value is None else value, sys.float_info.max)
-    number("offset", metadata["offset"], LARGEST_OFFSET)
+    number("offset", metadata["offset"], MAX_OFFSET)
     number("max_iv", metadata["max_iv"], sys.float_info.max)
     Gates(**metadata["gates"]).check()
     for split in ("train", "validation"):

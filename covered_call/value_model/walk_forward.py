@@ -17,13 +17,14 @@ from matplotlib.figure import Figure as Plot
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_outcomes
-from covered_call.candidates.schema import NO_TRADE, LoggedDecision
+from covered_call.candidates.prompts import answer_of
+from covered_call.candidates.schema import LoggedDecision
 from covered_call.value_model.scorer import Answer, Fitted, Gates, QScorerError, decide, fit, outcomes
 
 logger = logging.getLogger(__name__)
 
 FOLDS = 5
-CALIBRATION_SHARE = 0.1  # of a fold's past, its latest part, is kept from the models to fit the offset on
+OFFSET_SHARE = 0.1  # of a fold's past, its latest part, is kept from the models to fit the offset on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,16 +97,16 @@ def compare(
         values = [net.value for net in net_outcomes(entry, config)]
         some_positive = any(value is not None and value > 0 for value in values)
         positive += some_positive
-        missed += some_positive and answer.answer == NO_TRADE
-        came = 0.0 if answer.answer == NO_TRADE else values[int(answer.answer) - 1]
+        missed += some_positive and answer.pick is None
+        came = 0.0 if answer.pick is None else values[answer.pick]
         pnl += [] if came is None else [came]
-        if answer.answer != NO_TRADE and came is not None:
+        if answer.pick is not None and came is not None:
             sold.append((answer.q_sell, came, entry.decision.spot))
     pairs = np.array(sold).reshape(-1, 3)
     shares = pairs[:, :2] / pairs[:, 2:]
     return Comparison(
         decisions=len(answers),
-        sold=sum(answer.answer != NO_TRADE for answer in answers),
+        sold=sum(answer.pick is not None for answer in answers),
         sold_known=len(sold),
         predicted=mean(pairs[:, 0]),
         realised=mean(pairs[:, 1]),
@@ -123,9 +124,9 @@ def candidate_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and realised net outcomes of all candidates for which it is known, as shares of spot."""
     predicted = [
-        answer.scores[str(index)] / entry.decision.spot
+        answer.scores[answer_of(pick)] / entry.decision.spot
         for answer, entry in zip(answers, entries, strict=True)
-        for index in range(1, len(entry.decision.candidates) + 1)
+        for pick in range(len(entry.decision.candidates))
     ]
     realised = outcomes(entries, config)
     known = ~np.isnan(realised)
@@ -181,7 +182,7 @@ def png(figure: Plot) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Walking forward: whatever is judged was decided after everything that was learnt from had ended
+# Folds
 
 
 class Fold(NamedTuple):
@@ -235,14 +236,14 @@ def walk_forward(
 ) -> list[Fold]:
     """Fits and judges a scorer for each block of decisions, on what had ended before it, never at random.
 
-    The latest CALIBRATION_SHARE of each past is kept for the offset, purged as the blocks are. A fold whose past is
+    The latest OFFSET_SHARE of each past is kept for the offset, purged as the blocks are. A fold whose past is
     too short to fit on is left out, with a warning.
     """
     found = []
     for past, block in tqdm(list(blocks(entries, folds)), desc="Walking forward", unit=" folds", disable=None):
-        train, calibration = cut(past, CALIBRATION_SHARE)
+        train, latest = cut(past, OFFSET_SHARE)
         try:
-            fitted = fit(train, calibration, config, positive_weight).with_gates(gates)
+            fitted = fit(train, latest, config, positive_weight).with_gates(gates)
         except QScorerError as error:
             logger.warning("No fold from %s: %s", block[0].decision.decision_time.date(), error)
             continue
@@ -251,8 +252,8 @@ def walk_forward(
     return found
 
 
-HEAD = ("fold", "learnt to", "outcomes", "judged from", "to", "decisions", "correlation", "sells", "predicted",
-        "realised", "P&L a decision")  # fmt: skip
+HEAD = ("fold", "learnt to", "outcomes", "judged from", "to", "decisions", "correlation", "trade rate",
+        "predicted", "realised", "P&L a decision")  # fmt: skip
 
 
 def fold_rows(folds: Sequence[Fold]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from conftest import COLUMNS, SCRIPT, decision, no_candidates, records, row, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates import builder as covered_call_candidates
+from covered_call.candidates import builder
 from covered_call.candidates.schema import CandidatesError
 
 ONE = {"splits": "train"}
@@ -306,14 +306,14 @@ def test_the_error_comes_through_load_dataset(tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_is_not_cached(load, tmp_path, monkeypatch):
     path = Path(write_csv(tmp_path / "a.csv", GOOD))
-    fingerprint = covered_call_candidates.fingerprint
+    fingerprint = builder.fingerprint
 
     def hashed_too_early(paths):
         found = fingerprint(paths)
         path.write_bytes(path.read_bytes().replace(b"63000", b"63001"))
         return found
 
-    monkeypatch.setattr(covered_call_candidates, "fingerprint", hashed_too_early)
+    monkeypatch.setattr(builder, "fingerprint", hashed_too_early)
     with pytest.raises(CandidatesError, match=r"a\.csv has changed while it was read. Load it again"):
         load(data_files=str(path), **ONE)
     monkeypatch.undo()

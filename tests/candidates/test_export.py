@@ -11,16 +11,16 @@ import time as clock
 from pathlib import Path
 
 import pytest
-from conftest import COLUMNS, SCRIPT, decision, no_candidates, python, row, time, write_csv
+from conftest import COLUMNS, decision, no_candidates, python, row, time, write_csv
 
-from covered_call.candidates import builder as covered_call_candidates
+from covered_call.candidates import builder
 from covered_call.candidates.export import main
 
 GOOD = [*decision(0, 0), *decision(1), no_candidates(2), *decision(3, 2)]
 
 
 def export(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    return python(SCRIPT, *arguments, cwd=cwd)
+    return python("-m", "covered_call", "export", *arguments, cwd=cwd)
 
 
 def chats(path: Path) -> list[list[dict]]:
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_the_old_exports(tmp_path, monkeypatch, capsys, funct
         raise OSError(28, "No space left on device")
 
     path = with_old_exports(tmp_path, GOOD)
-    monkeypatch.setattr(covered_call_candidates.os, function, full)
+    monkeypatch.setattr(builder.os, function, full)
     assert "No space left on device" in exits_with_one_line(capsys, "--input", path)
     assert old_exports_stand_alone(tmp_path)
 
@@ -195,7 +195,7 @@ def test_a_killed_export_leaves_the_old_one(tmp_path):
         line = ",".join(row(decision_time="{}", instrument="{}").values()) + "\n"
         for hour in range(1_000):
             file.writelines(line.format(time(hour / 24), f"BTC-{number}-C") for number in range(40))
-    command = [sys.executable, str(SCRIPT), "--input", str(path)]
+    command = [sys.executable, "-m", "covered_call", "export", "--input", str(path)]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = {"a.csv", "a_per_candidate.jsonl", "a_per_decision_ranking.jsonl"}
     target = tmp_path / "a_per_candidate.jsonl"

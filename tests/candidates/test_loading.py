@@ -478,6 +478,7 @@ print(loaded["train"].num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxr
 """
 
 
+@pytest.mark.slow
 def test_three_hundred_thousand_rows_load_in_less_than_a_gibibyte(tmp_path):
     with open(tmp_path / "big.csv", "w", encoding="utf-8") as file:
         file.write(",".join(COLUMNS) + "\n")

@@ -2,8 +2,8 @@
 
 import argparse
 import datetime
-import re
 import errno
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from conftest import decision, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates import builder as covered_call_candidates
+from covered_call.candidates import builder
 from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, check_options, names_of
 from covered_call.candidates.schema import CandidatesError
@@ -35,9 +35,9 @@ STRANGE = [
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: re.sub(r" at 0x\w+", "", repr(value))[:30])
 def test_an_option_is_taken_or_refused_with_its_name(csv_file, tmp_path, monkeypatch, option, value):
     prepared = []
-    monkeypatch.setattr(covered_call_candidates.CoveredCallCandidates, "download_and_prepare",
+    monkeypatch.setattr(builder.CoveredCallCandidates, "download_and_prepare",
                         lambda self, **_: prepared.append(self))  # fmt: skip
-    monkeypatch.setattr(covered_call_candidates.CoveredCallCandidates, "as_dataset", lambda self: None)
+    monkeypatch.setattr(builder.CoveredCallCandidates, "as_dataset", lambda self: None)
     try:
         load_candidates("preference", cache_dir=tmp_path, **{"data_files": csv_file} | {option: value})
     except CandidatesError as error:
@@ -64,10 +64,9 @@ def test_an_argument_of_load_candidates_that_is_none_is_refused(csv_file, argume
 
 
 def test_a_hash_can_name_no_folder_but_its_own(csv_file, tmp_path):
-    builder = covered_call_candidates.CoveredCallCandidates
     for hash in ("../..", "/etc", "a/b", "", "a b"):
         with pytest.raises(CandidatesError, match="hash=.*give letters and digits"):
-            builder(data_files=csv_file, cache_dir=tmp_path, hash=hash)
+            builder.CoveredCallCandidates(data_files=csv_file, cache_dir=tmp_path, hash=hash)
 
 
 def test_numbers_and_dates_of_other_libraries_are_numbers_and_dates(csv_file, load):
@@ -95,7 +94,7 @@ def test_a_cache_that_cannot_be_written_is_one_plain_error(csv_file, load, monke
         raise error
 
     name = "download_and_prepare" if where == "before" else "_generate_examples"
-    monkeypatch.setattr(covered_call_candidates.CoveredCallCandidates, name, fail)
+    monkeypatch.setattr(builder.CoveredCallCandidates, name, fail)
     with pytest.raises(CandidatesError, match=r"or the cache not be written: .*HF_HOME in the environment"):
         load(data_files=csv_file)
 

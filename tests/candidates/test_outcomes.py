@@ -220,7 +220,7 @@ def test_the_counterfactuals_of_the_simulated_teachers_trades_are_what_it_record
 
 
 def pair_of(tmp_path, values, recorded=None, chosen=None, spot=1000.0, **options):
-    """The pair of one decision whose candidates have these counterfactuals, and its teacher's call this recorded outcome."""
+    """The pair of one decision whose candidates have these outcomes, and its teacher's call this recorded one."""
     rows = decision(0, chosen, strikes=range(1, len(values) + 1), spot=spot, pnl_vs_hodl=0.0)
     if chosen is not None:
         rows[chosen]["pnl_vs_hodl"] = "" if recorded is None else str(recorded)
@@ -308,7 +308,7 @@ def test_a_preference_record_is_the_rankings_prompt_with_two_answers(load, tmp_p
         assert pair["prompt"] == same["messages"][:2] and pair["teacher_label"] == same["label"]
         for side in ("chosen", "rejected"):
             assert pair[side] == [{"role": "assistant", "content": pair[f"{side}_label"]}]
-            assert pair[f"{side}_label"] in admissible_answers(same)
+            assert pair[f"{side}_label"] in admissible_answers("per_decision_ranking", len(same["candidates"]))
         assert pair["chosen_outcome"] - pair["rejected_outcome"] > 0.001 * pair["spot"]
 
 

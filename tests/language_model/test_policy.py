@@ -39,7 +39,7 @@ from covered_call.language_model.loading import (
     load_tokenizer,
 )
 from covered_call.language_model.manifest import PolicyError, hash_of
-from covered_call.language_model.policy import Answer, Policy, calibrate
+from covered_call.language_model.policy import Answer, Policy, fit_temperature
 from covered_call.language_model.tiny_phi3 import CHAT_TEMPLATE, random_phi3, train_tokenizer
 
 TEXTS = ["Score: 3.2029, IV: n/a — SELL_CALL or SKIP, NO_TRADE"] * 3
@@ -302,7 +302,8 @@ def test_the_answer_is_an_index_into_the_callers_order(states, task, recipe_orde
 
 def test_prompts_show_the_order_that_the_model_was_tuned_on(states, monkeypatch):
     shown = []
-    monkeypatch.setattr("covered_call.language_model.policy.ranking_messages", lambda one: shown.append(one) or ranking_messages(one))
+    target = "covered_call.language_model.policy.ranking_messages"
+    monkeypatch.setattr(target, lambda one: shown.append(one) or ranking_messages(one))
     policy_of("per_decision_ranking").decide([states[2]])
     policy_of("per_decision_ranking", order="csv").decide([states[2]])
     assert [one.instrument for one in shown[0].candidates] == ["BTC-60000-C", "BTC-61000-C", "BTC-62000-C"]
@@ -418,7 +419,7 @@ def test_a_dict_of_json_decides_as_the_decision_it_is(states, task):
 
 
 def save_run(folder, task: str, adapter: bool) -> None:
-    """A folder as train_sft.py leaves it, untrained: with an adapter on a base beside it, or a full model."""
+    """A folder as a training leaves it, untrained: with an adapter on a base beside it, or a full model."""
     model, base = random_phi3(READER, seed=0), folder.with_name("base")
     READER.save_pretrained(folder)
     model.save_pretrained(base if adapter else folder)
@@ -447,7 +448,7 @@ def test_a_saved_run_decides_in_every_quantization(states, tmp_path, adapter):
             assert list(one.scores.values()) == pytest.approx(list(other.scores.values()), abs=1.0)
     with pytest.raises(PolicyError, match="quantization='int3': choose one of int4, int8, none"):
         Policy.load(tmp_path / "run", "int3")
-    with pytest.raises(PolicyError, match="no folder that train_sft.py saved|There is no folder"):
+    with pytest.raises(PolicyError, match="no folder that covered-call train saved|There is no folder"):
         Policy.load(tmp_path / "base")
 
 
@@ -513,9 +514,13 @@ def test_a_model_that_brings_code_of_its_own_runs_none_of_it(tmp_path):
 
 def test_every_model_config_and_tokenizer_is_loaded_without_code_of_its_own():
     """In so many words, lest an environment or a later default say otherwise."""
-    for path in SCRIPT.parent.glob("*.py"):
-        for call in re.findall(r"Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", path.read_text()):
-            assert "trust_remote_code=False" in call, (path.name, call)
+    calls = [
+        (path.name, call)
+        for path in (SCRIPT.parent / "covered_call").rglob("*.py")
+        for call in re.findall(r"Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", path.read_text())
+    ]
+    assert len(calls) >= 4
+    assert not [found for found in calls if "trust_remote_code=False" not in found[1]]
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.0, math.nan, math.inf, None])
@@ -532,7 +537,7 @@ def test_a_temperature_that_no_calibration_gives_makes_no_policy(tmp_path, tempe
 def test_a_calibrated_temperature_lowers_the_loss_and_is_loaded_again(logged, tmp_path, task):
     save_run(tmp_path / "run", task, adapter=False)
     policy = Policy.load(tmp_path / "run")
-    temperature = calibrate(policy, logged)
+    temperature = fit_temperature(policy, logged)
     stored = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert stored["temperature"] == temperature == policy.temperature != 1.0
     assert stored["nll_after"] < stored["nll_before"]
@@ -551,12 +556,12 @@ def test_calibration_finds_the_temperature_that_answers_were_drawn_at(logged, tm
     """Answers right 3 times in 4, from a model that is sure of them: 0.75 is what it should have said."""
     entries = [logged[1]._replace(chosen=0 if i % 4 else None) for i in range(40)]
     policy = with_scores(policy_of("per_decision_ranking", tmp_path), *[[[0.98, 1e-30, 0.02]]] * 40)
-    calibrate(policy, entries)
+    fit_temperature(policy, entries)
     assert policy.decide([logged[1].decision])[0].probability == pytest.approx(0.75, abs=1e-3)
     policy = with_scores(policy, *[[[0.98, 1e-30, 0.02]]] * 40)
-    assert 0.05 <= calibrate(policy, [one._replace(chosen=0) for one in entries]) < 1
+    assert 0.05 <= fit_temperature(policy, [one._replace(chosen=0) for one in entries]) < 1
 
 
 def test_calibration_on_nothing_is_refused(logged, tmp_path):
     with pytest.raises(PolicyError, match="None of the decisions to calibrate on has a candidate"):
-        calibrate(policy_of("per_candidate", tmp_path), logged[12:])
+        fit_temperature(policy_of("per_candidate", tmp_path), logged[12:])

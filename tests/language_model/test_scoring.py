@@ -1,8 +1,13 @@
 """How answers are scored: side by side as alone, within the memory there is."""
 
+import os
+import subprocess
+import sys
+from subprocess import PIPE
+
 import pytest
 import torch
-from conftest import SCRIPT, decision, no_candidates, python, write_csv
+from conftest import SCRIPT, decision, no_candidates, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from test_policy import FAMILIES, READER, one_by_one, small, tokenizer_with
@@ -28,7 +33,8 @@ def decisions(tmp_path, load) -> list[dict]:
 def scoring_input(records, tokenizer):
     prompts = [prompt for prompt, _ in encode(tokenizer, [row["messages"] for row in records])]
     tokens = answer_tokens(tokenizer, records[0]["messages"][:-1], [*map(str, range(1, 13)), NO_TRADE])
-    return prompts, [[tokens[answer] for answer in admissible_answers(row)] for row in records]
+    offered = [admissible_answers("per_decision_ranking", len(row["candidates"])) for row in records]
+    return prompts, [[tokens[answer] for answer in answers] for answers in offered]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -36,12 +42,15 @@ def scoring_input(records, tokenizer):
 def test_side_by_side_in_a_padded_batch_each_answer_scores_as_alone(decisions, family, attention):
     config_class, model_class, template = FAMILIES[family]
     tokenizer, model = tokenizer_with(template), small(config_class, model_class)
-    model.set_attn_implementation(attention)
     prompts, answers = scoring_input(decisions, tokenizer)
+    alone = [  # with SDPA, which is several times faster than eager at this, and finds the same
+        [one_by_one(model, prompt, answer) for answer in offered]
+        for prompt, offered in zip(prompts, answers, strict=True)
+    ]
+    model.set_attn_implementation(attention)
     for tokens in (1, 1_500):
         scored = score_answers(model, prompts, answers, batch_tokens=tokens)
-        for prompt, offered, found in zip(prompts, answers, scored, strict=True):
-            expected = [one_by_one(model, prompt, answer) for answer in offered]
+        for expected, found in zip(alone, scored, strict=True):
             assert found.log_probabilities == pytest.approx([score for score, _ in expected], abs=1e-4)
             assert found.in_set == any(greedy for _, greedy in expected)
 
@@ -189,7 +198,7 @@ def test_a_full_memory_halves_the_batches_says_so_once_and_changes_nothing(monke
         atol=1e-4,
     )
     assert max(fitted) <= longest and len(fitted) < len(asked[0])
-    said = [record.getMessage() for record in caplog.records if record.name == "scoring"]
+    said = [record.getMessage() for record in caplog.records if record.name == scoring.__name__]
     assert len(said) == 1 and "tokens at once: going on with" in said[0]
 
 
@@ -266,14 +275,17 @@ def test_int8_scores_in_one_batch_would_depend_on_each_other(saved, asked):
 
 
 SHARDED = """
+import sys
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from scoring import score_answers
-from tiny_phi3 import random_phi3, train_tokenizer
 
-dist.init_process_group("gloo")
+from covered_call.language_model.scoring import score_answers
+from covered_call.language_model.tiny_phi3 import random_phi3, train_tokenizer
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 tokenizer = train_tokenizer(["Score: 3.2"] * 3)
 prompts = [list(range(6, 26 + 3 * i)) for i in range(8)]
 mine = prompts[:6] if dist.get_rank() == 0 else prompts[6:]
@@ -294,8 +306,10 @@ dist.barrier()
 def test_a_sharded_model_scores_unequal_shares_as_a_whole_one(tmp_path):
     """FSDP 1 and 2: all processes take part in each pass, also the one with fewer batches, or they wait for ever."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
-    done = python(*launch, "sharded.py", cwd=tmp_path, **path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 4
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    commands = [[sys.executable, tmp_path / "sharded.py", tmp_path / "meeting", str(rank)] for rank in (0, 1)]
+    running = [subprocess.Popen(c, cwd=tmp_path, env=env, stdout=PIPE, stderr=PIPE, text=True) for c in commands]
+    for process in running:
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert stdout.count("equal") == 2

@@ -1,0 +1,19 @@
+"""What the tests of an evaluation share: a backtest of both exit styles."""
+
+import pytest
+from conftest import decision, write_csv
+
+
+@pytest.fixture
+def backtest(tmp_path) -> str:
+    """120 days of both exit styles; the teacher sells the best score from 3.0, and every seventh score is lower."""
+    rows = []
+    for number in range(120):
+        for style in ("hold_to_expiry", "tp_and_roll"):
+            low = number % 7 == 0
+            cells = {"exit_style": style, "spot": 60000 + 10 * number, "pnl_vs_hodl": 100 - number}
+            made = decision(number, None if low else number % 2, **cells)
+            for index, row in enumerate(made):
+                row["score"] = (2.0 if low else 4.0) - abs(index - number % 2)
+            rows += made
+    return write_csv(tmp_path / "backtest.csv", rows)

@@ -1,0 +1,31 @@
+"""The report's files and plots."""
+
+import numpy as np
+from markets import day
+
+from covered_call.evaluation.report import unknown_from, write_report
+
+
+def test_an_equity_line_ends_where_it_is_not_known_and_says_what_it_may_come_to():
+    times = [day(number) for number in range(3)]
+    low, high = np.array([1.0, -50.0, -2000.0]), np.array([1.0, 30.0, 3000.0])
+    assert unknown_from(times, 1, low, high) == (" (X: not known from 2024-09-02 on; in the end -2,000 to 3,000)")
+    assert unknown_from(times, 3, low, low) == ""
+    assert "nor within what bounds" in unknown_from(times, 1, low * np.nan, high)
+
+
+def test_a_report_keeps_nothing_of_another_and_touches_no_other_file(tmp_path):
+    names = ("metrics.json", "report.md", "equity_hold_to_expiry.png", "calibration.png", "q_scorer.png")
+    (tmp_path / "notes.md").write_text("mine")
+    write_report(tmp_path, dict.fromkeys(names, "old"))
+    new = ("metrics.json", "report.md", "equity_tp_and_roll.png")
+    write_report(tmp_path, dict.fromkeys(new, "new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(new, "new") | {
+        "notes.md": "mine"
+    }
+
+
+def test_plots_of_yours_in_a_folder_without_a_report_stay(tmp_path):
+    (tmp_path / "equity_mine.png").write_text("mine")
+    write_report(tmp_path, {"metrics.json": "{}"})
+    assert (tmp_path / "equity_mine.png").read_text() == "mine"
