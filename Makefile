@@ -8,7 +8,7 @@ SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_si
 # SLOW=1 adds the tests that are marked slow. A worker that has nothing left takes over tests of the other.
 JOBS ?= 2
 PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations 10 $(if $(SLOW),,-m "not slow")
-COVERAGE = --cov --cov-report term-missing:skip-covered
+COVERAGE = --cov --cov-report term:skip-covered
 
 .PHONY: run test test-current lint script wheel clean
 

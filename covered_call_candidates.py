@@ -33,16 +33,19 @@ import os
 import random
 import re
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 from datasets.data_files import DataFilesDict
 from datasets.data_files import DataFilesList
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from scipy.special import ndtr
 
@@ -52,7 +55,7 @@ MODULES = (
     "schema", "options", "prompts", "csv_rows", "strays", "outcomes", "reading", "preferences", "splits",
     "records", "builder",
 )
-MADE_FROM = "ca77a022bc7007e18e4acfcecd61e423b4cd8282a3b6bce59f2777a18c4c6c88"  # their SHA-256
+MADE_FROM = "66df02ef9679d787b19256cf04055662a915781021e5fe05594ae448d48dab26"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -138,7 +141,8 @@ class Decision(NamedTuple):
             raise CandidatesError(f"candidates: {shown(rows)} is no list of candidates.")
         known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
         candidates = tuple(Candidate(**fields) for fields in known)
-        decision = cls(**state | {"decision_time": utc(parsed), "candidates": candidates})
+        fields: dict[str, Any] = state | {"decision_time": utc(parsed), "candidates": candidates}
+        decision = cls(**fields)
         check_decision(decision, max_iv)
         return decision
 
@@ -350,7 +354,7 @@ def check_number(name: str, value, where: str, max_iv: float) -> None:
         raise CandidatesError(f"{where}, {name}: {shown(value)} {reason}.")
 
 
-def fields_of(kind: type, state, where: str) -> dict:
+def fields_of(kind: type[Candidate] | type[Decision], state, where: str) -> dict[str, Any]:
     """The dict of a named tuple's fields; None for those that may be missing."""
     if not isinstance(state, dict):
         raise CandidatesError(f"{where}: {shown(state)} is no dict of {', '.join(kind._fields)}.")
@@ -548,13 +552,13 @@ class PreferenceConfig(CoveredCallCandidatesConfig):
     min_edge_pct: float = option(0.1, PAIRS, "PERCENT", "the same in percent of spot", most=100)
 
 
-def options_of(kind: type, *groups: str) -> list[dataclasses.Field]:
+def options_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[dataclasses.Field]:
     """The options of a kind of config, those of some groups alone if there are any."""
     found = [field for field in dataclasses.fields(kind) if "group" in field.metadata]
     return [field for field in found if not groups or field.metadata["group"] in groups]
 
 
-def names_of(kind: type, *groups: str) -> list[str]:
+def names_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[str]:
     return [field.name for field in options_of(kind, *groups)]
 
 
@@ -822,7 +826,7 @@ def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | 
         raise CandidatesError(f"{path}: the gzip archive is damaged ({error}). Copy or compress it again.") from None
 
 
-def decoded(path: str, raw: io.BufferedReader) -> io.TextIOWrapper:
+def decoded(path: str, raw: "io.BufferedReader[Any]") -> io.TextIOWrapper:
     start = raw.peek(4)[:4]
     if start == b"PAR1":
         raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")
@@ -936,7 +940,7 @@ class Run:
     contradict their rows, ``misnamed``.
     """
 
-    key: tuple | None
+    key: Any  # (time, underlying, exit style), or None
     line: int
     wanted: bool
     size: int = 0
@@ -1345,9 +1349,9 @@ class Net(NamedTuple):
 def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
     """For each candidate its counterfactual, or else what was recorded."""
     found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
-    recorded = recorded_outcome(logged, options)
-    if recorded is not None and found[logged.chosen].value is None:
-        found[logged.chosen] = Net(recorded, "recorded")
+    recorded, sold = recorded_outcome(logged, options), logged.chosen
+    if recorded is not None and sold is not None and found[sold].value is None:
+        found[sold] = Net(recorded, "recorded")
     return [Net(None, None) if net.value is None else net for net in found]
 
 
@@ -1411,7 +1415,7 @@ def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> l
     )
 
 
-def hashes_of(data_files: DataFilesDict | None) -> dict[str, str]:
+def hashes_of(data_files: Any) -> dict[str, str]:
     """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
     found = (data_files or {}).get("train", ())
     return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
@@ -1529,7 +1533,7 @@ def read_runs(
             runs.append(Run(None, cells.line, wanted=True, size=1))
             runs[-1].spots.update([cells.values["spot"]] if "spot" in cells.values else [])
             continue
-        if not offsets_checked and iso_time(cells.values["decision_time"]).tzinfo is None:
+        if not offsets_checked and has_no_offset(cells):
             logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
             offsets_checked = True
         if not runs or runs[-1].key != key:
@@ -1609,6 +1613,11 @@ def parse_time(cells: Cells) -> datetime.datetime:
     return utc(time)
 
 
+def has_no_offset(cells: Cells) -> bool:
+    time = iso_time(cells.values["decision_time"])
+    return time is not None and time.tzinfo is None
+
+
 def parse_name(cells: Cells, column: str) -> str:
     text = cells.values[column]
     reason = wrong_name(text)
@@ -1626,8 +1635,8 @@ def parse_flag(cells: Cells, column: str) -> int:
 
 def parse_number(
     cells: Cells, column: str, options: CoveredCallCandidatesConfig, blank: bool = False, zero: bool = False
-) -> float | None:
-    """A number within the limits of its column.
+) -> Any:
+    """A float within the limits of its column, or None where blank allows it.
 
     Args:
         blank: an empty cell or NaN is None, and not wrong.
@@ -1703,13 +1712,11 @@ def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
     call and NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
-    counterfactuals, recorded = (
-        [counterfactual.pnl_vs_hodl for counterfactual in logged.counterfactuals],
-        recorded_outcome(logged, options),
-    )
-    logged_ones = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known = logged_ones if None in counterfactuals else {None: 0.0, **dict(enumerate(counterfactuals))}
-    best, worst = max(known, key=known.get), min(known, key=known.get)
+    computed = {place: one.pnl_vs_hodl for place, one in enumerate(logged.counterfactuals)}
+    recorded = recorded_outcome(logged, options)
+    logged_ones: dict[int | None, Any] = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
+    known: dict[int | None, Any] = logged_ones if None in computed.values() else {None: 0.0, **computed}
+    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
     teachers = logged.chosen if logged.chosen in known else best
     rejected = worst if options.rejected == "worst" or teachers == best else teachers
     source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
@@ -1726,7 +1733,9 @@ def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> l
     """
     by_label = collections.defaultdict(list)
     for place, entry in enumerate(entries):
-        by_label[answer_of(preferred_pair(present_in_order(entry, options), options).chosen)].append(place)
+        pair = preferred_pair(present_in_order(entry, options), options)
+        if pair:
+            by_label[answer_of(pair.chosen)].append(place)
     before = count_labels(by_label)
     commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
     if len(commonest) == 2:
@@ -1778,7 +1787,7 @@ def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesC
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
-    train, validation, _ = options.splits
+    train, validation, _ = map(float, options.splits)
     places = [round(len(times) * train), round(len(times) * (train + validation))]
     never = datetime.datetime.max.replace(tzinfo=UTC)
     return [times[place] if place < len(times) else never for place in places]
@@ -1876,7 +1885,7 @@ def candidate_columns(logged: LoggedDecision, index: int) -> dict:
     }
 
 
-RECORDS = {
+RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
     "per_candidate": candidate_records,
     "per_decision_ranking": ranking_records,
     "preference": preference_records,
@@ -1885,7 +1894,7 @@ RECORDS = {
 
 
 def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
-    if options.name == "preference":
+    if isinstance(options, PreferenceConfig):
         return preferred_pair(present_in_order(logged, options), options) is not None
     return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
 
@@ -1951,6 +1960,7 @@ SHARDS = 16  # a split's decisions are cut into this many parts, so that num_pro
 class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
+    config: CoveredCallCandidatesConfig
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
@@ -1990,7 +2000,7 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
         # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
         super().__init__(
             *args,
-            data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
+            data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
             hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
             **options,
@@ -2001,16 +2011,17 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
 
     def _info(self):
         return datasets.DatasetInfo(
-            description=self.config.description, features=datasets.Features(FEATURES[self.config.name])
+            description=self.config.description or "", features=datasets.Features(FEATURES[self.config.name])
         )
 
     def _split_generators(self, dl_manager):
+        assert isinstance(self.config.data_files, DataFilesDict)  # as __init__ has made it
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
         for name, entries in backtest.splits.items():
             entries = [entry for entry in entries if makes_record(entry, self.config)]
-            if self.config.name == "preference" and name == "train":
+            if isinstance(self.config, PreferenceConfig) and name == "train":
                 entries = balance_pairs(entries, self.config)
             if entries:
                 generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
@@ -2023,7 +2034,7 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             )
         return generators
 
-    def _generate_examples(self, shards):
+    def _generate_examples(self, shards):  # ty: ignore[incompatible-method-override]
         for shard in shards:
             for logged in shard:
                 for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
@@ -2038,14 +2049,14 @@ class Backtest:
     """
 
     def __init__(self, files: list[str], options: CoveredCallCandidatesConfig):
-        self.files, self.options = files, options
-        if not isinstance(options.data_files, DataFilesDict):
-            self.options = dataclasses.replace(options, data_files=fingerprint(files))
+        self.files = files
+        self.data_files = options.data_files if isinstance(options.data_files, DataFilesDict) else fingerprint(files)
+        self.options = dataclasses.replace(options, data_files=self.data_files)
 
     @property
     def hashes(self) -> dict[str, str]:
         """From each file's path to the SHA-256 of its content, as it was when the backtest was made."""
-        return hashes_of(self.options.data_files)
+        return hashes_of(self.data_files)
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:
@@ -2076,8 +2087,7 @@ class Backtest:
         shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
         changed = {option: value for option, value in shared.items() if value != defaults[option]}
-        more = {"data_files": self.files, "cache_dir": cache_dir, "backtest": self}
-        return prepared(CoveredCallCandidates(config_name=name, **more, **changed | options), num_proc)
+        return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
 
 
 def cut(entries: list, parts: int) -> list[tuple]:
@@ -2141,7 +2151,7 @@ def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]
 
 def fingerprint(paths: list[str]) -> DataFilesDict:
     """The files with a hash of their content, where ``datasets`` itself would note the time of change."""
-    hashes = []
+    hashes: list[tuple] = []
     for path in paths:
         with open(path, "rb") as file:
             hashes.append((hashlib.file_digest(file, "sha256").hexdigest(),))
@@ -2165,17 +2175,29 @@ def load_candidates(
     Raises:
         CandidatesError: for files or options that cannot be used.
     """
+    return loaded(name, num_proc, streaming, data_files=data_files, cache_dir=cache_dir, **options)
+
+
+def loaded(
+    name: str,
+    num_proc: int | None,
+    streaming: bool = False,
+    *,
+    cache_dir=None,
+    data_files=None,
+    backtest: Backtest | None = None,
+    **options,
+):
     check_call(name, options, cache_dir=cache_dir, streaming=streaming, num_proc=num_proc)
     try:
-        builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
-        return builder.as_streaming_dataset() if streaming else prepared(builder, num_proc)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        files = {"backtest": backtest} if backtest else {"data_files": data_files}
+        builder = CoveredCallCandidates(config_name=name, cache_dir=cache_dir, **files, **options)
+        if streaming:
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare(num_proc=num_proc)
+        return builder.as_dataset()
+    except (OSError, DatasetGenerationError) as error:
         raise plain_error(error) from error
-
-
-def prepared(builder: CoveredCallCandidates, num_proc: int | None) -> datasets.DatasetDict:
-    builder.download_and_prepare(num_proc=num_proc)
-    return builder.as_dataset()
 
 
 def check_call(name, options: dict, cache_dir, streaming, num_proc) -> None:

@@ -51,8 +51,8 @@ from covered_call import atomic
 from covered_call.candidates.prompts import ranking_messages
 from covered_call.language_model.tiny_phi3 import train_tokenizer
 from covered_call.training.memory import CARD_GIB, CONTEXT_GIB, GIB, Work, choose
-from covered_call.training.preflight import describe_model  # noqa: E402
-from covered_call.training.recipe import parse_recipe  # noqa: E402
+from covered_call.training.preflight import describe_model
+from covered_call.training.recipe import parse_recipe
 
 TOLERANCE = 0.10  # of an estimate, beside what is measured
 NOT_YET = "not yet measured"

@@ -29,23 +29,6 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from covered_call.training.examples import EpochSampler  # noqa: E402
-from covered_call.training.preflight import (
-    describe_model,  # noqa: E402
-    lora_config,  # noqa: E402
-    make_plan,  # noqa: E402
-    memory_for,  # noqa: E402
-)
-from covered_call.training.recipe import (
-    DPO,  # noqa: E402
-    SFT,  # noqa: E402
-    parse_recipe,  # noqa: E402
-)
-from covered_call.training.trainers import (
-    AnswerTrainer,  # noqa: E402
-    load_model,  # noqa: E402
-)
-
 if not UNSLOTH:  # whose environment need not have what these import
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from accelerate.utils import gather_object
@@ -55,7 +38,11 @@ if not UNSLOTH:  # whose environment need not have what these import
     from covered_call.candidates.schema import Candidate, Decision
     from covered_call.language_model.loading import chat_ids, load_base
     from covered_call.language_model.policy import Policy
-    from covered_call.training import dpo as train_dpo
+    from covered_call.training.dpo import PreferenceTrainer
+    from covered_call.training.examples import EpochSampler
+    from covered_call.training.preflight import describe_model, make_plan, memory_for
+    from covered_call.training.recipe import DPO, SFT, parse_recipe
+    from covered_call.training.trainers import AnswerTrainer, load_model, lora_config
 
 GIB = 2**30
 LOAD_LIMIT = 1.5
@@ -105,7 +92,7 @@ def answer_ids() -> dict[str, tuple[int, ...]]:
 
 
 def random_records(records: int, tokens: int, answers: list[str] = ANSWERS) -> Dataset:
-    """Records of random tokens that end in one of these answers in turn, as train_sft.encode_split makes them."""
+    """Records of random tokens that end in one of these answers in turn, as examples.py makes them."""
     rng, known = np.random.default_rng(0), answer_ids()
     labels = [answers[place % len(answers)] for place in range(records)]
     prompts = rng.integers(300, 32000, (records, tokens - ANSWER_LENGTH)).tolist()
@@ -249,7 +236,7 @@ def answer_trainer(job: Job, training, base, adapter):
 
 
 def measure_step(job: Job, folder: str) -> Iterator[dict]:
-    """train_sft.py's step."""
+    """A step of `covered-call train`."""
     model, training = read_recipe(job, folder)
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
     base, adapter = load_model(model, training)
@@ -258,7 +245,7 @@ def measure_step(job: Job, folder: str) -> Iterator[dict]:
 
 
 def measure_evaluation(job: Job, folder: str) -> Iterator[dict]:
-    """An evaluation of train_sft.py after its first steps: the optimiser's state is there."""
+    """An evaluation of `covered-call train` after its first steps: the optimiser's state is there."""
     model, training = read_recipe(job, folder)
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
     base, adapter = load_model(model, training)
@@ -293,13 +280,13 @@ def measure_decide(job: Job, folder: str) -> Iterator[dict]:
 
 
 def measure_dpo(job: Job, folder: str) -> Iterator[dict]:
-    """train_dpo.py's step: a record is a pair, whose answers follow one prompt."""
+    """A step of `covered-call prefer`: a record is a pair, whose answers follow one prompt."""
     model, training = read_recipe(job, folder, "preference", "--adapter", "")
     yield settle(job, model, training, job.tokens + ANSWER_LENGTH, 2 * ANSWER_LENGTH)
     base, adapter = load_model(model, training)
     yield loaded(job.gpu)
     pairs = random_records(job.steps * job.batch, job.tokens, ANSWERS[:2])
-    trainer = train_dpo.PreferenceTrainer(
+    trainer = PreferenceTrainer(
         model=base,
         args=training,
         train_dataset=pairs,
@@ -314,7 +301,7 @@ def measure_dpo(job: Job, folder: str) -> Iterator[dict]:
 
 
 def measure_fsdp(job: Job, folder: str) -> Iterator[dict]:
-    """train_sft.py under accelerate launch with configs/accelerate/fsdp_qlora.yaml: the worst of the GPUs."""
+    """`covered-call train` under accelerate launch with configs/accelerate/fsdp_qlora.yaml: the worst of the GPUs."""
     model, training = read_recipe(job, folder, "ranking", "--optim", "adamw_torch")
     yield settle(job, model, training, job.tokens, ANSWER_LENGTH)
     figures = train(answer_trainer(job, training, *load_model(model, training)), job)

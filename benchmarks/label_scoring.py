@@ -23,15 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call.candidates.builder import load_candidates  # noqa: E402
 from covered_call.candidates.prompts import admissible_answers  # noqa: E402
-from covered_call.language_model.loading import (
-    answer_tokens,  # noqa: E402
-    chat_ids,  # noqa: E402
-)
+from covered_call.language_model.loading import answer_tokens, chat_ids  # noqa: E402
 from covered_call.language_model.scoring import score_answers  # noqa: E402
-from covered_call.language_model.tiny_phi3 import (
-    random_phi3,  # noqa: E402
-    train_tokenizer,  # noqa: E402
-)
+from covered_call.language_model.tiny_phi3 import random_phi3, train_tokenizer  # noqa: E402
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
 LABEL_SCORING, SEPARATE = "label scoring", "a forward pass for each answer"
@@ -94,7 +88,7 @@ def prepare(count: int) -> tuple[PreTrainedModel, list[list[int]], list[list[tup
     began = time.perf_counter()
     prompts = chat_ids(tokenizer, chats, add_generation_prompt=True)
     seconds = (time.perf_counter() - began) / count
-    given = [admissible_answers(record) for record in records]
+    given = [admissible_answers("per_decision_ranking", len(record["candidates"])) for record in records]
     tokens = answer_tokens(tokenizer, chats[0], sorted({answer for answers in given for answer in answers}))
     model = random_phi3(tokenizer, seed=0).eval()
     return model, prompts, [[tokens[answer] for answer in answers] for answers in given], seconds
@@ -121,15 +115,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 16], help="default: 4 16")
-    arguments = parser.parse_args()
-    logging.getLogger("covered_call_candidates").setLevel(logging.ERROR)
-    model, prompts, answers, tokenising = prepare(arguments.prompts)
-    seconds = measure(model, prompts, answers, arguments.batch_sizes, arguments.rounds)
+    args = parser.parse_args()
+    logging.getLogger("covered_call").setLevel(logging.ERROR)
+    model, prompts, answers, tokenising = prepare(args.prompts)
+    seconds = measure(model, prompts, answers, args.batch_sizes, args.rounds)
     fastest = min(taken for name, taken in seconds.items() if name.startswith(LABEL_SCORING))
     print(
         f"{len(prompts)} ranking prompts of {np.mean([*map(len, prompts)]):.0f} tokens, "
         f"{np.mean([*map(len, answers)]):.1f} answers each, on average; CPU, {torch.get_num_threads()} thread(s), "
-        f"best of {arguments.rounds} round(s)\n"
+        f"best of {args.rounds} round(s)\n"
     )
     print("| | prompts/s | label scoring is faster by | a million decisions, predicted |\n|---|---|---|---|")
     for name, taken in seconds.items():

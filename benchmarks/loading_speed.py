@@ -22,15 +22,10 @@ import datasets
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from covered_call.candidates import builder as ccc  # noqa: E402
+
+from covered_call.candidates.builder import load_candidates  # noqa: E402
 from covered_call.candidates.prompts import candidate_messages  # noqa: E402
-from covered_call.candidates.schema import (
-    COLUMNS,  # noqa: E402
-    SELL_CALL,  # noqa: E402
-    SKIP,  # noqa: E402
-    Candidate,  # noqa: E402
-    Decision,  # noqa: E402
-)
+from covered_call.candidates.schema import COLUMNS, SELL_CALL, SKIP, Candidate, Decision  # noqa: E402
 
 
 def write_csv(path: str, rows: int, candidates: int = 5) -> None:
@@ -51,8 +46,8 @@ def write_csv(path: str, rows: int, candidates: int = 5) -> None:
             )
 
 
-def load_script(path: str, cache: str) -> int:
-    return sum(ccc.load_candidates(data_files=path, cache_dir=cache, purge=False).num_rows.values())
+def load_package(path: str, cache: str) -> int:
+    return sum(load_candidates(data_files=path, cache_dir=cache, purge=False).num_rows.values())
 
 
 def load_plain(path: str, cache: str) -> int:
@@ -67,7 +62,7 @@ def render(row: dict) -> dict:
     return {"messages": [*candidate_messages(decision, candidate), {"role": "assistant", "content": row["action"]}]}
 
 
-CONTENDERS = {"load_candidates": load_script, 'load_dataset("csv").map': load_plain}
+CONTENDERS = {"load_candidates": load_package, 'load_dataset("csv").map': load_plain}
 
 
 def measure(name: str, path: str) -> dict:
@@ -91,13 +86,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300_000, help="of the file; default: %(default)s")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--csv", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.contender:
-        return contend(arguments.contender, arguments.csv)
+    args = parser.parse_args()
+    if args.contender:
+        return contend(args.contender, args.csv)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "training_candidates_BTC.csv")
-        write_csv(path, arguments.rows)
-        print(f"datasets {datasets.__version__}, {arguments.rows} rows, {Path(path).stat().st_size / 2**20:.0f} MiB\n")
+        write_csv(path, args.rows)
+        print(f"datasets {datasets.__version__}, {args.rows} rows, {Path(path).stat().st_size / 2**20:.0f} MiB\n")
         print("| | rows/s | seconds | peak resident MiB |\n|---|---|---|---|")
         for name in CONTENDERS:
             result = measure(name, path)

@@ -15,8 +15,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from covered_call import tuning  # noqa: E402
 from covered_call.language_model.manifest import MANIFEST  # noqa: E402
-from covered_call.training import sft as train_sft  # noqa: E402
 from covered_call.training.keys import BALANCES  # noqa: E402
 
 PARTS = {
@@ -38,7 +38,7 @@ def tune(part: str, options: dict, seed: int, folder: Path, max_steps: int) -> d
         words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
         # A collapse is a result here, not a reason to stop.
         words += ["--output_dir", str(folder), "--collapse_patience", "0", "--report_to", "none"]
-        train_sft.main(["--config", "tiny", *words])
+        tuning.run("sft", ["--config", "tiny", *words])
     results = json.loads(manifest.read_text())["results"]
     tuned = [r for r in results if r["answers_by"] == "tuned model"]
     return {(metric, r["split"]): r[metric] for metric in ("balanced_accuracy", "accuracy") for r in tuned}
@@ -54,18 +54,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--max_steps", type=int, default=400, help="LoRA steps of a run, default: %(default)s")
     parser.add_argument("--output_dir", type=Path, default=Path("out/recipe_options"), help="default: %(default)s")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     rows = []
-    for part in arguments.part:
+    for part in args.part:
         for options in PARTS[part]:
             name = ", ".join(f"{key}: {value}" for key, value in options.items())
             folder = "-".join([part, *map(str, options.values())])
             found = [
-                tune(part, options, seed, arguments.output_dir / f"{folder}-{seed}", arguments.max_steps)
-                for seed in arguments.seeds
+                tune(part, options, seed, args.output_dir / f"{folder}-{seed}", args.max_steps) for seed in args.seeds
             ]
             rows.append(f"| {part} | {name} | " + " | ".join(cell([f[key] for f in found]) for key in found[0]) + " |")
-    print(f"\nMean (least to most) of seeds {arguments.seeds}, {arguments.max_steps} steps\n")
+    print(f"\nMean (min to max) of seeds {args.seeds}, {args.max_steps} steps\n")
     print("| config | option | balanced accuracy, validation | test | accuracy, validation | test |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))

@@ -28,23 +28,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call.candidates.builder import load_candidates  # noqa: E402
 from covered_call.candidates.prompts import admissible_answers  # noqa: E402
-from covered_call.language_model.loading import (
-    answer_tokens,  # noqa: E402
-    encode,  # noqa: E402
-    half_precision,  # noqa: E402
-)
-from covered_call.language_model.scoring import (
-    asked_logits,  # noqa: E402
-    collate,  # noqa: E402
-    head_at,  # noqa: E402
-    lay_out,  # noqa: E402
-    pad,  # noqa: E402
-    score_answers,  # noqa: E402
+from covered_call.language_model.loading import answer_tokens, encode, half_precision  # noqa: E402
+from covered_call.language_model.scoring import (  # noqa: E402
+    asked_logits,
+    collate,
+    head_at,
+    lay_out,
+    pad,
+    score_answers,
 )
 from covered_call.language_model.tiny_phi3 import train_tokenizer  # noqa: E402
 from covered_call.training.examples import EpochSampler  # noqa: E402
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample" / "*.csv")
+TASKS = ("per_decision_ranking", "per_candidate")
 STEP = 16  # records of an optimiser step
 
 
@@ -72,16 +69,13 @@ class Contest(NamedTuple):
 
 def load_chats(count: int) -> dict[str, list[dict]]:
     """Ranking records from all over the sample, and per_candidate records of decisions that follow one another."""
-    ranking, candidates = (
-        load_candidates(name, data_files=SAMPLE, splits="train")["train"]
-        for name in ("per_decision_ranking", "per_candidate")
-    )
+    ranking, candidates = (load_candidates(task, data_files=SAMPLE, splits="train")["train"] for task in TASKS)
     spread = np.linspace(0, len(ranking) - 1, count).astype(int)
-    return {"ranking": list(ranking.select(spread)), "per_candidate": list(candidates.select(range(count)))}
+    return dict(zip(TASKS, (list(ranking.select(spread)), list(candidates.select(range(count)))), strict=True))
 
 
-def encode_records(chats: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Record]:
-    offered = [admissible_answers(chat) for chat in chats]
+def encode_records(task: str, chats: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[Record]:
+    offered = [admissible_answers(task, len(chat.get("candidates", ()))) for chat in chats]
     tokens = answer_tokens(tokenizer, chats[0]["messages"][:-1], sorted({a for answers in offered for a in answers}))
     return [
         Record(prompt, answer, [tokens[a] for a in answers], chat["decision_id"])
@@ -109,7 +103,7 @@ def make_model(vocabulary: int, hidden: int, layers: int, dropout: float = 0.0) 
 
 
 def train(model: torch.nn.Module, records: list[Record], micro_batch: int) -> None:
-    """Forward and backward over all records, in this order, with the loss of train_sft.py."""
+    """Forward and backward over all records, in this order, with the loss of `covered-call train`."""
     model.train()
     for start in range(0, len(records), micro_batch):
         batch = records[start : start + micro_batch]
@@ -145,7 +139,7 @@ def score(model: torch.nn.Module, records: list[Record], together: bool) -> None
 
 
 def by_length(records: list[Record]) -> list[Record]:
-    """In the order of an epoch of train_sft.py."""
+    """In the order of an epoch of `covered-call train`."""
     sampler = EpochSampler([True] * len(records), "none", seed=0)
     sampler.group(np.array([len(record.prompt) + len(record.answer) for record in records]), STEP)
     return [records[place] for place in sampler]
@@ -157,7 +151,7 @@ def checkpoint(model: torch.nn.Module, every: int) -> None:
 
 
 def contests(chats: dict[str, list[dict]], tokenizer, hidden: int, layers: int) -> list[Contest]:
-    ranking, candidates = (encode_records(chats[name], tokenizer) for name in ("ranking", "per_candidate"))
+    ranking, candidates = (encode_records(task, chats[task], tokenizer) for task in TASKS)
     order = np.random.default_rng(0).permutation(len(ranking))
     drawn = [ranking[place] for place in order]
     grouped = by_length(ranking)
@@ -231,7 +225,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--tokenizer", help="a folder or a Hub name; default: one that is made of the sample")
     options = parser.parse_args()
-    logging.getLogger("covered_call_candidates").setLevel(logging.ERROR)
+    logging.getLogger("covered_call").setLevel(logging.ERROR)
     chats = load_chats(options.records)
     texts = (message["content"] for kind in chats.values() for chat in kind for message in chat["messages"])
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else train_tokenizer(texts)

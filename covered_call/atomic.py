@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -46,7 +46,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike) -> Generator[BinaryIO]:
     """A file to write in, which takes the place of ``path`` once it is whole: a reader, or the next run after a kill,
     sees the old one or the new one."""
     temporary = unfinished(path)
@@ -132,7 +132,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike) -> Generator[None]:
     """Holds the folder for this process; the lock stands beside it, for the folder itself may be replaced.
 
     Raises:

@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -15,13 +15,15 @@ def begin() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in str(r.msg))
 
 
-def explain(kind: type, error: BaseException, traceback) -> None:
-    if not issubclass(kind, ModuleNotFoundError):
+def explain(kind: type[BaseException], error: BaseException, traceback) -> None:
+    if not isinstance(error, ModuleNotFoundError):
         sys.__excepthook__(kind, error, traceback)
         return
+    # The path of a package's __main__.py is no command: as a script, it would take its own folder for the libraries'.
+    command = "-m covered_call" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
     print(
         f"error: {sys.executable} has no package {error.name}. `make run` sets up an environment with all of them in "
-        f".venv: enter it with `source .venv/bin/activate`, or run .venv/bin/python {sys.argv[0]} ...",
+        f".venv: enter it with `source .venv/bin/activate`, or run .venv/bin/python {command} ...",
         file=sys.stderr,
     )
 
@@ -33,7 +35,7 @@ def start_logging(level: int = logging.WARNING) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """For what has been said before, or will be: nothing is logged but errors."""
     logging.disable(logging.WARNING)
     try:
@@ -43,7 +45,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(args: argparse.Namespace, *kinds: type[Exception]) -> Iterator[None]:
+def plain_errors(args: argparse.Namespace, *kinds: type[Exception]) -> Generator[None]:
     """What a verb's user can mend ends it with one line, in the words of its command line, and exit status 1.
 
     Args:

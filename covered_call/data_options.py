@@ -7,6 +7,7 @@ may take what a model was tuned with instead.
 import argparse
 import copy
 import dataclasses
+from typing import Any
 
 from covered_call.candidates.builder import Backtest, find_csvs
 from covered_call.candidates.options import (
@@ -43,7 +44,7 @@ def backtest_of(args: argparse.Namespace, recipe: dict) -> Backtest:
     merged = {name: value for name, value in (recipe | given).items() if value is not None}
     if recipe.get("candidate_order") == merged.get("candidate_order") == "shuffle":
         del merged["candidate_order"]  # of a training's splits, the training split alone is shuffled
-    options = {name: merged[name] for name in DATA_OPTIONS if name in merged}
+    options: dict[str, Any] = {name: merged[name] for name in DATA_OPTIONS if name in merged}
     config = CoveredCallCandidatesConfig(hindsight=args.hindsight, **options)
     config.check()
     return Backtest(find_csvs(merged.get("data_files"), merged.get("data_dir"), str(HOME)), config)
@@ -51,10 +52,11 @@ def backtest_of(args: argparse.Namespace, recipe: dict) -> Backtest:
 
 def config_of(task: str, config: CoveredCallCandidatesConfig) -> CoveredCallCandidatesConfig:
     """The same options for another config; of preferences all pairs, however little their outcomes differ."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(CoveredCallCandidatesConfig)}
+    fields = dataclasses.fields(CoveredCallCandidatesConfig)
+    shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields} | {"name": task}
     if task == "preference":
-        return PreferenceConfig(**shared | {"name": task, "min_edge_pct": 0.0})
-    return CoveredCallCandidatesConfig(**shared | {"name": task})
+        return PreferenceConfig(**shared, min_edge_pct=0.0)
+    return CoveredCallCandidatesConfig(**shared)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def config_of(task: str, config: CoveredCallCandidatesConfig) -> CoveredCallCand
 def add_data_options(
     parser: argparse.ArgumentParser,
     otherwise: str | None = None,
-    kind: type = CoveredCallCandidatesConfig,
+    kind: type[CoveredCallCandidatesConfig] = CoveredCallCandidatesConfig,
     groups: tuple[str, ...] = SHARED,
 ) -> None:
     """Files and options for backtest_of, in groups; typed turns what was given into what it takes.
@@ -88,27 +90,27 @@ def add_option(group, option: dataclasses.Field) -> None:
     if option.default is False:
         group.add_argument(*flags(option.name), action="store_true", default=None, help=text)
         return
-    more = {"type": float} if option.metadata["most"] is not None else {}
+    more: dict[str, Any] = {"type": float} if option.metadata["most"] is not None else {}
     more |= {"type": int} if type(option.default) is int else {}
     more |= {"nargs": "+"} if isinstance(option.default, tuple) else {}
     group.add_argument(*flags(option.name), metavar=option.metadata["placeholder"], help=text, **more)
 
 
-def recipe_keys(*groups: str, kind: type = CoveredCallCandidatesConfig) -> type:
+def recipe_keys(*groups: str, kind: type[CoveredCallCandidatesConfig] = CoveredCallCandidatesConfig) -> type:
     """A dataclass of these groups' options as keys of a recipe, each None where it does not say; with DATA, of the
     files too."""
     files = {"data_files": list[str] | None, "data_dir": str | None} if DATA in groups else {}
-    keys = [(name, of, *key_field(*FILES[name])) for name, of in files.items()]
+    keys: list[tuple] = [(name, of, key_field(*FILES[name])) for name, of in files.items()]
     keys += [
-        (option.name, key_type(option), *key_field(option.metadata["placeholder"], option_text(option)))
+        (option.name, key_type(option), key_field(option.metadata["placeholder"], option_text(option)))
         for option in options_of(kind, *groups)
     ]
     return dataclasses.make_dataclass("DataKeys", keys)
 
 
-def key_field(placeholder: str, text: str) -> tuple[dataclasses.Field]:
-    text = text.replace("%", "percent")
-    return (dataclasses.field(default=None, metadata={"help": text, "metavar": placeholder}),)
+def key_field(placeholder: str, text: str) -> Any:
+    help = text.replace("%", "percent")
+    return dataclasses.field(default=None, metadata={"help": help, "metavar": placeholder})
 
 
 def key_type(option: dataclasses.Field):

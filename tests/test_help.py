@@ -1,6 +1,8 @@
 """--help of every command, read as its user reads it, and what a Python without the packages is told."""
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,18 +11,15 @@ import pytest
 import yaml
 from conftest import SCRIPT, import_script
 
+from covered_call import __main__ as command
+from covered_call import __version__
 from covered_call.candidates.options import PreferenceConfig, names_of
 from covered_call.training.first_checks import DPO_RECIPES, RECIPES, SFT_RECIPES
-from covered_call.training.recipe import DPO, SFT, PairArguments, RunArguments
+from covered_call.training.keys import PairArguments
+from covered_call.training.recipe import DPO, SFT, RunArguments
 
 ROOT = SCRIPT.parent
-COMMANDS = [
-    "train_sft.py",
-    "train_dpo.py",
-    "evaluate_policy.py",
-    "publish.py",
-    "q_scorer.py",
-    "covered_call_candidates.py",
+SCRIPTS = [
     "data/simulate_backtest.py",
     *(
         path.relative_to(ROOT).as_posix()
@@ -28,14 +27,23 @@ COMMANDS = [
         if "ArgumentParser(" in path.read_text(encoding="utf-8")
     ),
 ]
+COMMANDS = [*command.VERBS, *SCRIPTS]
+HEAVY = {"torch", "datasets", "transformers", "numpy", "pandas", "pyarrow", "sklearn", "yaml"}
+# Commands of before, which are verbs now.
+GONE = r"\b(train_dpo|evaluate_policy|audit|publish\w*|q_scorer|export|covered_call_candidates)\.py\b"
 
 
 def help_of(name: str, monkeypatch, capsys, *words: str) -> str:
-    path = ROOT / name
-    module = sys.modules.get(path.stem) or import_script(path)
-    monkeypatch.setattr(sys, "argv", [str(path), *(words or ["--help"])])
+    """What a verb, or a script that is no verb, prints."""
+    words = words or ("--help",)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a verb sets
     with pytest.raises(SystemExit) as exit:
-        module.main()
+        if name in command.VERBS:
+            command.main([name, *words])
+        else:
+            path = ROOT / name
+            monkeypatch.setattr(sys, "argv", [str(path), *words])
+            import_script(path).main()
     assert exit.value.code in (0, None)
     return capsys.readouterr().out
 
@@ -46,21 +54,73 @@ def options(text: str) -> dict[str, str]:
     return {names: " ".join(f"{first} {more}".split()) for names, first, more in entries}
 
 
+# --- The whole
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"]])
+def test_the_whole_is_told_in_a_moment_for_nothing_heavy_is_imported(words):
+    code = f"import sys; from covered_call.__main__ import main; main({words}); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert not HEAVY & set(done.stderr.split())
+    if words == ["--version"]:
+        assert done.stdout == f"covered-call {__version__}\n"
+    else:
+        said = re.findall(r"^  (\S+) +(\S.*)$", done.stdout, re.MULTILINE)
+        assert [verb for verb, _ in said][: len(command.VERBS)] == list(command.VERBS)
+        examples = re.findall(r"^  covered-call (\S+)", done.stdout, re.MULTILINE)
+        assert examples and set(examples) <= set(command.VERBS)
+
+
+def test_the_verbs_are_those_that_the_documents_name():
+    assert list(command.VERBS) == ["export", "train", "prefer", "q-scorer", "evaluate", "audit", "publish"]
+
+
+def test_a_word_that_is_no_verb_is_refused_with_the_verbs(capsys):
+    with pytest.raises(SystemExit, match=r"error: 'tarin' is no verb: choose one of export, train, .*, publish\. See"):
+        command.main(["tarin"])
+
+
+def test_the_package_is_a_command_without_being_installed(tmp_path):
+    """-S leaves out the folder in which pip installs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-S", "-m", "covered_call", "--version"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"covered-call {__version__}\n")
+
+
+# --- Each command
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_and_a_word_on_every_option(name, monkeypatch, capsys):
     text = help_of(name, monkeypatch, capsys)
-    assert re.search(rf"python {re.escape(name)}", text), "no example"
+    called = f"covered-call {name}" if name in command.VERBS else f"python {name}"
+    body = text.split("\n\n", 1)[1]  # what follows the usage
+    assert re.search(rf"{re.escape(called)}( |$)", body, re.MULTILINE), "no example"
     found = options(text)
     assert len(found) > 1 and any(names.startswith("-h") or "--help" in names for names in found)
     assert not [names for names, said in found.items() if not said]
-    assert "%(" not in text and "default: None" not in text and "==SUPPRESS==" not in text
+    assert "%(" not in text and "%%" not in text and "default: None" not in text and "==SUPPRESS==" not in text
+    assert not re.search(GONE, text)
+    if name in command.VERBS:  # all that it sends its reader to is there
+        assert set(re.findall(r"covered-call ([\w-]+)", text)) <= set(command.VERBS)
 
 
-@pytest.mark.parametrize("name, recipes", [("train_sft.py", SFT_RECIPES), ("train_dpo.py", DPO_RECIPES)])
+def test_train_sft_is_the_verb_train(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train_sft.py"), "--help"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "train_sft.py"), run_name="__main__")
+    assert exit.value.code in (0, None)
+    assert capsys.readouterr().out == help_of("train", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name, recipes", [("train", SFT_RECIPES), ("prefer", DPO_RECIPES)])
 def test_a_trainings_help_shows_its_own_options_in_groups_and_what_the_recipes_set(name, recipes, monkeypatch, capsys):
     text = help_of(name, monkeypatch, capsys)
     groups = re.findall(r"^(\w[\w ]*)[:;].*\n {2}-", text, re.MULTILINE)
-    costs = ["outcomes and costs"] if name == "train_dpo.py" else []
+    costs = ["outcomes and costs"] if name == "prefer" else []
     assert groups == ["run", "model", "data", "splits", *costs, "training"]
     shown = {names.split()[0] for names in options(text)}
     for recipe in recipes:
@@ -71,20 +131,20 @@ def test_a_trainings_help_shows_its_own_options_in_groups_and_what_the_recipes_s
 
 
 def test_defaults_and_units_are_said(monkeypatch, capsys):
-    found = options(help_of("train_dpo.py", monkeypatch, capsys))
+    found = options(help_of("prefer", monkeypatch, capsys))
     assert found["--purge BOOL"].endswith("default: true") and found["--splits SHARE ..."].endswith(
         "default: 0.8 0.1 0.1"
     )
     assert "percent of spot; default: 0.1" in found["--min_edge_pct PERCENT"]
     assert "Deribit: 0.0003; default: 0" in found["--fee SHARE"] and "DAYS" in " ".join(found)
     assert found["--lora_r N"].endswith("default: 16")
-    text = help_of("train_sft.py", monkeypatch, capsys)
+    text = help_of("train", monkeypatch, capsys)
     assert "--config ranking" in text and "--quantization {int4,int8,none}" in text
 
 
-@pytest.mark.parametrize("script", [SFT, DPO])
-def test_every_key_of_ones_own_is_in_a_group(script, monkeypatch, capsys):
-    found = {names.split()[0] for names in options(help_of(script.name, monkeypatch, capsys))}
+@pytest.mark.parametrize("script, verb", [(SFT, "train"), (DPO, "prefer")])
+def test_every_key_of_ones_own_is_in_a_group(script, verb, monkeypatch, capsys):
+    found = {names.split()[0] for names in options(help_of(verb, monkeypatch, capsys))}
     parts = [*script.parts[:2], RunArguments]
     assert {f"--{key.name}" for part in parts for key in fields(part) if key.init} <= found
 
@@ -97,14 +157,17 @@ def test_every_option_of_load_candidates_is_a_key_of_a_recipe():
     }  # no outcomes to learn from; the run's
 
 
-@pytest.mark.parametrize("name", ["train_sft.py", "train_dpo.py", "evaluate_policy.py", "publish.py", "q_scorer.py"])
-def test_a_python_without_the_packages_is_told_how_to_enter_the_environment(name, tmp_path):
+@pytest.mark.parametrize("words", [["train_sft.py"], *(["-m", "covered_call", verb] for verb in command.VERBS)])
+def test_a_python_without_the_packages_is_told_how_to_enter_the_environment(words, tmp_path):
     """-S leaves out the folder in which pip installs."""
-    command = [sys.executable, "-S", str(ROOT / name), "--config", "tiny"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    given = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-S", *given, "--config", "tiny"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
+    named = r"-m covered_call" if given[0] == "-m" else rf"\S*{words[0]}"
     assert re.fullmatch(
         r"error: \S+ has no package \w+\. `make run` .* in \.venv: enter it with `source .venv/bin/activate`, or run "
-        rf"\.venv/bin/python \S*{name} \.\.\.\n",
+        rf"\.venv/bin/python {named} \.\.\.\n",
         done.stderr,
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import datasets
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.exceptions import DatasetGenerationError
 
 from covered_call.candidates.options import (
     CoveredCallCandidatesConfig,
@@ -38,6 +39,7 @@ SHARDS = 16  # a split's decisions are cut into this many parts, so that num_pro
 class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
+    config: CoveredCallCandidatesConfig
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
@@ -77,7 +79,7 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
         # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
         super().__init__(
             *args,
-            data_files=fingerprint(find_csvs(data_files, data_dir, base_path)),
+            data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
             hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
             **options,
@@ -88,16 +90,17 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
 
     def _info(self):
         return datasets.DatasetInfo(
-            description=self.config.description, features=datasets.Features(FEATURES[self.config.name])
+            description=self.config.description or "", features=datasets.Features(FEATURES[self.config.name])
         )
 
     def _split_generators(self, dl_manager):
+        assert isinstance(self.config.data_files, DataFilesDict)  # as __init__ has made it
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
         for name, entries in backtest.splits.items():
             entries = [entry for entry in entries if makes_record(entry, self.config)]
-            if self.config.name == "preference" and name == "train":
+            if isinstance(self.config, PreferenceConfig) and name == "train":
                 entries = balance_pairs(entries, self.config)
             if entries:
                 generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
@@ -110,7 +113,7 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             )
         return generators
 
-    def _generate_examples(self, shards):
+    def _generate_examples(self, shards):  # ty: ignore[incompatible-method-override]
         for shard in shards:
             for logged in shard:
                 for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
@@ -125,14 +128,14 @@ class Backtest:
     """
 
     def __init__(self, files: list[str], options: CoveredCallCandidatesConfig):
-        self.files, self.options = files, options
-        if not isinstance(options.data_files, DataFilesDict):
-            self.options = dataclasses.replace(options, data_files=fingerprint(files))
+        self.files = files
+        self.data_files = options.data_files if isinstance(options.data_files, DataFilesDict) else fingerprint(files)
+        self.options = dataclasses.replace(options, data_files=self.data_files)
 
     @property
     def hashes(self) -> dict[str, str]:
         """From each file's path to the SHA-256 of its content, as it was when the backtest was made."""
-        return hashes_of(self.options.data_files)
+        return hashes_of(self.data_files)
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:
@@ -163,8 +166,7 @@ class Backtest:
         shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
         changed = {option: value for option, value in shared.items() if value != defaults[option]}
-        more = {"data_files": self.files, "cache_dir": cache_dir, "backtest": self}
-        return prepared(CoveredCallCandidates(config_name=name, **more, **changed | options), num_proc)
+        return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
 
 
 def cut(entries: list, parts: int) -> list[tuple]:
@@ -228,7 +230,7 @@ def match(pattern: str, folder: str = "", or_gzipped: bool = False) -> list[str]
 
 def fingerprint(paths: list[str]) -> DataFilesDict:
     """The files with a hash of their content, where ``datasets`` itself would note the time of change."""
-    hashes = []
+    hashes: list[tuple] = []
     for path in paths:
         with open(path, "rb") as file:
             hashes.append((hashlib.file_digest(file, "sha256").hexdigest(),))
@@ -252,17 +254,29 @@ def load_candidates(
     Raises:
         CandidatesError: for files or options that cannot be used.
     """
+    return loaded(name, num_proc, streaming, data_files=data_files, cache_dir=cache_dir, **options)
+
+
+def loaded(
+    name: str,
+    num_proc: int | None,
+    streaming: bool = False,
+    *,
+    cache_dir=None,
+    data_files=None,
+    backtest: Backtest | None = None,
+    **options,
+):
     check_call(name, options, cache_dir=cache_dir, streaming=streaming, num_proc=num_proc)
     try:
-        builder = CoveredCallCandidates(config_name=name, data_files=data_files, cache_dir=cache_dir, **options)
-        return builder.as_streaming_dataset() if streaming else prepared(builder, num_proc)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        files = {"backtest": backtest} if backtest else {"data_files": data_files}
+        builder = CoveredCallCandidates(config_name=name, cache_dir=cache_dir, **files, **options)
+        if streaming:
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare(num_proc=num_proc)
+        return builder.as_dataset()
+    except (OSError, DatasetGenerationError) as error:
         raise plain_error(error) from error
-
-
-def prepared(builder: CoveredCallCandidates, num_proc: int | None) -> datasets.DatasetDict:
-    builder.download_and_prepare(num_proc=num_proc)
-    return builder.as_dataset()
 
 
 def check_call(name, options: dict, cache_dir, streaming, num_proc) -> None:

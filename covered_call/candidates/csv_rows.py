@@ -8,7 +8,7 @@ import io
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, CandidatesError, printable, shown
@@ -79,7 +79,7 @@ def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | 
         raise CandidatesError(f"{path}: the gzip archive is damaged ({error}). Copy or compress it again.") from None
 
 
-def decoded(path: str, raw: io.BufferedReader) -> io.TextIOWrapper:
+def decoded(path: str, raw: "io.BufferedReader[Any]") -> io.TextIOWrapper:
     start = raw.peek(4)[:4]
     if start == b"PAR1":
         raise CandidatesError(f"{path} is a Parquet file, not a CSV. Export it as CSV, whatever its name ends in.")

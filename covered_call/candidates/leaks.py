@@ -16,11 +16,11 @@ ANSWER_IN_NAME = re.compile(rf"(?<![A-Za-z])({SELL_CALL}|{SKIP}|{NO_TRADE})(?![A
 
 
 class Corpus(NamedTuple):
-    """The prompts of a split with their answers (None for pairs to prefer between), and the decisions they were
+    """The prompts of a split with their answers (none for pairs to prefer between), and the decisions they were
     rendered from."""
 
     prompts: list[str]
-    answers: list[str | None]
+    answers: list[str]
     entries: list[LoggedDecision]
 
 
@@ -33,7 +33,8 @@ def render(entries: list[LoggedDecision], config: CoveredCallCandidatesConfig) -
     """Of the decisions that have a candidate: the prompts of others hold no name and no number to leak."""
     entries = [entry for entry in entries if entry.decision.candidates]
     records = [record for entry in entries for record in RECORDS[config.name](entry, config)]
-    return Corpus([prompt_of(record) for record in records], [record.get("label") for record in records], entries)
+    answers = [record["label"] for record in records if "label" in record]
+    return Corpus([prompt_of(record) for record in records], answers, entries)
 
 
 def prompt_of(record: dict) -> str:

@@ -175,13 +175,13 @@ class PreferenceConfig(CoveredCallCandidatesConfig):
     min_edge_pct: float = option(0.1, PAIRS, "PERCENT", "the same in percent of spot", most=100)
 
 
-def options_of(kind: type, *groups: str) -> list[dataclasses.Field]:
+def options_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[dataclasses.Field]:
     """The options of a kind of config, those of some groups alone if there are any."""
     found = [field for field in dataclasses.fields(kind) if "group" in field.metadata]
     return [field for field in found if not groups or field.metadata["group"] in groups]
 
 
-def names_of(kind: type, *groups: str) -> list[str]:
+def names_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[str]:
     return [field.name for field in options_of(kind, *groups)]
 
 

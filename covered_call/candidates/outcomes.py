@@ -186,9 +186,9 @@ class Net(NamedTuple):
 def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
     """For each candidate its counterfactual, or else what was recorded."""
     found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
-    recorded = recorded_outcome(logged, options)
-    if recorded is not None and found[logged.chosen].value is None:
-        found[logged.chosen] = Net(recorded, "recorded")
+    recorded, sold = recorded_outcome(logged, options), logged.chosen
+    if recorded is not None and sold is not None and found[sold].value is None:
+        found[sold] = Net(recorded, "recorded")
     return [Net(None, None) if net.value is None else net for net in found]
 
 

@@ -3,7 +3,7 @@
 import collections
 import logging
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from covered_call.candidates.options import PreferenceConfig
 from covered_call.candidates.outcomes import recorded_outcome
@@ -33,13 +33,11 @@ def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
     call and NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
-    counterfactuals, recorded = (
-        [counterfactual.pnl_vs_hodl for counterfactual in logged.counterfactuals],
-        recorded_outcome(logged, options),
-    )
-    logged_ones = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known = logged_ones if None in counterfactuals else {None: 0.0, **dict(enumerate(counterfactuals))}
-    best, worst = max(known, key=known.get), min(known, key=known.get)
+    computed = {place: one.pnl_vs_hodl for place, one in enumerate(logged.counterfactuals)}
+    recorded = recorded_outcome(logged, options)
+    logged_ones: dict[int | None, Any] = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
+    known: dict[int | None, Any] = logged_ones if None in computed.values() else {None: 0.0, **computed}
+    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
     teachers = logged.chosen if logged.chosen in known else best
     rejected = worst if options.rejected == "worst" or teachers == best else teachers
     source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
@@ -56,7 +54,9 @@ def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> l
     """
     by_label = collections.defaultdict(list)
     for place, entry in enumerate(entries):
-        by_label[answer_of(preferred_pair(present_in_order(entry, options), options).chosen)].append(place)
+        pair = preferred_pair(present_in_order(entry, options), options)
+        if pair:
+            by_label[answer_of(pair.chosen)].append(place)
     before = count_labels(by_label)
     commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
     if len(commonest) == 2:

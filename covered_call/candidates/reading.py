@@ -6,9 +6,8 @@ import logging
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from datasets.data_files import DataFilesDict
 from datasets.utils import tqdm
 
 from covered_call.candidates.csv_rows import WIDTH, BadRow, Cells, read_cells
@@ -81,7 +80,7 @@ def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> l
     )
 
 
-def hashes_of(data_files: DataFilesDict | None) -> dict[str, str]:
+def hashes_of(data_files: Any) -> dict[str, str]:
     """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
     found = (data_files or {}).get("train", ())
     return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
@@ -199,7 +198,7 @@ def read_runs(
             runs.append(Run(None, cells.line, wanted=True, size=1))
             runs[-1].spots.update([cells.values["spot"]] if "spot" in cells.values else [])
             continue
-        if not offsets_checked and iso_time(cells.values["decision_time"]).tzinfo is None:
+        if not offsets_checked and has_no_offset(cells):
             logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
             offsets_checked = True
         if not runs or runs[-1].key != key:
@@ -279,6 +278,11 @@ def parse_time(cells: Cells) -> datetime.datetime:
     return utc(time)
 
 
+def has_no_offset(cells: Cells) -> bool:
+    time = iso_time(cells.values["decision_time"])
+    return time is not None and time.tzinfo is None
+
+
 def parse_name(cells: Cells, column: str) -> str:
     text = cells.values[column]
     reason = wrong_name(text)
@@ -296,8 +300,8 @@ def parse_flag(cells: Cells, column: str) -> int:
 
 def parse_number(
     cells: Cells, column: str, options: CoveredCallCandidatesConfig, blank: bool = False, zero: bool = False
-) -> float | None:
-    """A number within the limits of its column.
+) -> Any:
+    """A float within the limits of its column, or None where blank allows it.
 
     Args:
         blank: an empty cell or NaN is None, and not wrong.

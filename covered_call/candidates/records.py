@@ -1,6 +1,7 @@
 """Records: what stands in one row of a data set, and of which type it is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 
@@ -104,7 +105,7 @@ def candidate_columns(logged: LoggedDecision, index: int) -> dict:
     }
 
 
-RECORDS = {
+RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
     "per_candidate": candidate_records,
     "per_decision_ranking": ranking_records,
     "preference": preference_records,
@@ -113,7 +114,7 @@ RECORDS = {
 
 
 def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
-    if options.name == "preference":
+    if isinstance(options, PreferenceConfig):
         return preferred_pair(present_in_order(logged, options), options) is not None
     return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
 

@@ -9,7 +9,7 @@ import datetime
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,8 @@ class Decision(NamedTuple):
             raise CandidatesError(f"candidates: {shown(rows)} is no list of candidates.")
         known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
         candidates = tuple(Candidate(**fields) for fields in known)
-        decision = cls(**state | {"decision_time": utc(parsed), "candidates": candidates})
+        fields: dict[str, Any] = state | {"decision_time": utc(parsed), "candidates": candidates}
+        decision = cls(**fields)
         check_decision(decision, max_iv)
         return decision
 
@@ -280,7 +281,7 @@ def check_number(name: str, value, where: str, max_iv: float) -> None:
         raise CandidatesError(f"{where}, {name}: {shown(value)} {reason}.")
 
 
-def fields_of(kind: type, state, where: str) -> dict:
+def fields_of(kind: type[Candidate] | type[Decision], state, where: str) -> dict[str, Any]:
     """The dict of a named tuple's fields; None for those that may be missing."""
     if not isinstance(state, dict):
         raise CandidatesError(f"{where}: {shown(state)} is no dict of {', '.join(kind._fields)}.")

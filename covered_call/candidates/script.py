@@ -72,7 +72,7 @@ def script(folder: Path = Path(__file__).parent) -> str:
             if places.setdefault(name, module) != module:
                 raise ValueError(f"{places[name]}.py and {module}.py both define {name}: rename one of them.")
         imports |= its_imports(tree)
-        title = [f"# {line}".rstrip() for line in (module, "", *ast.get_docstring(tree).splitlines())]
+        title = [f"# {line}".rstrip() for line in (module, "", *str(ast.get_docstring(tree)).splitlines())]
         sections.append("\n".join([RULE, *title, "\n", body_of(text, tree)]))
     head = HEAD.format(imports=laid_out(imports), hash=hash_of_modules(folder), modules=listed(MODULES))
     return "\n\n".join([head, *sections])
@@ -91,16 +91,16 @@ def its_imports(tree: ast.Module) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.Import):
             found |= {f"import {ast.unparse(alias)}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("covered_call"):
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("covered_call"):
             found |= {f"from {node.module} import {ast.unparse(alias)}" for alias in node.names}
     return found
 
 
 def body_of(text: str, tree: ast.Module) -> str:
     """A module without its docstring, its imports and its logger."""
-    head = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    head: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     head += [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "logger"]
-    last = max(node.end_lineno for node in [tree.body[0], *head])
+    last = max(node.end_lineno or 0 for node in [tree.body[0], *head])
     return "\n".join(text.splitlines()[last:]).strip("\n") + "\n"
 
 

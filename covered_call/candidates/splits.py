@@ -43,7 +43,7 @@ def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesC
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
-    train, validation, _ = options.splits
+    train, validation, _ = map(float, options.splits)
     places = [round(len(times) * train), round(len(times) * (train + validation))]
     never = datetime.datetime.max.replace(tzinfo=UTC)
     return [times[place] if place < len(times) else never for place in places]

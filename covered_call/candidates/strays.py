@@ -4,7 +4,7 @@ import bisect
 import collections
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from covered_call.candidates.csv_rows import BadRow
 from covered_call.candidates.schema import KEY, NO_CANDIDATES, CandidatesError, Decision, shown
@@ -19,7 +19,7 @@ class Run:
     contradict their rows, ``misnamed``.
     """
 
-    key: tuple | None
+    key: Any  # (time, underlying, exit style), or None
     line: int
     wanted: bool
     size: int = 0

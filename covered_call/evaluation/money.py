@@ -105,9 +105,10 @@ def difference(case: Case, pick: Pick, other: Pick) -> tuple[float, float]:
 
 def regret(case: Case, pick: Pick) -> float:
     """What the best answer, no trade included, would have added, all as computed; NaN where one is unknown."""
-    if None in case.computed:
+    known = [value for value in case.computed if value is not None]
+    if len(known) < len(case.computed):
         return math.nan
-    return max([0.0, *case.computed]) - (0.0 if pick is None else case.computed[pick])
+    return max([0.0, *known]) - (0.0 if pick is None else known[pick])
 
 
 def comparable(cases: list[Case], config: CoveredCallCandidatesConfig) -> list[Case]:
@@ -180,10 +181,10 @@ def trusted(cases: list[Case], found: dict[str, Validation]) -> list[Case]:
 
 
 class Row(NamedTuple):
-    """The picks of a policy on the evaluated decisions; ``picks`` None stands for the uniform random one."""
+    """The picks of a policy on the evaluated decisions; the uniform random one has none."""
 
     name: str
-    picks: list[Pick] | None
+    picks: list[Pick]
     consistent: list[float]
     probabilities: list[float]
 
@@ -194,7 +195,7 @@ def play(row: Row, rule: Row, cases: list[Case], places: list[int], times: list[
     entries = []
     for i in places:
         case = cases[i]
-        answers = [None, *range(len(case.decision.candidates))] if row.picks is None else [row.picks[i]]
+        answers = [row.picks[i]] if row.picks else [None, *range(len(case.decision.candidates))]
         for pick in answers:
             entries.append(
                 (

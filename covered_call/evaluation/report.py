@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure as Plot
@@ -171,6 +171,11 @@ the longest option's life; bounds have the interval of both ends. There is none 
 {blocks} blocks. The random policy is an expectation: each answer with the same probability."""
 TEXT, METRICS_FILE, CALIBRATION, RELIABILITY = "report.md", "metrics.json", "calibration.png", "q_scorer.png"
 EQUITY = "equity_{style}.png"
+LINES: dict[str, dict[str, Any]] = {  # of the equity plot; that of a rule is dashed
+    TEACHER: {"color": "tab:grey", "linewidth": 5, "alpha": 0.5},
+    Q_SCORER: {"color": "tab:green"},
+    MODEL: {"color": "tab:blue"},
+}
 
 
 def how_measured(config: CoveredCallCandidatesConfig) -> str:
@@ -296,22 +301,17 @@ def draw_equity(result: Result, rows: list[Row], rule: Row, cases: list[Case]) -
     figure = Plot(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1, label="never sell (HODL)")
-    styles = {
-        TEACHER: {"color": "tab:grey", "linewidth": 5, "alpha": 0.5},
-        Q_SCORER: {"color": "tab:green"},
-        MODEL: {"color": "tab:blue"},
-    }
+    times = np.array(result.times)
     for row in [rows[0], rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
-        style = styles.get(row.name, {"color": "tab:orange", "linestyle": "--"})
+        style = LINES.get(row.name, {"color": "tab:orange", "linestyle": "--"})
         played = play(row, rule, cases, result.group.places, result.times)
         low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in played.pnl.T)
         known = int((low == high).argmin()) if (low != high).any() else len(low)
         name = f"best rule: {row.name}" if row is rule else row.name
-        axis.plot(
-            result.times[:known], low[:known], label=name + unknown_from(result.times, known, low, high), **style
-        )
+        label = name + unknown_from(result.times, known, low, high)
+        axis.plot(times[:known], low[:known], label=label, **style)
         if 0 < known < len(low):
-            axis.plot(result.times[known - 1], low[known - 1], marker="X", markersize=9, color=style["color"])
+            axis.plot(times[known - 1], low[known - 1], marker="X", markersize=9, color=style["color"])
     axis.set(ylabel="cumulative P&L vs HODL (USD a unit)", xlabel="decision time")
     axis.set(title=f"{result.group.exit_style}: how much more than holding would each have brought?")
     figure.autofmt_xdate()

@@ -20,7 +20,7 @@ def make_rows(train: list[LoggedDecision], entries: list[LoggedDecision], scorer
     decisions, unknown = [entry.decision for entry in entries], [math.nan] * len(entries)
     rows = [Row(TEACHER, [entry.chosen for entry in entries], unknown, unknown)]
     print("Fitting the baselines, and asking them ...", flush=True)
-    rows += [make_row(HODL, never_sell, decisions), Row(RANDOM, None, unknown, unknown)]
+    rows += [make_row(HODL, never_sell, decisions), Row(RANDOM, [], unknown, unknown)]
     rows += [make_row(name, policy, decisions) for name, policy in fit_baselines(train).items()]
     if scorer:
         fitted = scorer.fitted

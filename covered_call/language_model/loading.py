@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -48,7 +49,7 @@ ADAPTER = "adapter_model.safetensors"
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer; its pad token is never the token that ends an answer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PolicyError(f"The tokenizer of {name} cannot be loaded: {error}") from error
     if not tokenizer.chat_template:
@@ -77,7 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]]) -> list[
     return [(prompt, cut_answer(prompt, whole, special)) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], **options) -> list[list[int]]:
+def chat_ids(tokenizer: Any, chats: list[list[dict]], **options) -> list[list[int]]:
     """The token ids of chats, in which the chat template alone has put control tokens: no message's text has."""
     neutral = {roles_of(chat): [{**message, "content": "x"} for message in chat] for chat in chats}
     try:
@@ -120,7 +121,7 @@ def control_beside(template: list[int], ids: list[int], control: dict[int, str])
     if found == template:
         return None
     more, fewer = Counter(found) - Counter(template), Counter(template) - Counter(found)
-    return ", ".join(map(control.get, more or fewer or Counter(found)))
+    return ", ".join(control[token] for token in more or fewer or Counter(found))
 
 
 def cut_answer(prompt: list[int], whole: list[int], special: set[int]) -> list[int]:
@@ -181,7 +182,7 @@ def load_base(
         MemoryFull: if there is no room for it.
         PolicyError: if Liger is asked for and not there.
     """
-    model = read_base(name, quantization, dtype, "cpu" if sharded else device, revision, sharded)
+    model: Any = read_base(name, quantization, dtype, "cpu" if sharded else device, revision, sharded)
     if sharded:
         model.hf_device_map = None  # accelerate would take it for a model that is to stay on the CPU
     if sharded or torch.device(device).type == "cuda":  # Triton compiles nothing for a CPU
@@ -205,7 +206,7 @@ def read_base(
     """The model as transformers reads it, with plain errors."""
     full_before = times_full()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             quantization_config=bits(quantization, dtype, sharded),
@@ -224,6 +225,7 @@ def read_base(
             f"The memory does not hold {name} in {quantization}: close what else uses the GPU, load it in int4, or "
             "take a smaller model."
         ) from error
+    model, loaded = found
     if loaded["missing_keys"]:  # transformers draws them at random, and only warns
         raise PolicyError(f"{name} lacks {few(loaded['missing_keys'])}: download or copy it again.")
     return model
@@ -299,7 +301,7 @@ def base_revision(name: str) -> str | None:
 
 def load_tuned(
     folder: str | os.PathLike, quantization: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, dict]:
     """A finished fine-tune with its tokenizer and manifest, on the GPU if there is one.
 
     Args:
@@ -315,7 +317,7 @@ def load_tuned(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = half_precision() if device == "cuda" else torch.float32
     liger = manifest["recipe"].get("use_liger_kernel")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not manifest["adapter"]:
         return load_base(str(folder), quantization, dtype, device, liger=liger).eval(), tokenizer, manifest
     revision = pinned_revision(folder, manifest)

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 from covered_call.candidates.prompts import PROMPT_VERSION
 
@@ -113,7 +114,7 @@ def read_temperature(folder: str | os.PathLike) -> float:
     path = Path(folder) / CALIBRATION
     if not path.exists():
         return 1.0
-    found = read_json(path).get("temperature")
+    found: Any = read_json(path).get("temperature")
     if not is_temperature(found):
         raise PolicyError(
             f"{path}: the temperature is {found!r}, and a calibration gives {TEMPERATURES[0]} to {TEMPERATURES[1]}. "
@@ -122,6 +123,6 @@ def read_temperature(folder: str | os.PathLike) -> float:
     return found
 
 
-def is_temperature(value: object) -> bool:
+def is_temperature(value: Any) -> bool:
     low, high = TEMPERATURES
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import minimize_scalar
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from covered_call import atomic
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -226,8 +226,11 @@ class Policy:
             picks, no_trade = normalised[:, 0], normalised[normalised[:, 0].argmax(), 1]
         else:
             picks, no_trade = normalised[0, :-1], normalised[0, -1]
-        either = {None: no_trade.item(), **dict(enumerate(picks.tolist()))}  # first, so that it wins a tie
-        pick, runner_up = sorted(either, key=either.get, reverse=True)[:2]
+        either: dict[int | None, float] = {
+            None: no_trade.item(),
+            **dict(enumerate(picks.tolist())),
+        }  # first, so that it wins a tie
+        pick, runner_up = sorted(either, key=either.__getitem__, reverse=True)[:2]
         probability = math.exp(either[pick])
         abstained = pick is not None and probability < self.threshold
         if abstained:
@@ -244,7 +247,7 @@ class Policy:
         )
 
 
-def check_fits(config: PretrainedConfig, length: int) -> None:
+def check_fits(config: Any, length: int) -> None:
     """Raises PolicyError if a prompt with its answer is longer than what the model attends to at once."""
     limit = context_limit(config)
     if length > limit:
@@ -287,7 +290,7 @@ def best_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> 
         scores: for each record the log-probabilities of its admissible answers, shape (answers,).
         targets: for each record the index of the right one.
     """
-    padded = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+    padded = torch.nn.utils.rnn.pad_sequence(list(scores), batch_first=True, padding_value=-math.inf)
     target = torch.tensor(targets)
 
     def nll(log_temperature: float) -> float:

@@ -9,8 +9,8 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
@@ -108,7 +108,9 @@ def collate(rows: list[Row]) -> Batch:
         for _, _, column, token in row.asked:
             asked.append((places.setdefault((number, column), len(places)), token))
     return Batch(
-        *(pad([row[part] for row in rows]) for part in range(3)),
+        pad([row.tokens for row in rows]),
+        pad([row.positions for row in rows]),
+        pad([row.ends for row in rows]),
         torch.tensor(list(places)).T,
         torch.tensor(asked).T,
     )
@@ -142,7 +144,7 @@ def asked_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def head_at(model: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
+def head_at(model: torch.nn.Module, places: torch.Tensor) -> Generator[None]:
     """Within, a causal language model computes logits at these places alone, shape (1, places, vocabulary).
 
     Args:
@@ -192,7 +194,7 @@ def score_answers(
     """
     model.eval()
     rows = lay_out_decisions(prompts, answers, decisions)
-    scored: list[Scored | None] = [None] * len(prompts)
+    scored: list[Any] = [None] * len(prompts)
     with tqdm(total=len(prompts), desc="Scoring answers", unit=" prompts", disable=None, leave=False) as bar:
         for places, results in score_in_batches(model, rows, batch_tokens):
             for place, result in zip(places, results, strict=True):

@@ -13,7 +13,7 @@ class Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step} of {state.max_steps}  {in_words(logs)}")
+            self.training_bar.write(f"step {state.global_step} of {state.max_steps}  {in_words(logs or {})}")
 
 
 def talk_plainly(trainer: Trainer) -> None:

@@ -93,12 +93,8 @@ def shuffle_epochs(train: Dataset, seed: int, copies: int) -> Dataset:
     epochs = []
     for epoch in range(copies):
         options = CoveredCallCandidatesConfig(candidate_order="shuffle", seed=seed + epoch)
-        mix = {
-            "fn_kwargs": {"options": options},
-            "features": train.features,
-            "desc": f"Shuffling for epoch {epoch + 1}",
-        }
-        epochs.append(train.map(in_another_order, **mix))
+        said = f"Shuffling for epoch {epoch + 1}"
+        epochs.append(train.map(in_another_order, fn_kwargs={"options": options}, features=train.features, desc=said))
     return concatenate_datasets(epochs)
 
 

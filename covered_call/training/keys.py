@@ -108,7 +108,8 @@ class DataArguments(recipe_keys(DATA, SPLITS)):
         Raises:
             CandidatesError: for options that no load takes, and for files that are not there.
         """
-        return backtest_of(argparse.Namespace(hindsight=False), vars(self))
+        splits = tuple(self.splits) if isinstance(self.splits, list) else self.splits
+        return backtest_of(argparse.Namespace(hindsight=False), vars(self) | {"splits": splits})
 
 
 @dataclass(kw_only=True)

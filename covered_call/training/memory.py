@@ -116,10 +116,10 @@ class Work:
     def layer_bytes(self) -> int:
         """What one decoder layer keeps of a token for its backward pass, with an adapter on every linear layer.
 
-        Counted tensor by tensor on a small model of Phi-3's proportions (tests/training/test_memory.py does so again): the
-        inputs of both norms in float32; the inputs of the adapters, queries, keys and values before and after their
-        rotation, and what attention makes of them; gate, up, and both products of the MLP. Dropout keeps what it let
-        through, and a byte that says so. Where bitsandbytes multiplies in 8 bits it keeps each input once more.
+        Counted tensor by tensor on a small model of Phi-3's proportions (tests/training/test_memory.py does so again):
+        the inputs of both norms in float32; the inputs of the adapters, queries, keys and values before and after
+        their rotation, and what attention makes of them; gate, up, and both products of the MLP. Dropout keeps what it
+        let through, and a byte that says so. Where bitsandbytes multiplies in 8 bits it keeps each input once more.
         """
         text = self.config.get_text_config()
         hidden, inner = text.hidden_size, text.intermediate_size

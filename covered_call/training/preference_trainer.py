@@ -1,8 +1,8 @@
-"""The trainer of preferences: DPO (https://arxiv.org/abs/2305.18290) with one model in memory and each prompt read once.
+"""The trainer of preferences: DPO with one model in memory, and each prompt read once.
 
-The loss compares the model with what it was at the start. What that start gives to the two answers of each pair is
-scored once, before the first step, so that no second model is needed. A step reads the prompt of a pair once, with the
-two answers in branches behind it.
+The loss of DPO (https://arxiv.org/abs/2305.18290) compares the model with what it was at the start. What that start
+gives to the two answers of each pair is scored once, before the first step, so that no second model is needed. A step
+reads the prompt of a pair once, with the two answers in branches behind it.
 """
 
 from types import SimpleNamespace

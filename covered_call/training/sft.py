@@ -71,9 +71,8 @@ def load(model: ModelArguments, data: DataArguments, training: TrainingArguments
     if data.candidate_order == "shuffle" and data.dataset_config == RANKING:
         sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
         splits["train"] = shuffle_epochs(train, training.seed, sampler.copies)
-    encoded = DatasetDict(
-        {name: encode_split(split, tokenizer, data.dataset_config) for name, split in splits.items()}
-    )
+    task = data.dataset_config
+    encoded = DatasetDict({name: encode_split(split, tokenizer, task) for name, split in splits.items()})
     return Examples(
         splits=encoded,
         tokenizer=tokenizer,

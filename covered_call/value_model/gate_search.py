@@ -202,8 +202,18 @@ def draw_grid(search: Search) -> bytes:
     winner = search.winner
     corner = columns.index(max(winner.threshold, winner.min_abs_return)), MIN_CONFIDENCES.index(winner.min_confidence)
     for color, width in (("black", 6), ("yellow", 3)):  # one of the two shows on any cell
-        place = [one - 0.5 for one in corner]
-        axis.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=color, linewidth=width, clip_on=False, zorder=3))
+        axis.add_patch(
+            Rectangle(
+                (corner[0] - 0.5, corner[1] - 0.5),
+                1,
+                1,
+                fill=False,
+                edgecolor=color,
+                linewidth=width,
+                clip_on=False,
+                zorder=3,
+            )
+        )
     axis.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
     axis.set_yticks(range(len(MIN_CONFIDENCES)), [f"{value:g}" for value in MIN_CONFIDENCES])
     axis.set(xlabel="the larger of threshold and min_abs_return (% of spot)", ylabel="min_confidence")

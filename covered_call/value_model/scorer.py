@@ -350,13 +350,13 @@ class QScorer:
             seen = stamp(self.path)
             if seen != self.stamp:
                 self.stamp = seen  # remembered also where it is broken: one warning, not one at every look
-                self.reload()
+                self.reload(self.path)
         return self.fitted
 
-    def reload(self) -> None:
+    def reload(self, path: str | os.PathLike) -> None:
         try:
-            self.fitted = read(self.path)
-            logger.info("%s has been replaced, and read again.", self.path)
+            self.fitted = read(path)
+            logger.info("%s has been replaced, and read again.", path)
         except Exception as error:  # whatever it is: a policy that decides must not stop for a file
             logger.warning("The Q-scorer goes on with the model it has, for its new file is broken. %s", error)
 

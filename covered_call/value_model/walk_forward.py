@@ -133,7 +133,7 @@ def candidate_pairs(
     return np.array(predicted, dtype=float)[known], realised[known]
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 

@@ -66,10 +66,10 @@ def row(what: str, found: dict[str, int], seconds: float) -> str:
     return f"| {what} | {' | '.join(f'{found[name]:,}' for name in COLUMNS)} | {apart} | {seconds:.0f} s |"
 
 
-def table(rows: list[str], asked: argparse.Namespace) -> str:
+def table(rows: list[str], args: argparse.Namespace) -> str:
     """The rows with what they were measured with."""
-    words = [*(["--only", *asked.only] if asked.only else []), "--seed", str(asked.seed)]
-    words += ["--count-scale", f"{asked.count_scale:g}"] if asked.count_scale != 1 else []
+    words = [*(["--only", *args.only] if args.only else []), "--seed", str(args.seed)]
+    words += ["--count-scale", f"{args.count_scale:g}"] if args.count_scale != 1 else []
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
     today = datetime.datetime.now(datetime.UTC).date()
     head = ["| attack | tried | handled | unclear | silently wrong | beside: not a fault | took |", "|" + "---|" * 7]
@@ -92,7 +92,7 @@ def measured(table: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    asked, rows, findings = parse_arguments(arguments), [], []
+    args, rows, findings = parse_arguments(arguments), [], []
     logging.disable(logging.INFO)
 
     def report(text: str) -> None:
@@ -101,13 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     datasets.disable_progress_bars()
     began = time.monotonic()
-    for what, found in campaigns(asked.only or list(COUNTS), asked.count_scale, asked.seed, report):
+    for what, found in campaigns(args.only or list(COUNTS), args.count_scale, args.seed, report):
         rows.append(row(what, found, time.monotonic() - began))
         print(rows[-1], flush=True)
         began = time.monotonic()
-    print(table(rows, asked))
-    if not asked.no_table:
-        write_table(table(rows, asked))
+    print(table(rows, args))
+    if not args.no_table:
+        write_table(table(rows, args))
     return int(bool(findings))
 
 

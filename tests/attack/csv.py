@@ -221,7 +221,7 @@ def name_of(key: tuple) -> str:
 def run(count: int, seed: int, report: Callable[[str], None]) -> dict[str, int]:
     """Spoils files until ``count`` faults, or other ways to write the same, have been tried."""
     totals = collections.Counter()
-    logger = logging.getLogger("covered_call_candidates")
+    logger = logging.getLogger("covered_call.candidates")
     with tempfile.TemporaryDirectory(prefix="attack_csv_") as folder:
         judge = Judge(folder)
         logger.addHandler(judge.heard)

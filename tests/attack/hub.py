@@ -1,19 +1,11 @@
-"""Faults of a Hub against publish.py: it must end with a repo that is whole and a success, or as it was and one error.
-
-    python tests/attack/hub.py --count 300
+"""Faults of a Hub against the verb publish: it must end with a repo that is whole and a success, or as it was and one
+error.
 
 A fault is a kind (silence, nonsense, refusals, lies) at a place (a request that publishing makes), once or always,
 while datasets or a model are pushed to a repo that is new, older or the same. Each is drawn from the seed and its
-number alone. Time limits are a few seconds here, and nothing else of publish.py is changed.
+number alone. Time limits are a few seconds here, and nothing else of publishing is changed.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # not this folder: Python's own csv would be taken for a module here
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import argparse
 import contextlib
 import copy
 import functools
@@ -27,10 +19,10 @@ import random
 import re
 import tempfile
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -259,7 +251,7 @@ def write_adapter(folder: Path, weights: bytes) -> Path:
 
 
 def perform(command: list[str]) -> Ended:
-    """publish.py in a thread of its own, so that a hang is seen."""
+    """The verb in a thread of its own, so that a hang is seen."""
     ended, printed = [], io.StringIO()
 
     def work():
@@ -297,10 +289,10 @@ def quick() -> Iterator[Hub]:
 def once(build: Callable) -> Callable:
     kept = {}
 
-    def built(name, files, config, folder, size):
-        key = (name, repr(config))
+    def built(name, backtest, folder, size):
+        key = (name, repr(backtest.options))
         if key not in kept:
-            one = build(name, files, config, folder, size)
+            one = build(name, backtest, folder, size)
             kept[key] = one, {path.name: path.read_bytes() for path in (folder / name).iterdir()}
         one, shards = kept[key]
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -403,20 +395,3 @@ def run(count: int, seed: int, report: Callable[[str], None]) -> dict[str, int]:
                 totals.update(["tried", verdict])
             if verdict in (UNCLEAR, WRONG):
                 report(f"hub: {verdict}: {fault}: {why}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300, metavar="N", help="faults to try; default: 300")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults; default: 0")
-    asked = parser.parse_args()
-    began = time.monotonic()
-    totals = run(asked.count, asked.seed, functools.partial(print, flush=True))
-    print("| faults of a Hub: tried | handled | unclear | silently wrong |\n|---|---|---|---|")
-    print(f"| {' | '.join(str(totals[name]) for name in ('tried', HANDLED, UNCLEAR, WRONG))} |")
-    print(f"{time.monotonic() - began:.0f} s")
-    sys.exit(bool(totals[UNCLEAR] + totals[WRONG]))
-
-
-if __name__ == "__main__":
-    main()

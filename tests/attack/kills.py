@@ -7,6 +7,7 @@ the work and not the imports. Half the kills come at any moment, half just after
 
 import collections
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -27,15 +28,13 @@ import datasets
 import torch
 from conftest import decision, no_candidates, write_csv
 
-from covered_call.candidates import builder as covered_call_candidates
-from covered_call.candidates.export import main
+from covered_call.__main__ import VERBS, main
+from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.options import CHATS
-from covered_call.evaluation import evaluate as evaluate_policy
 from covered_call.language_model import tiny_phi3
-from covered_call.publishing import publish
-from covered_call.training import dpo as train_dpo
-from covered_call.training import sft as train_sft
-from covered_call.value_model import q_scorer
+
+for module in [path.rpartition(".")[0] for path, _ in VERBS.values()] + ["training.sft", "training.dpo"]:
+    importlib.import_module(f"covered_call.{module}")  # here, and not in each fork
 
 STEPS = ["--max_steps", "6", "--logging_steps", "1", "--report_to", "none", "--max_eval_records", "20"]
 STEPS += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
@@ -66,67 +65,51 @@ def source(home: Path, old: bool) -> str:
 
 
 def export(home: Path, old: bool) -> None:
-    main(["--input", source(home, False), "--output_dir", str(home / "out"), *["--hindsight"] * old])
+    main(["export", "--input", source(home, False), "--output_dir", str(home / "out"), *["--hindsight"] * old])
 
 
 def cache(home: Path, old: bool) -> None:
-    splits = covered_call_candidates.load_candidates(data_files=source(home, old), cache_dir=str(home / "out"))
+    splits = load_candidates(data_files=source(home, old), cache_dir=str(home / "out"))
     (home / "rows.json").write_text(json.dumps({name: split.to_list() for name, split in splits.items()}, default=str))
 
 
-def train(home: Path, old: bool) -> None:
-    words = ["--config", "tiny", "--balance", "none", "--model_name_or_path", str(home / "base")]
-    train_sft.main([*words, *STEPS, "--data_files", source(home, old), "--output_dir", str(home / "out")])
+def train(home: Path, old: bool, *more: str) -> None:
+    words = ["--config", "tiny", "--balance", "none", "--model_name_or_path", str(home / "base"), *more]
+    main(["train", *words, *STEPS, "--data_files", source(home, old), "--output_dir", str(home / "out")])
 
 
 def prefer(home: Path, old: bool) -> None:
     words = ["--config", "tiny_dpo", "--model_name_or_path", str(home / "base"), "--warmup_steps", "0"]
-    train_dpo.main([*words, *STEPS, "--data_files", source(home, old), "--output_dir", str(home / "out")])
+    main(["prefer", *words, *STEPS, "--data_files", source(home, old), "--output_dir", str(home / "out")])
 
 
 def overwrite(home: Path, old: bool) -> None:
-    words = [
-        "--config",
-        "tiny",
-        "--balance",
-        "none",
-        "--model_name_or_path",
-        str(home / "base"),
-        "--overwrite_output_dir",
-    ]
-    train_sft.main([*words, *STEPS, "--data_files", source(home, old), "--output_dir", str(home / "out")])
+    train(home, old, "--overwrite_output_dir")
 
 
 def learn(home: Path, old: bool) -> None:
-    q_scorer.main(["--data_files", source(home, old), "--folds", "0", "--output_dir", str(home / "out")])
+    main(["q-scorer", "--data_files", source(home, old), "--folds", "0", "--output_dir", str(home / "out")])
 
 
 def share(home: Path, old: bool) -> None:
-    words = [
-        "--data_files",
-        source(home, old),
-        "--card",
-        str(home / "card.md"),
-        "--configs",
-        "per_candidate",
-        "q_values",
-    ]
-    publish.main([*words, "--to", str(home / "out")])
+    words = ["--data_files", source(home, old), "--card", str(home / "card.md")]
+    main(["publish", *words, "--configs", "per_candidate", "q_values", "--to", str(home / "out")])
 
 
 def judge(home: Path, old: bool) -> None:
-    evaluate_policy.main(["--baselines-only", "--data_files", source(home, old), "--output_dir", str(home / "out")])
+    words = ["--baselines-only", "--data_files", source(home, old)]
+    main(["evaluate", *words, "--output_dir", str(home / "out")])
 
 
 WRITERS = {
-    "export": Writer("covered_call_candidates.py, an export", export),
+    "export": Writer("covered-call export", export),
     "cache": Writer("load_candidates, the cache", cache, from_old=False),
-    "train": Writer("train_sft.py", train, from_old=False, trains=True),
-    "prefer": Writer("train_dpo.py", prefer, from_old=False, trains=True),
-    "overwrite": Writer("train_sft.py --overwrite_output_dir", overwrite, from_old=True, trains=True),
-    "q-scorer": Writer("q_scorer.py", learn),
-    "publish --to": Writer("publish.py --to", share, whole_folder=True),
-    "report": Writer("evaluate_policy.py, a report", judge),
+    "train": Writer("covered-call train", train, from_old=False, trains=True),
+    "prefer": Writer("covered-call prefer", prefer, from_old=False, trains=True),
+    "overwrite": Writer("covered-call train --overwrite_output_dir", overwrite, from_old=True, trains=True),
+    "q-scorer": Writer("covered-call q-scorer", learn),
+    "publish --to": Writer("covered-call publish --to", share, whole_folder=True),
+    "report": Writer("covered-call evaluate, a report", judge),
 }
 
 CARD = "---\nlicense: cc-by-4.0\npretty_name: My calls\n---\n\n# My calls\n\nMy own words.\n"
@@ -148,7 +131,7 @@ def build_base(home: Path) -> None:
     chats = [
         message["content"]
         for name in CHATS
-        for record in covered_call_candidates.load_candidates(
+        for record in load_candidates(
             name, data_files=source(home, False), cache_dir=str(home / "arrow"), splits="train"
         )["train"]
         for message in record["messages"]

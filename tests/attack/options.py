@@ -20,7 +20,6 @@ import math
 import numbers
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -33,19 +32,18 @@ import numpy as np
 import pandas as pd
 from conftest import decision, no_candidates, write_csv
 
-from covered_call import data_options
+from covered_call import tuning
 from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.export import main, parse_arguments
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
-from covered_call.evaluation import evaluate as evaluate_policy
+from covered_call.data_options import backtest_of
+from covered_call.evaluation import evaluate
 from covered_call.language_model.manifest import PolicyError
 from covered_call.publishing import publish
-from covered_call.publishing.private import PublishError
-from covered_call.training import first_checks
-from covered_call.training import sft as train_sft
-from covered_call.training.recipe import DPO, SFT, parse_recipe
+from covered_call.publishing.hub import PublishError
+from covered_call.training.recipe import DPO, SFT, parse_command
 from covered_call.training.runs import RecipeError
 from covered_call.value_model import q_scorer
 from covered_call.value_model.scorer import Gates, check_weight
@@ -337,37 +335,36 @@ def export(words: list[str], csv_file: str) -> None:
 
 
 def learn(words: list[str], csv_file: str) -> None:
-    asked = q_scorer.parse_arguments(["--data_files", csv_file, *words])
-    check_weight(asked.positive_weight)
-    data_options.data_options(asked, {})
-    Gates(*(getattr(asked, name) or 0.0 for name in ("threshold", "min_confidence", "min_abs_return"))).check()
+    args = q_scorer.parse_arguments(["--data_files", csv_file, *words])
+    check_weight(args.positive_weight)
+    backtest_of(args, {})
+    Gates(*(getattr(args, name) or 0.0 for name in ("threshold", "min_confidence", "min_abs_return"))).check()
 
 
 def judge_policy(words: list[str], csv_file: str) -> None:
-    data_options.data_options(
-        evaluate_policy.parse_arguments(["--baselines-only", "--data_files", csv_file, *words]), {}
-    )
+    backtest_of(evaluate.parse_arguments(["--baselines-only", "--data_files", csv_file, *words]), {})
 
 
 def share(words: list[str], csv_file: str) -> None:
-    asked = publish.parse_arguments(["user/data", "--private", "--data_files", csv_file, *words])
-    publish.shard_size(asked)
-    data_options.data_options(asked, {})
+    args = publish.parse_arguments(["user/data", "--private", "--data_files", csv_file, *words])
+    publish.shard_size(args)
+    backtest_of(args, {})
 
 
-def recipe(script, recipes: tuple[str, ...], name: str, words: list[str], csv_file: str) -> None:
-    words = ["--config", name, "--tiny_base_steps", "4", "--data_files", csv_file, "--output_dir", "run", *words]
-    with mock.patch.object(sys, "argv", ["train", *words]):
-        first_checks.check(recipes)
-    train_sft.run(lambda: parse_recipe(words, script))
+def tune(verb: Callable, words: list[str], csv_file: str) -> None:
+    """A training up to where it would load its data."""
+    only_parse = lambda stage, command: parse_command(command, {"sft": SFT, "dpo": DPO}[stage])  # noqa: E731
+    words = ["--tiny_base_steps", "4", "--data_files", csv_file, "--output_dir", "run", *words]
+    with mock.patch.object(tuning, "tune_and_share", only_parse):
+        verb(words)
 
 
 def train(words: list[str], csv_file: str) -> None:
-    recipe(SFT, first_checks.SFT_RECIPES, "tiny", words, csv_file)
+    tune(tuning.train, ["--config", "tiny", *words], csv_file)
 
 
 def prefer(words: list[str], csv_file: str) -> None:
-    recipe(DPO, first_checks.DPO_RECIPES, "tiny_dpo", words, csv_file)
+    tune(tuning.prefer, ["--config", "tiny_dpo", *words], csv_file)
 
 
 def own_keys(script) -> list[str]:
@@ -379,11 +376,11 @@ def own_keys(script) -> list[str]:
 
 COMMANDS: dict[str, tuple[Callable, Callable[[], list[str]]]] = {
     "export": (export, lambda: options_of(parse_arguments)),
-    "q_scorer": (learn, lambda: options_of(q_scorer.parse_arguments)),
-    "evaluate_policy": (judge_policy, lambda: options_of(evaluate_policy.parse_arguments)),
+    "q-scorer": (learn, lambda: options_of(q_scorer.parse_arguments)),
+    "evaluate": (judge_policy, lambda: options_of(evaluate.parse_arguments)),
     "publish": (share, lambda: options_of(publish.parse_arguments)),
-    "train_sft": (train, lambda: own_keys(SFT)),
-    "train_dpo": (prefer, lambda: own_keys(DPO)),
+    "train": (train, lambda: own_keys(SFT)),
+    "prefer": (prefer, lambda: own_keys(DPO)),
 }
 
 
@@ -446,10 +443,7 @@ def workplace() -> Iterator[str]:
         place = Path(folder, "home", "a", "b", "c")
         place.mkdir(parents=True)
         os.chdir(place)
-        silenced = [
-            logging.getLogger(name)
-            for name in ("covered_call_candidates", "first_checks", "train_sft", "transformers")
-        ]
+        silenced = [logging.getLogger(name) for name in ("covered_call", "transformers")]
         levels = [one.level for one in silenced]
         try:
             for one in silenced:

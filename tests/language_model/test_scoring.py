@@ -303,6 +303,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_model_scores_unequal_shares_as_a_whole_one(tmp_path):
     """FSDP 1 and 2: all processes take part in each pass, also the one with fewer batches, or they wait for ever."""
     (tmp_path / "sharded.py").write_text(SHARDED)

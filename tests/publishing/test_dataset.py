@@ -320,9 +320,8 @@ def pairs(monkeypatch):
         features = {"decision_id": text, "prompt": [{"role": text, "content": text}], "chosen": text, "rejected": text}
         monkeypatch.setitem(RECORDS, "pairs", records_of_pairs)
         monkeypatch.setitem(records.FEATURES, "pairs", features)
-        one = CoveredCallCandidatesConfig(name="pairs")
-        configs = [*CoveredCallCandidates.BUILDER_CONFIGS, one]
-        monkeypatch.setattr(CoveredCallCandidates, "BUILDER_CONFIGS", configs)
+        config = CoveredCallCandidatesConfig(name="pairs")
+        monkeypatch.setitem(CoveredCallCandidates.builder_configs, "pairs", config)
         # As they are found when the modules are imported.
         prompted = tuple(name for name, fields in records.FEATURES.items() if {"messages", "prompt"} & fields.keys())
         assert prompted == (*PROMPTED, "pairs")

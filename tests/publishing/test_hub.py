@@ -191,6 +191,7 @@ def test_what_a_server_says_is_shown_clipped_without_escapes_and_tokens(hub, ref
     assert "\\x1b[31mBearer hf_*** hf_*** xxx" in said and len(said) < 1000
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_campaign_of_faults_finds_nothing():
     found = []
     assert attack_hub.run(15, 0, found.append) == {"tried": 15, "handled": 15, "unclear": 0, "wrong": 0}, found

@@ -92,7 +92,7 @@ def test_an_adapter_that_nobody_could_use_is_not_shared(adapter, change, said):
 
 
 def test_a_folder_that_is_no_adapter_is_an_error(tmp_path):
-    assert "that train_sft.py saved" in error_of("--adapter", tmp_path, "user/ranking", "--dry-run")
+    assert "no folder that covered-call train saved" in error_of("--adapter", tmp_path, "user/ranking", "--dry-run")
 
 
 def test_what_lies_in_the_folder_and_training_did_not_save_is_not_pushed_and_named(hub, push, adapter):

@@ -82,6 +82,7 @@ for name in ("per_candidate", "per_decision_ranking"):
 """
 
 
+@pytest.mark.slow
 def test_push_to_hub_for_each_config_works_and_no_card_of_ours_merges_the_configs(
     hub, push, compare, data, csv_file, tmp_path
 ):
@@ -100,12 +101,13 @@ def test_push_to_hub_for_each_config_works_and_no_card_of_ours_merges_the_config
 STACKS = os.environ.get("BOTH_STACKS", f"{REPO}/.venv/bin/python:{REPO}/.venv-current/bin/python").split(":")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(os.path.exists, STACKS)),
     reason=f"needs the environments of both stacks, {' and '.join(STACKS)}: make test test-current",
 )
 def test_what_each_stack_pushes_both_read_and_neither_would_push_again(hub, compare, data, csv_file, tmp_path):
-    version = ["-c", "import datasets; print(datasets.__version__)"]
+    version = ["-c", "from importlib.metadata import version; print(version('datasets'))"]
     assert len({run(version, {}, tmp_path, stack).stdout for stack in STACKS}) == 2
     for index, (first, second) in enumerate((STACKS, STACKS[::-1])):
         repo = f"user/data{index}"

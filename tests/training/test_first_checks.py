@@ -5,7 +5,6 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import urllib.request
 
@@ -13,10 +12,13 @@ import pytest
 from conftest import SCRIPT, decision, python, write_csv
 from huggingface_hub import constants
 
+from covered_call import tuning
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.command_line import disk_trouble
 from covered_call.training import first_checks
-from covered_call.training.first_checks import DPO_RECIPES, SFT_RECIPES
+from covered_call.training.first_checks import STAGES
+
+from .conftest import recipe
 
 MODEL = "microsoft/Phi-3-mini-4k-instruct"
 
@@ -29,12 +31,12 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def refusal(monkeypatch, *words, recipes=SFT_RECIPES) -> str | None:
+def refusal(monkeypatch, *words, stage="sft") -> str | None:
     """What the first checks say of a command line; None if it may go on."""
-    config = ["--config", recipes[-1]] if "--config" not in words else []
-    monkeypatch.setattr(sys, "argv", ["train.py", *config, *map(str, words)])
+    monkeypatch.setattr(tuning, "tune_and_share", lambda *_: None)
+    config = ["--config", STAGES[stage].recipes[-1]] if "--config" not in words else []
     try:
-        first_checks.check(recipes)
+        tuning.in_one_line(stage, [*config, *map(str, words)])
     except SystemExit as exit:
         return exit.code
     return None
@@ -49,7 +51,7 @@ def test_a_command_that_may_work_goes_on(monkeypatch):
     assert refusal(monkeypatch) is None
     assert refusal(monkeypatch, "--data_files", "runs.csv", "--purge", "--output-dir=new", "--lora_rr", "x") is None
     assert refusal(monkeypatch, "--help") is None
-    assert refusal(monkeypatch, recipes=DPO_RECIPES) is None
+    assert refusal(monkeypatch, stage="dpo") is None
 
 
 @pytest.mark.parametrize(
@@ -59,18 +61,18 @@ def test_a_command_that_may_work_goes_on(monkeypatch):
         (["--config", "runs.csv"], "runs.csv holds no keys"),
         (["--quantization", "int5"], "quantization: 'int5' is none of int4, int8, none"),
         (["--lora_r", "0"], "lora_r: 0 trains all weights, which int4 freezes"),
+        (["--lora_r", "four"], "argument --lora_r/--lora-r: invalid int value: 'four'"),
         (["--balance", "up"], "balance: 'up' is none of none, downsample, weight"),
         (["--validation_from", "2024-01-01"], "validation_from and test_from go together"),
         (["--splits", "0.5", "0.1", "0.1"], r"--splits 0\.5 0\.1 0\.1: give three fractions"),
         (["--duplicates", "later"], "--duplicates later: choose one of error, latest"),
-        (["--fee", "2"], "--fee 2.0: give a number from 0 to 1"),
         (["--data_files", "none/*.csv"], r"No file matches \S+none/\*\.csv"),
         (["--data_dir", "none"], "No file matches"),
         (["--model_name_or_path", "/nope", "--tiny_base_steps", "0"], "There is no folder /nope, and no model on the"),
         (["--model_name_or_path", ".", "--tiny_base_steps", "0"], r"\. holds no config\.json"),
         (["--model_name_or_path", MODEL, "--tiny_base_steps", "0"], f"There is no model {MODEL} here, .* hf download"),
-        (["--output_dir", "runs.csv"], "runs.csv is no run of train_sft.py and not empty"),
-        (["--output_dir", "."], "is no run of train_sft.py and not empty"),
+        (["--output_dir", "runs.csv"], "runs.csv is no run of covered-call train and not empty"),
+        (["--output_dir", "."], "is no run of covered-call train and not empty"),
         (["--push_to_hub"], "push_to_hub: the Hub does not answer, or HF_HUB_OFFLINE is set"),
     ],
 )
@@ -80,7 +82,11 @@ def test_what_cannot_work_is_refused_at_once_in_one_line(words, message, monkeyp
 
 
 def test_a_recipe_that_is_no_yaml_is_one_line_with_the_place(tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text("output_dir: 5\ndata_files: 5\n")
+    (tmp_path / "mine.yaml").write_text("output_dir: 5\n")
+    assert "model_name_or_path is missing: give it in mine.yaml, or on" in refusal(
+        monkeypatch, "--config", "mine.yaml"
+    )
+    recipe(tmp_path / "mine.yaml", output_dir=5, data_files=5)
     assert re.match("error: .*data_files", refusal(monkeypatch, "--config", "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("lora_r: 4\nseed: [0\n")
     said = refusal(monkeypatch, "--config", "mine.yaml")
@@ -109,13 +115,16 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch):
         (["--adapter", "."], "holds no manifest.json"),
         (["--adapter", "begun"], "The run in begun has not finished"),
         (["--adapter", "", "--model_name_or_path", ""], "Nothing to start from"),
-        (["--candidate_order", "shuffle"], "candidate_order: shuffle is for train_sft.py"),
+        (["--candidate_order", "shuffle"], "candidate_order: shuffle is for covered-call train"),
         (["--lora_r", "0", "--quantization", "none"], "only an adapter is trained"),
+        (["--fee", "2"], "--fee 2.0: give a number from 0 to 1"),
+        (["--min_edge_pct", "200"], "--min_edge_pct 200.0: give a number from 0 to 100"),
+        (["--rejected", "best"], "--rejected best: choose one of teacher, worst"),
     ],
 )
 def test_what_a_preference_training_cannot_start_from_is_refused_at_once(words, message, tmp_path, monkeypatch):
     run_in(tmp_path / "begun")
-    assert message in refusal(monkeypatch, *words, recipes=DPO_RECIPES)
+    assert message in refusal(monkeypatch, *words, stage="dpo")
 
 
 # --- The Hub
@@ -177,8 +186,8 @@ def test_a_hub_that_answers_anything_is_there_and_a_push_needs_a_login(silent_hu
 
 
 def test_what_the_hubs_client_says_is_printed_once(tmp_path):
-    code = "import command_line, huggingface_hub.utils.logging as hub; command_line.start_logging(); "
-    code += "hub.get_logger('huggingface_hub.utils').warning('Retrying')"
+    code = "from covered_call import command_line; import huggingface_hub.utils.logging as hub; "
+    code += "command_line.start_logging(); hub.get_logger('huggingface_hub.utils').warning('Retrying')"
     assert python("-c", code, cwd=tmp_path, PYTHONPATH=str(SCRIPT.parent)).stderr == "Retrying\n"
 
 
@@ -189,22 +198,20 @@ def test_make_run_hides_no_warnings():
 # --- Nothing heavy before
 
 LIGHT = """
-import os, runpy, sys
-sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])
+import sys
+from covered_call.__main__ import main
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    main()
 except SystemExit as exit:
     print(exit.code)
 print(sorted({"torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sklearn"} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("script", ["train_sft.py", "train_dpo.py"])
-def test_a_finished_run_is_refused_before_anything_heavy_is_imported(script, tmp_path):
+@pytest.mark.parametrize("verb, config", [("train", "tiny"), ("prefer", "tiny_dpo")])
+def test_a_finished_run_is_refused_before_anything_heavy_is_imported(verb, config, tmp_path):
     run_in(tmp_path / "done", finished="2026-01-01")
-    config = {"train_sft.py": "tiny", "train_dpo.py": "tiny_dpo"}[script]
-    done = python("-c", LIGHT, SCRIPT.parent / script, "--config", config, "--output_dir", "done", cwd=tmp_path)
+    done = python("-c", LIGHT, verb, "--config", config, "--output_dir", "done", cwd=tmp_path)
     said, heavy = done.stdout.splitlines()
     assert "holds a run that finished" in said and heavy == "[]" and not done.stderr
 

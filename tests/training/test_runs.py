@@ -1,15 +1,14 @@
 """The folder of a run: who writes it, what it goes on from, and what of it can be trusted."""
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT
 
 from covered_call import atomic
 from covered_call.candidates.prompts import PROMPT_VERSION
@@ -60,10 +59,9 @@ def test_no_token_is_shown_where_a_run_is_refused(tmp_path):
 
 def hold(folder: Path) -> subprocess.Popen:
     """Another process that holds the folder until it is killed."""
-    code = (
-        f"import atomic, time\nwith atomic.locked({str(folder)!r}):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True)
+    code = "import sys, time; from covered_call import atomic\n"
+    code += "with atomic.locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -103,13 +101,6 @@ def test_a_run_killed_before_its_manifest_was_whole_can_begin_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-DELETES = """
-import json, sys, pathlib, runs
-print("begin", flush=True)
-runs.open_run(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), overwrite=True)
-"""
-
-
 def test_a_run_killed_while_the_one_before_is_deleted_can_begin_again(tmp_path):
     """Whenever it is killed, the folder is an old run's, a new one's, or nothing; what was being deleted goes, too."""
     folder, manifest = tmp_path / "out", MANIFEST | {"finished": None}
@@ -117,15 +108,11 @@ def test_a_run_killed_while_the_one_before_is_deleted_can_begin_again(tmp_path):
         open_run(folder, manifest | {"attempt": attempt}, overwrite=True)
         for number in range(800):
             (folder / f"file-{number}").touch()
-        process = subprocess.Popen(
-            [sys.executable, "-c", DELETES, str(folder), json.dumps(manifest)],
-            cwd=SCRIPT.parent,
-            stdout=subprocess.PIPE,
-        )
-        process.stdout.readline()
+        process = multiprocessing.get_context("fork").Process(target=open_run, args=(folder, manifest, True))
+        process.start()
         time.sleep(attempt * 0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert begun_run(folder) is None or "finished" in begun_run(folder)
     open_run(folder, manifest, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -147,7 +134,7 @@ def test_a_folder_whose_manifest_is_another_programs_is_no_run(tmp_path, text):
     (tmp_path / "data.csv").touch()
     if text is not None:
         (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(RecipeError, match="is no run of train_sft.py and not empty"):
+    with pytest.raises(RecipeError, match="is no run of covered-call train and not empty"):
         begun_run(tmp_path)
 
 
@@ -155,6 +142,61 @@ def test_a_checkpoint_by_another_name_is_left_alone(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     assert runs.last_checkpoint(tmp_path) is None
     assert (tmp_path / "checkpoint-best").is_dir()
+
+
+# --- Begun, gone on with, and refused
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_st'), (11, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert runs.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+
+
+def begun(tmp_path, **changes) -> dict:
+    manifest = {"prompt_version": "1", "recipe": {"learning_rate": 0.1}, "versions": {"trl": "1"}, "finished": None}
+    open_run(tmp_path / "out", manifest, overwrite=False)
+    return manifest | changes
+
+
+def test_a_run_that_was_begun_is_gone_on_with(tmp_path):
+    manifest = begun(tmp_path)
+    assert open_run(tmp_path / "out", manifest, overwrite=False) is None
+    (tmp_path / "out" / "checkpoint-5").mkdir()
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    assert open_run(tmp_path / "out", manifest, overwrite=False).name == "checkpoint-5"
+    assert open_run(tmp_path / "out", manifest, overwrite=True) is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+def test_another_run_in_the_same_folder_is_refused_with_what_differs(tmp_path):
+    manifest = begun(tmp_path, recipe={"learning_rate": 0.2})
+    with pytest.raises(RecipeError, match=r"another run .*\(recipe.learning_rate: 0.1, now 0.2\).*same command"):
+        open_run(tmp_path / "out", manifest, overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name, text",
+    [("thesis.tex", "years of work"), ("manifest.json", '{"name": "a web page"}'), ("manifest.json", "-")],
+)
+def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match="no run of covered-call train and not empty"):
+        open_run(tmp_path, {"finished": None}, overwrite)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_folder_that_is_no_finished_run_is_not_loaded(tmp_path):
+    with pytest.raises(PolicyError, match="holds no manifest.json"):
+        read_manifest(tmp_path)
+    begun(tmp_path)
+    with pytest.raises(PolicyError, match="has not finished"):
+        read_manifest(tmp_path / "out")
 
 
 # --- What a finished run saved
