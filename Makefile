@@ -46,17 +46,19 @@ wheel: $(DEFAULT)/ready
 $(SAMPLE): | $(DEFAULT)/ready
 	$(DEFAULT)/bin/python data/simulate_backtest.py
 
-# torch comes first and alone, so that a CPU build stays one and nothing else pulls in another.
+# torch comes first and alone, so that a CPU build stays one and nothing else pulls in another. Python compiles what
+# is imported when it is: pip would compile everything, for over a minute.
+INSTALL = install --quiet --no-compile
 $(DEFAULT)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEFAULT)
-	$(DEFAULT)/bin/pip install --quiet torch==2.13.0
-	$(DEFAULT)/bin/pip install --quiet --editable ".[default,dev]"
+	$(DEFAULT)/bin/pip $(INSTALL) torch==2.13.0
+	$(DEFAULT)/bin/pip $(INSTALL) --editable ".[default,dev]"
 	touch $@
 
 $(CURRENT)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CURRENT)
-	$(CURRENT)/bin/pip install --quiet torch==2.13.0
-	$(CURRENT)/bin/pip install --quiet --editable ".[current,dev]"
+	$(CURRENT)/bin/pip $(INSTALL) torch==2.13.0
+	$(CURRENT)/bin/pip $(INSTALL) --editable ".[current,dev]"
 	touch $@
 
 clean:

@@ -50,7 +50,7 @@ def export_paths(source: str, output_dir: str | None) -> dict[str, str]:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="covered-call export",
-        description="Exports candidate CSVs as chat JSON lines: <stem>_per_candidate.jsonl and "
+        description="Exports candidate CSVs as chat JSON lines: <stem>_per_candidate.jsonl and\n"
         "<stem>_per_decision_ranking.jsonl, whole and unsplit. The CSVs are only read.",
         epilog="example: covered-call export --input data/sample/*_tp_and_roll_simulated.csv --output_dir out",
         allow_abbrev=False,

@@ -7,18 +7,17 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils import tqdm
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest, CoveredCallCandidates
@@ -102,21 +101,21 @@ def write_shard(shard: Dataset, path: Path) -> int:
 def times_of(split: Dataset) -> str:
     if "decision_time" not in split.features:
         return "n/a"
-    first_last = pc.min_max(split.data.column("decision_time")).as_py()
-    return f"{first_last['min']:%Y-%m-%d} to {first_last['max']:%Y-%m-%d}"
+    times = split.data.column("decision_time").unique().to_pylist()
+    return f"{min(times):%Y-%m-%d} to {max(times):%Y-%m-%d}"
 
 
 def decisions_of(split: Dataset) -> str:
     if "decision_id" not in split.features:
         return "n/a"
-    return f"{pc.count_distinct(split.data.column('decision_id')).as_py():,}"
+    return f"{len(split.data.column('decision_id').unique()):,}"
 
 
 def labels_of(split: Dataset) -> Counter:
     column = next((name for name in ("label", "chosen_label") if name in split.features), None)
     if column is None:
         return Counter()
-    counts = pc.value_counts(split.data.column(column)).to_pylist()
+    counts = split.data.column(column).value_counts().to_pylist()
     return Counter({pair["values"]: pair["counts"] for pair in counts})
 
 
@@ -226,7 +225,9 @@ def fill_card(card: DatasetCard, source: str, revision: str | None, statistics: 
     ]
     card.data.pop("dataset_info", None)
     card.text = SIGNATURE.sub("\n", card.text)
-    DatasetInfosDict({one.name: dataset_info(one) for one in built}).to_dataset_card_data(card.data)
+    DatasetInfosDict({one.name: dataset_info(one) for one in built}).to_dataset_card_data(
+        cast(DatasetCardData, card.data)
+    )
     card.text = fill(card.text, "loading", "Load it", how_to_load(source, revision, built))
     card.text = fill(card.text, "statistics", "Statistics", statistics)
     return str(card)
@@ -332,7 +333,7 @@ SIGNATURE = re.compile(
 
 
 @contextmanager
-def workplace(target: Path | None) -> Iterator[Path]:
+def workplace(target: Path | None) -> Generator[Path]:
     """An empty folder, gone afterwards; beside ``target`` if there is one, so that it can be renamed to it.
 
     Raises:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ class HubClient(httpx2.Client):
 
 
 @contextmanager
-def deadlines(seconds: float = float("inf")) -> Iterator[None]:
+def deadlines(seconds: float = float("inf")) -> Generator[None]:
     """Deadlines for all that the Hub's client asks meanwhile, ``seconds`` for all of it together."""
     patience, with_xet = Patience(time.monotonic() + seconds), constants.HF_HUB_DISABLE_XET
     set_client_factory(lambda: HubClient(patience))
@@ -151,7 +151,7 @@ LONGEST_SAID = 500  # characters of what a server says
 
 
 @contextmanager
-def in_plain_words(repo: str) -> Iterator[None]:
+def in_plain_words(repo: str) -> Generator[None]:
     """Turns what the Hub's client raises into a PublishError that says what to do: only such calls belong inside."""
     try:
         yield
@@ -165,7 +165,7 @@ def in_plain_words(repo: str) -> Iterator[None]:
         raise PublishError(nonsense(error)) from error
 
 
-def plain(error: Exception, repo: str) -> str:
+def plain(error: BaseException, repo: str) -> str:
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__  # the client wraps what a thread of an upload met
     if isinstance(error, LocalTokenNotFoundError):
@@ -182,7 +182,7 @@ def plain(error: Exception, repo: str) -> str:
     return nonsense(error)
 
 
-def nonsense(error: Exception) -> str:
+def nonsense(error: BaseException) -> str:
     said = redact(f"{type(error).__name__}: {error}")
     return f"{constants.ENDPOINT} does not answer as the Hub does ({said}). Is HF_ENDPOINT right? {AGAIN}."
 
@@ -384,6 +384,8 @@ def head_of(target: Target) -> str:
         try:
             head = target.api.repo_info(**target.place, revision=target.revision).sha
         except RevisionNotFoundError:
+            if target.revision is None:
+                raise
             target.api.create_branch(target.repo, branch=target.revision, repo_type=target.repo_type)
             head = target.api.repo_info(**target.place, revision=target.revision).sha
         if not (isinstance(head, str) and re.fullmatch("[0-9a-f]{40}", head)):
@@ -423,14 +425,14 @@ def hashes(path: Path) -> tuple[str, str]:
 
 def commit(target: Target, parent: str, files: dict[str, Path], gone: list[str]) -> tuple[str, str]:
     """Writes and deletes all files in one commit on ``parent``, or none of them; returns its name and address."""
-    operations = [Addition(path, str(file)) for path, file in files.items()]
-    operations += [CommitOperationDelete(path) for path in gone]
+    additions = [Addition(path, str(file)) for path, file in files.items()]
+    deletions = [CommitOperationDelete(path) for path in gone]
     title = f"Publish {', '.join(sorted({path.split('/')[0] for path in [*files, *gone]}))}"
     try:
         with deadlines(), in_plain_words(target.repo):
             done = target.api.create_commit(
                 **target.place,
-                operations=operations,
+                operations=[*additions, *deletions],
                 commit_message=title if len(title) <= 80 else f"Publish {len(files)} files",
                 revision=target.revision,
                 parent_commit=parent,

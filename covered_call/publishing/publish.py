@@ -148,7 +148,7 @@ def publish(args: argparse.Namespace) -> None:
     """Builds the datasets and pushes them, writes them to a folder, or only shows them."""
     backtest, size = backtest_of(args, {}), shard_size(args)
     target = Path(args.to).absolute() if args.to else None
-    private = None if target else check_visibility(backtest.files, args.private, args.public)
+    private = target is None and check_visibility(backtest.files, args.private, args.public)
     card = read_card(card_file(args), backtest.files)
     if target:
         check_folder(target)

@@ -12,6 +12,7 @@ import ssl
 import threading
 import types
 import typing
+import urllib.error
 import urllib.request
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path

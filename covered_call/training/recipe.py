@@ -3,7 +3,7 @@
 import difflib
 import logging
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from trl import DPOConfig, SFTConfig
@@ -13,6 +13,11 @@ from covered_call.training.first_checks import STAGES, Command, read_command
 from covered_call.training.memory import Plan
 from covered_call.training.recipe_help import RecipeParser, plain
 from covered_call.training.runs import RecipeError
+
+if TYPE_CHECKING:  # what RunArguments is mixed into; as its base it would bring back the defaults that TRL changes
+    from transformers import TrainingArguments as Mixed
+else:
+    Mixed = object
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ REFUSED_BY_BOTH = (
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Mixed):
     """Mixed into TRL's arguments: what a recipe can say beside them. A GPU is asked for unless use_cpu is set."""
 
     refused: ClassVar[dict[str, str]] = {}

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ from covered_call.training.examples import IGNORE, EpochSampler, is_trade
 from covered_call.training.keys import ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import TrainingStopped
+
+if TYPE_CHECKING:  # what ScoringTrainer is mixed into
+    from transformers import Trainer as Mixed
+else:
+    Mixed = object
 
 ZERO_GRADIENT_STEPS = 20
 
@@ -53,7 +59,7 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 # Trainers
 
 
-class ScoringTrainer:
+class ScoringTrainer(Mixed):
     """Mixed into a trainer of TRL's: evaluated by scoring answers, in an order of records that can be resumed.
 
     Args:

@@ -268,6 +268,14 @@ def test_the_card_of_the_sample_is_not_for_other_data(csv_file, tmp_path):
     assert "says that the data are simulated" in error_of("--to", tmp_path / "out", "--data_files", csv_file)
 
 
+def test_where_there_is_no_card_of_the_sample_it_asks_for_one(data, tmp_path, monkeypatch):
+    """As in what pip installed from a wheel, which holds the sample, and no card."""
+    monkeypatch.setattr(publish, "DATASET_CARD", tmp_path / "dataset_card.md")
+    said = error_of("user/sample", "--dry-run")
+    assert said.startswith("error: There is no dataset_card.md to fill in") and "--card FILE" in said
+    local(DATA, *data, "--private", "--dry-run", "--splits", "train")
+
+
 @pytest.mark.parametrize(
     "text", [None, "---\nlicense: [\n---\n# x\n", "---\n- a\n---\n", CARD + "<!-- statistics -->"]
 )

@@ -48,19 +48,15 @@ LN2 = math.log(2)
 # --- What to start from
 
 
-def test_an_adapter_brings_its_base_its_quantisation_and_its_lora(pair_words, pair_base, pair_corpus, tmp_path):
+def test_an_adapter_brings_its_base_its_quantisation_and_its_lora(
+    pair_words, pair_base, pair_corpus, tmp_path, monkeypatch
+):
     eight = fine_tune(pair_base, pair_corpus, tmp_path / "eight", "--quantization", "int8", "--lora_r", "4")
-    tuning.run("dpo", [*pair_words, "--adapter", str(eight), "--model_name_or_path", "nowhere", "--lora_r", "9"])
+    more = ["--adapter", eight, "--model_name_or_path", "nowhere", "--lora_r", "9"]
+    trainer = trainer_of(monkeypatch, "dpo", *pair_words, *more)
     manifest = manifest_of(tmp_path / "out")
     assert (manifest["base_model"], manifest["quantization"]) == (str(pair_base), "int8")
-    assert manifest["recipe"]["lora_r"] == 4
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
-
-
-def test_a_fine_tune_of_another_task_is_refused(pair_words, pair_base, pair_corpus, tmp_path):
-    other = fine_tune(pair_base, pair_corpus, tmp_path / "other", "--dataset_config", "per_candidate")
-    with pytest.raises(RecipeError, match="is a fine-tune of per_candidate: pairs are answers to per_decision_rank"):
-        tuning.run("dpo", [*pair_words, "--adapter", str(other)])
+    assert manifest["recipe"]["lora_r"] == 4 == trainer.model.peft_config["default"].r
 
 
 def changed(start, tmp_path, **changes) -> str:
@@ -73,6 +69,7 @@ def changed(start, tmp_path, **changes) -> str:
 @pytest.mark.parametrize(
     "changes, error",
     [
+        ({"task": "per_candidate"}, "is a fine-tune of per_candidate: pairs are answers to per_decision_rank"),
         ({"prompt_version": "another"}, "tuned on prompts of version another"),
         ({"finished": None}, "has not finished"),
         ({"base_revision": "sha256:0"}, "not the one that .* was tuned on"),
