@@ -35,16 +35,6 @@ def start_logging(level: int = logging.WARNING) -> None:
 
 
 @contextmanager
-def quiet() -> Generator[None]:
-    """For what has been said before, or will be: nothing is logged but errors."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@contextmanager
 def plain_errors(args: argparse.Namespace, *kinds: type[Exception]) -> Generator[None]:
     """What a verb's user can mend ends it with one line, in the words of its command line, and exit status 1.
 

@@ -96,7 +96,7 @@ def add_option(group, option: dataclasses.Field) -> None:
     group.add_argument(*flags(option.name), metavar=option.metadata["placeholder"], help=text, **more)
 
 
-def recipe_keys(*groups: str, kind: type[CoveredCallCandidatesConfig] = CoveredCallCandidatesConfig) -> type:
+def recipe_keys(*groups: str, kind: type[CoveredCallCandidatesConfig] = CoveredCallCandidatesConfig) -> Any:
     """A dataclass of these groups' options as keys of a recipe, each None where it does not say; with DATA, of the
     files too."""
     files = {"data_files": list[str] | None, "data_dir": str | None} if DATA in groups else {}

@@ -61,25 +61,11 @@ def draw_boxes(axes: Axes) -> None:
         x, shape = COLUMNS[column] - 1.8, "round,pad=0,rounding_size=1.5"
         axes.add_patch(FancyBboxPatch((x, 17), BOX + 3.6, 43, boxstyle=shape, fc=PANEL, ec="none", zorder=0))
 
-    box(
-        axes,
-        0,
-        32.5,
-        13,
-        YELLOW,
-        "CSV files",
-        "every call that the teacher\nlooked at, which one it sold,\nand its outcome",
-    )
+    logged = "every call that the teacher\nlooked at, which one it sold,\nand its outcome"
+    later = "the outcome of every call,\nsold or not, computed\nfrom later prices"
+    box(axes, 0, 32.5, 13, YELLOW, "CSV files", logged)
     box(axes, 1, 43.5, 12, BLUE, "what was known", "at decision time:\nspot and candidates,\nchecked row by row")
-    box(
-        axes,
-        1,
-        22.5,
-        12,
-        BLUE,
-        "what came after",
-        "the outcome of every call,\nsold or not, computed\nfrom later prices",
-    )
+    box(axes, 1, 22.5, 12, BLUE, "what came after", later)
     box(axes, 2, 50, 8, GREEN, "per_candidate", "chat: SELL_CALL or SKIP", verb=True)
     box(axes, 2, 40, 8, GREEN, "per_decision_ranking", "chat: 1..N or NO_TRADE", verb=True)
     box(axes, 2, 30, 8, GREEN, "preference", "pairs: what paid more", verb=True)

@@ -1,4 +1,4 @@
-"""What the tests share: valid CSV rows to spoil, a small corpus with a tiny base, and a Hugging Face home of their own.
+"""What the tests share: valid CSV rows to spoil, a small corpus, a tiny base, and a Hugging Face home of their own.
 
 What takes long to make is made once a session, which is once for each process that `make test` starts.
 """

@@ -184,6 +184,17 @@ def test_slow_commands_and_what_needs_their_models_run(checkout):
     run_all(found, checkout)
 
 
+@pytest.mark.slow
+def test_tables_that_need_no_language_model_are_what_the_commands_print(tmp_path):
+    sample = ["--data_files", str(ROOT / "data" / "sample" / "*.csv"), "--output_dir", tmp_path / "out"]
+    for page, verb, *more in (("outcomes.md", "q-scorer"), ("evaluation.md", "evaluate", "--baselines-only")):
+        done = python("-m", "covered_call", verb, *more, *sample, cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        (table,) = [text for _, language, text in blocks(ROOT / "docs" / page) if language == "text"]
+        lines = [line for line in table.splitlines() if not line.startswith("model ")]
+        assert len(lines) > 5 and not set(lines) - set(done.stdout.splitlines())
+
+
 @pytest.mark.parametrize("step", [pytest.param(step, id=step.place) for step in COMMANDS])
 def test_a_command_is_one_that_there_is(step, monkeypatch, capsys):
     """Also those that run nowhere here: their options, recipes and targets are known."""

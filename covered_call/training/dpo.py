@@ -85,7 +85,7 @@ def tune(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         raise RecipeError("covered-call prefer does not shard a model: run it alone, or with plain accelerate launch.")
     start = take_over(model, data, given)
     check_model(model)
-    revision = pinned_revision(model.adapter, start) if start else None
+    revision = pinned_revision(model.adapter, start) if start and model.adapter else None
     with training.main_process_first():
         pairs = load(model, data, training, start)
     ready = preflight(model, training, pairs)

@@ -43,7 +43,7 @@ class Stage(NamedTuple):
     """A training: the names of its recipes, and the dataclasses of its model's and its data's keys."""
 
     recipes: tuple[str, ...]
-    keys: tuple[type, type]
+    keys: tuple[type[Any], type[Any]]
 
 
 STAGES = {
@@ -143,7 +143,7 @@ class KeyParser(argparse.ArgumentParser):
         raise RecipeError(f"{message}.")
 
 
-def read_keys(part: type, command: Command) -> Any:
+def read_keys(part: type[Any], command: Command) -> Any:
     """A dataclass of keys, from the recipe and, before it, the command line."""
     parser = KeyParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     own = [key for key in fields(part) if key.init]

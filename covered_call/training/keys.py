@@ -15,6 +15,7 @@ from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 
 RANKING = "per_decision_ranking"
+Quantization = Literal["int4", "int8", "none"]
 Balance = Literal["none", "downsample", "weight"]
 BALANCES = get_args(Balance)
 
@@ -24,9 +25,7 @@ class ModelArguments:
     """The model, how it is quantised, and the adapter."""
 
     model_name_or_path: str = field(metadata={"help": "A folder, or a name on the Hub."})
-    quantization: Literal["int4", "int8", "none"] = field(
-        metadata={"help": "Bits of the frozen weights; int4 is NF4, doubly quantised."}
-    )
+    quantization: Quantization = field(metadata={"help": "Bits of the frozen weights; int4 is NF4, doubly quantised."})
     tiny_base_steps: int = field(
         default=0,
         metadata={
@@ -59,8 +58,8 @@ class StartArguments(ModelArguments):
             "help": "A per_decision_ranking fine-tune to start from; base, quantization and LoRA are then its own."
         },
     )
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A base, where no adapter is given."})
-    quantization: str = field(default="int4", metadata={"help": "int4, int8 or none, of the base."})
+    model_name_or_path: str = field(default="", metadata={"help": "A base, where no adapter is given."})
+    quantization: Quantization = field(default="int4", metadata={"help": "int4, int8 or none, of the base."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,7 +116,7 @@ class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceC
     """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
 
     dataset_config: str = field(default="preference", init=False)
-    balance: str = field(default="none", init=False)  # the pairs come balanced
+    balance: Balance = field(default="none", init=False)  # the pairs come balanced
 
     def __post_init__(self):
         super().__post_init__()

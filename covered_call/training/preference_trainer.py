@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -30,6 +31,9 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
         at_start: for each decision of ``judged``, the scores of its answers before the first step.
     """
 
+    train_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(self, *args, adapter: str | None, judged: dict[str, Dataset], **kwargs):
         super().__init__(*args, **kwargs)
         if adapter:
@@ -47,7 +51,7 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
         self.aux_loss_enabled = False  # it balances the experts of a mixture, in the base, which is frozen
         self.data_collator = PairCollator(self.processing_class.pad_token_id)
 
-    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
+    def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # tokenised already, as the preflight checked it
 
     def with_reference(self, pairs: Dataset) -> Dataset:

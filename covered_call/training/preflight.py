@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from covered_call.language_model.loading import (
@@ -87,7 +87,7 @@ def check_records(
     return totals, learnt
 
 
-def check_lengths(splits: DatasetDict, lengths: dict, max_length: int | None, config) -> None:
+def check_lengths(splits: dict[str, Dataset], lengths: dict, max_length: int | None, config) -> None:
     """Raises RecipeError if a record is longer than max_length, which would cut its answer off, without a word."""
     context = context_limit(config)
     if (max_length or 0) > context:
@@ -165,7 +165,7 @@ def describe_tokens(
 
 
 def describe_answers(tokenizer: PreTrainedTokenizerBase, answers: dict[str, tuple[int, ...]]) -> str:
-    endings = {tokenizer.convert_ids_to_tokens(tokens[-1]) for tokens in answers.values()}
+    endings = {str(tokenizer.convert_ids_to_tokens(tokens[-1])) for tokens in answers.values()}
     return (
         f"{len(answers)}, told apart by their tokens through {', '.join(sorted(endings))}, on which alone each "
         f"record's loss is; the pad token is {tokenizer.pad_token}"

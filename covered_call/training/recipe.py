@@ -3,7 +3,7 @@
 import difflib
 import logging
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from trl import DPOConfig, SFTConfig
@@ -14,10 +14,17 @@ from covered_call.training.memory import Plan
 from covered_call.training.recipe_help import RecipeParser, plain
 from covered_call.training.runs import RecipeError
 
-if TYPE_CHECKING:  # what RunArguments is mixed into; as its base it would bring back the defaults that TRL changes
-    from transformers import TrainingArguments as Mixed
+if TYPE_CHECKING:
+    import transformers
+
+    class Mixed(transformers.TrainingArguments):
+        """What RunArguments is mixed into; as its base it would bring back the defaults that TRL changes."""
+
+        output_dir: Any  # a str: transformers gives it a name, if nobody does
+
+    TextAtFirst = SwitchAtFirst = Any  # what transformers has, once it was read: see read_automatic
 else:
-    Mixed = object
+    Mixed, TextAtFirst, SwitchAtFirst = object, str, bool | None
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +69,21 @@ class RunArguments(Mixed):
         default=4,
         metadata={"help": "Stop after so many evaluations in a row in which all answers were the same; 0: never."},
     )
-    per_device_train_batch_size: str = field(
+    per_device_train_batch_size: TextAtFirst = field(
         default="8",
         metadata={
             "help": "Records of a micro-batch; auto: as many of the gradient_accumulation_steps as the memory holds, "
             "which are then so many fewer, so that a step takes the same records."
         },
     )
-    gradient_checkpointing: str = field(
+    gradient_checkpointing: TextAtFirst = field(
         default=AUTO,
         metadata={
             "help": "true: keep each layer's input alone, and compute the rest twice; false; or auto: true of as few "
             "layers as the memory allows."
         },
     )
-    use_liger_kernel: bool | None = field(
+    use_liger_kernel: SwitchAtFirst = field(
         default=None,
         metadata={
             "help": "Liger's kernels of norms, rotation and MLP on a GPU; default: where liger-kernel is installed."
@@ -179,7 +186,8 @@ class RunArguments(Mixed):
         if plan.checkpoint_every:
             # bitsandbytes keeps each input of an int8 layer where only the reentrant kind can let go of it.
             kind = {"use_reentrant": quantization == "int8"}
-            given = self.activation_checkpointing_kwargs or {}
+            given = self.activation_checkpointing_kwargs
+            given = given if isinstance(given, dict) else {}  # transformers has read what was typed as JSON
             self.activation_checkpointing_kwargs = {**kind, "every_n_layers": plan.checkpoint_every, **given}
 
 
@@ -221,7 +229,7 @@ class Script(NamedTuple):
     name: str
     description: str
     recipes: tuple[str, ...]
-    parts: tuple[type, ...]
+    parts: tuple[type[Any], ...]
 
 
 SFT = Script(
@@ -280,7 +288,8 @@ def parse_command(command: Command, script: Script) -> tuple:
     )
     given = [] if command.asks_help else check_keys(command, [action.dest for action in parser._actions])
     parser.set_defaults_with_config(**command.recipe)
-    *parsed, stray = parser.parse_args_into_dataclasses(command.words, return_remaining_strings=True)
+    found: tuple[Any, ...] = parser.parse_args_into_dataclasses(command.words, return_remaining_strings=True)
+    *parsed, stray = found
     if stray:
         raise RecipeError(f"{stray[0]!r} belongs to no key: give --KEY VALUE, and quote a value that holds blanks.")
     return *parsed, {key: plain(value) for part in parsed for key, value in vars(part).items() if key in given}

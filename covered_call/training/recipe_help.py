@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import fields
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import DataClassType, string_to_bool
 from trl import TrlParser
 
 from covered_call.candidates.options import OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
@@ -61,7 +61,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         name = max(action.option_strings, key=len) if action.dest == "help" else action.option_strings[0]
         if action.nargs in (0, "?"):
             return name
-        if action.choices and len(action.choices) <= MOST_CHOICES:
+        if action.choices and len(list(action.choices)) <= MOST_CHOICES:
             return f"{name} {{{','.join(map(str, action.choices))}}}"
         kind = action.type if action.type in PLACEHOLDERS else type(action.default)
         placeholder = action.metavar or PLACEHOLDERS.get(kind, "TEXT")
@@ -88,9 +88,9 @@ class RecipeParser(TrlParser):
     """
 
     def __init__(
-        self, parts: tuple[type, ...], run_keys: list[str], recipes: tuple[str, ...], everything: bool, **more
+        self, parts: tuple[type[Any], ...], run_keys: list[str], recipes: tuple[str, ...], everything: bool, **more
     ):
-        super().__init__(parts, formatter_class=Help, allow_abbrev=False, **more)
+        super().__init__([DataClassType(part) for part in parts], formatter_class=Help, allow_abbrev=False, **more)
         self.add_argument(  # for --help alone: read_command has taken it
             "--config",
             metavar="NAME",

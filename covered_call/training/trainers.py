@@ -3,7 +3,7 @@
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,16 @@ from covered_call.training.keys import ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import TrainingStopped
 
-if TYPE_CHECKING:  # what ScoringTrainer is mixed into
-    from transformers import Trainer as Mixed
+if TYPE_CHECKING:
+    import transformers
+
+    class Mixed(transformers.Trainer):
+        """What ScoringTrainer is mixed into, and what it is given."""
+
+        args: RunArguments
+        model: Any  # a PreTrainedModel, or a PeftModel where an adapter is trained
+        model_wrapped: torch.nn.Module
+        eval_dataset: Dataset
 else:
     Mixed = object
 
@@ -80,7 +88,7 @@ class ScoringTrainer(Mixed):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
         if checkpoint is None or self.is_fsdp_enabled or not getattr(optimizer, "is_paged", False):
             return
         # What was loaded lies in plain memory. On one GPU it would stay there; on several it is still marked as paged,
@@ -96,7 +104,7 @@ class ScoringTrainer(Mixed):
         # The run was killed after its last step. The Trainer asks whether that was the last only once it took another.
         self.control.should_training_stop = True
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         return self.sampler
 
     def training_step(self, *args, **kwargs):
@@ -215,8 +223,8 @@ class StopOnTrouble(TrainerCallback):
 
     still = 0
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
         self.still = 0 if gradients and torch.nn.utils.get_total_norm(gradients) != 0 else self.still + 1
         if self.still >= ZERO_GRADIENT_STEPS:
             raise TrainingStopped(

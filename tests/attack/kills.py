@@ -25,16 +25,11 @@ from typing import NamedTuple
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
 
 import datasets
-import torch
 from conftest import decision, no_candidates, write_csv
 
-from covered_call.__main__ import VERBS, main
+from covered_call.__main__ import main
 from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.options import CHATS
-from covered_call.language_model import tiny_phi3
-
-for module in [path.rpartition(".")[0] for path, _ in VERBS.values()] + ["training.sft", "training.dpo"]:
-    importlib.import_module(f"covered_call.{module}")  # here, and not in each fork
 
 STEPS = ["--max_steps", "6", "--logging_steps", "1", "--report_to", "none", "--max_eval_records", "20"]
 STEPS += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
@@ -45,12 +40,14 @@ LONGEST = 300.0  # seconds that a run may take
 class Writer(NamedTuple):
     """What writes ``out``: its command, of the new version or, if told so, of an old one that is another.
 
-    ``whole_folder`` says whether it is the folder that is exchanged, or each file by itself; ``from_old`` whether it
-    is always or never started over an old version; None is every second time.
+    ``module`` is imported before the runs, which are forks. ``whole_folder`` says whether it is the folder that is
+    exchanged, or each file by itself; ``from_old`` whether it is always or never started over an old version; None is
+    every second time.
     """
 
     what: str
     command: Callable[[Path, bool], None]
+    module: str
     whole_folder: bool = False
     from_old: bool | None = None
     trains: bool = False
@@ -102,14 +99,16 @@ def judge(home: Path, old: bool) -> None:
 
 
 WRITERS = {
-    "export": Writer("covered-call export", export),
-    "cache": Writer("load_candidates, the cache", cache, from_old=False),
-    "train": Writer("covered-call train", train, from_old=False, trains=True),
-    "prefer": Writer("covered-call prefer", prefer, from_old=False, trains=True),
-    "overwrite": Writer("covered-call train --overwrite_output_dir", overwrite, from_old=True, trains=True),
-    "q-scorer": Writer("covered-call q-scorer", learn),
-    "publish --to": Writer("covered-call publish --to", share, whole_folder=True),
-    "report": Writer("covered-call evaluate, a report", judge),
+    "export": Writer("covered-call export", export, "candidates.export"),
+    "cache": Writer("load_candidates, the cache", cache, "candidates.builder", from_old=False),
+    "train": Writer("covered-call train", train, "training.sft", from_old=False, trains=True),
+    "prefer": Writer("covered-call prefer", prefer, "training.dpo", from_old=False, trains=True),
+    "overwrite": Writer(
+        "covered-call train --overwrite_output_dir", overwrite, "training.sft", from_old=True, trains=True
+    ),
+    "q-scorer": Writer("covered-call q-scorer", learn, "value_model.q_scorer"),
+    "publish --to": Writer("covered-call publish --to", share, "publishing.publish", whole_folder=True),
+    "report": Writer("covered-call evaluate, a report", judge, "evaluation.evaluate"),
 }
 
 CARD = "---\nlicense: cc-by-4.0\npretty_name: My calls\n---\n\n# My calls\n\nMy own words.\n"
@@ -128,6 +127,8 @@ def furnish(home: Path) -> None:
 
 
 def build_base(home: Path) -> None:
+    from covered_call.language_model import tiny_phi3
+
     chats = [
         message["content"]
         for name in CHATS
@@ -162,7 +163,6 @@ def start(home: Path, command: Callable[[Path], None]) -> int:
             (home / name).mkdir(exist_ok=True)
         datasets.config.HF_DATASETS_CACHE = home / "caches"
         tempfile.tempdir = str(home / "tmp")
-        torch.set_num_threads(1)
         command(home)
         code = 0
     except SystemExit as stop:
@@ -419,6 +419,7 @@ def each(
         if any(WRITERS[name].trains for name in names) and finish(inputs, build_base)[0] != 0:
             raise RuntimeError(f"no base: {last_words(inputs)}")
         for name in names:
+            importlib.import_module(f"covered_call.{WRITERS[name].module}")
             home = Path(folder) / "home"
             shutil.copytree(inputs, home, ignore=shutil.ignore_patterns("caches", "tmp", "arrow", "log.txt"))
             yield name, attack(name, home, count, seed, report)

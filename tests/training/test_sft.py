@@ -62,6 +62,7 @@ def test_the_tiny_recipe_as_shipped_beats_the_majority_answer_on_the_sample(tmp_
     assert balanced_accuracy(table, "validation", "tuned model") >= 0.60
 
 
+@pytest.mark.slow
 @needs_real_data
 def test_the_tiny_recipe_runs_on_a_real_file(tmp_path, capsys):
     tuning.run(

@@ -113,7 +113,7 @@ def test_a_gradient_that_stays_zero_stops_the_run(words, monkeypatch):
     original = AnswerTrainer.compute_loss
     monkeypatch.setattr(AnswerTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * 0.0)
     with pytest.raises(TrainingStopped, match="zero for 20 steps, up to step 20"):
-        tuning.run("sft", [*words, "--max_steps", "30"])
+        tuning.run("sft", [*words, "--max_steps", "30", "--per_device_train_batch_size", "2"])
 
 
 def test_only_zero_gradients_in_a_row_count():
