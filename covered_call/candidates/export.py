@@ -11,6 +11,7 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import find_csvs
+from covered_call.candidates.data_options import Help, add_option, flags
 from covered_call.candidates.options import (
     CHATS,
     DATA,
@@ -23,7 +24,6 @@ from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors
-from covered_call.data_options import Help, add_option, flags
 
 # Of a decision that stands in two files: each file is exported for itself.
 OPTIONS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, PROMPTS) if option.name != "duplicates"]

@@ -17,12 +17,12 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from covered_call.candidates.data_options import Help, add_data_options, backtest_of, config_of, typed
 from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.data_options import Help, add_data_options, backtest_of, config_of, typed
 from covered_call.evaluation.baselines import Pick, fit_threshold, highest, scores
 from covered_call.tables import align
 

@@ -17,11 +17,11 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, iso_time, utc
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.evaluation import metrics
 from covered_call.evaluation.money import (
     Q_SCORER,

@@ -21,12 +21,12 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest, CoveredCallCandidates
+from covered_call.candidates.data_options import config_of
 from covered_call.candidates.leaks import PROMPTED, find_leaks, render_splits
 from covered_call.candidates.options import CoveredCallCandidatesConfig, names_of
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.source import HOME
 from covered_call.candidates.splits import split_decisions
-from covered_call.data_options import config_of
 from covered_call.publishing.hub import PublishError
 from covered_call.tables import align, markdown
 

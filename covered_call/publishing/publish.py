@@ -18,11 +18,11 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.utils import validate_repo_id
 
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.data_options import DATA_OPTIONS, FILES, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.data_options import DATA_OPTIONS, FILES, Help, add_data_options, backtest_of, flags, typed
 from covered_call.publishing.dataset import (
     CARD,
     OWNED,

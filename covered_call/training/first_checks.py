@@ -23,9 +23,9 @@ from huggingface_hub import constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from covered_call.candidates.data_options import flags
 from covered_call.candidates.options import PreferenceConfig
 from covered_call.candidates.source import HOME
-from covered_call.data_options import flags
 from covered_call.language_model.manifest import read_manifest
 from covered_call.training.keys import RANKING, DataArguments, ModelArguments, PairArguments, StartArguments
 from covered_call.training.runs import RecipeError, begun_run, refuse_finished

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.data_options import backtest_of, recipe_keys
 from covered_call.candidates.options import DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
-from covered_call.data_options import backtest_of, recipe_keys
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 

@@ -18,10 +18,10 @@ import os
 from pathlib import Path
 
 from covered_call import atomic
+from covered_call.candidates.data_options import Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.data_options import Help, add_data_options, backtest_of, flags, typed
 from covered_call.tables import align
 from covered_call.value_model.gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
 from covered_call.value_model.scorer import (

@@ -24,6 +24,7 @@ from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from covered_call import atomic
+from covered_call.candidates.data_options import OUTCOME_OPTIONS
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_outcomes
 from covered_call.candidates.prompts import answer_of
@@ -35,7 +36,6 @@ from covered_call.candidates.schema import (
     checked_decision,
     iso_time,
 )
-from covered_call.data_options import OUTCOME_OPTIONS
 from covered_call.value_model.boosted_trees import Trees, number
 
 logger = logging.getLogger(__name__)

@@ -34,11 +34,11 @@ from conftest import decision, no_candidates, write_csv
 
 from covered_call import tuning
 from covered_call.candidates.builder import load_candidates
+from covered_call.candidates.data_options import backtest_of
 from covered_call.candidates.export import main, parse_arguments
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
-from covered_call.data_options import backtest_of
 from covered_call.evaluation import evaluate
 from covered_call.language_model.manifest import PolicyError
 from covered_call.publishing import publish

@@ -12,9 +12,9 @@ from conftest import decision, no_candidates, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
+from covered_call.candidates.data_options import backtest_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.reading import read_candidates
-from covered_call.data_options import backtest_of
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
 from covered_call.evaluation.rows import model_row

@@ -8,6 +8,7 @@ import pytest
 from conftest import decision, write_csv
 
 from covered_call.candidates.builder import CoveredCallCandidates
+from covered_call.candidates.data_options import Help, add_data_options, backtest_of, recipe_keys, typed
 from covered_call.candidates.options import (
     DATA,
     OUTCOMES,
@@ -19,7 +20,6 @@ from covered_call.candidates.options import (
     options_of,
 )
 from covered_call.candidates.schema import CandidatesError
-from covered_call.data_options import Help, add_data_options, backtest_of, recipe_keys, typed
 
 
 @dataclass
