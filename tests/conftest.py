@@ -58,6 +58,11 @@ runs_scripts = pytest.mark.skipif(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that in the end no process waits for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 

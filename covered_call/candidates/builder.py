@@ -128,13 +128,17 @@ class Backtest:
     """
 
     def __init__(self, files: list[str], options: CoveredCallCandidatesConfig):
-        self.files = files
-        self.data_files = options.data_files if isinstance(options.data_files, DataFilesDict) else fingerprint(files)
-        self.options = dataclasses.replace(options, data_files=self.data_files)
+        self.files, self.options = files, options
+
+    @functools.cached_property
+    def data_files(self) -> DataFilesDict:
+        """The files with their hashes, as the library takes them."""
+        given = self.options.data_files
+        return given if isinstance(given, DataFilesDict) else fingerprint(self.files)
 
     @property
     def hashes(self) -> dict[str, str]:
-        """From each file's path to the SHA-256 of its content, as it was when the backtest was made."""
+        """From each file's path to the SHA-256 of its content, as it was when it was first asked for, or read."""
         return hashes_of(self.data_files)
 
     @functools.cached_property
@@ -142,9 +146,9 @@ class Backtest:
         """All of them, by decision time, each with its candidates in the order that prompts show.
 
         Raises:
-            CandidatesError: as read_candidates does, also for a file that has changed since the backtest was made.
+            CandidatesError: as read_candidates does, also for a file that has changed since it was hashed.
         """
-        logged = read_candidates(self.files, self.options)
+        logged = read_candidates(self.files, dataclasses.replace(self.options, data_files=self.data_files))
         for place, entry in enumerate(logged):  # in its place, or all decisions would be in memory twice
             logged[place] = present_in_order(entry, self.options)
         return logged
