@@ -17,6 +17,7 @@ from covered_call.language_model.loading import ADAPTER, answer_tokens, load_con
 from covered_call.tables import markdown
 from covered_call.training.card import SHARES, Panel, fill_card
 from covered_call.training.examples import (
+    CODE,
     EpochSampler,
     Examples,
     build_base_if_tiny,
@@ -181,7 +182,7 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
 def encode_pairs(pairs: Dataset, side: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Token ids of each pair's prompt with its chosen or its rejected answer, of which the two are the answers."""
 
-    def tokens(rows: dict) -> dict:
+    def tokens(rows: dict, code: str) -> dict:
         return {
             **encode_answers(tokenizer, rows["prompt"], rows[f"{side}_label"]),
             "label": rows[f"{side}_label"],
@@ -189,7 +190,8 @@ def encode_pairs(pairs: Dataset, side: str, tokenizer: PreTrainedTokenizerBase) 
         }
 
     unused = set(pairs.column_names) - {"decision_id", "decision_time"}
-    return pairs.map(tokens, batched=True, remove_columns=list(unused), desc=f"Tokenising the {side}")
+    given, said = {"code": CODE}, f"Tokenising the {side}"
+    return pairs.map(tokens, batched=True, fn_kwargs=given, remove_columns=list(unused), desc=said)
 
 
 def add_pairs(name: str, ranking: Dataset, pairs: Dataset) -> Dataset:

@@ -1,10 +1,12 @@
 """Examples: the records that are trained on and judged by, as a recipe asks for them, in tokens and in an order."""
 
+import hashlib
 import itertools
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from covered_call.candidates.prompts import (
     ranking_messages,
 )
 from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision
+from covered_call.language_model import loading
 from covered_call.language_model.loading import encode, load_config
 from covered_call.language_model.tiny_phi3 import build_tiny_base, tiny_base_path
 from covered_call.training.first_checks import check_base, no_model
@@ -31,6 +34,9 @@ from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import RecipeError
 
 IGNORE = -100  # the label of a token that carries no loss
+# The library caches what ``map`` makes under the names of the functions it calls. This is given to each, so that the
+# cache sees an edit of them, too.
+CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, loading.__file__))).hexdigest()
 ALIKE, NEAR = 8, 512  # records of like length that come together, out of so many neighbours of an epoch's order
 
 
@@ -93,12 +99,12 @@ def shuffle_epochs(train: Dataset, seed: int, copies: int) -> Dataset:
     epochs = []
     for epoch in range(copies):
         options = CoveredCallCandidatesConfig(candidate_order="shuffle", seed=seed + epoch)
-        said = f"Shuffling for epoch {epoch + 1}"
-        epochs.append(train.map(in_another_order, fn_kwargs={"options": options}, features=train.features, desc=said))
+        given, said = {"options": options, "code": CODE}, f"Shuffling for epoch {epoch + 1}"
+        epochs.append(train.map(in_another_order, fn_kwargs=given, features=train.features, desc=said))
     return concatenate_datasets(epochs)
 
 
-def in_another_order(record: dict, options: CoveredCallCandidatesConfig) -> dict:
+def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: str) -> dict:
     """What of a ranking's record changes with the order of its candidates."""
     rows = record["candidates"]
     if not rows:
@@ -163,7 +169,7 @@ def tuned_on(train: Dataset) -> dict:
 def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
     """Token ids of each chat, with labels on its answer alone, and the answers that its task admits."""
 
-    def tokens(rows: dict) -> dict:
+    def tokens(rows: dict, code: str) -> dict:
         shown = map(len, rows["candidates"]) if task == RANKING else [1] * len(rows["label"])
         prompts = [chat[:-1] for chat in rows["messages"]]
         return {
@@ -172,7 +178,8 @@ def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) 
         }
 
     unused = set(split.column_names) - {"label", "decision_id", "decision_time"}
-    return split.map(tokens, batched=True, remove_columns=list(unused), desc="Tokenising")
+    given = {"code": CODE}
+    return split.map(tokens, batched=True, fn_kwargs=given, remove_columns=list(unused), desc="Tokenising")
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str]) -> dict:

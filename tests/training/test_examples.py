@@ -51,6 +51,13 @@ def shown(split) -> list[list[str]]:
     return [re.findall(r"\[\d+\] (\S+)", messages[1]["content"]) for messages in split["messages"]]
 
 
+def test_what_is_rendered_anew_is_cached_only_as_long_as_the_code_is_the_same(corpus, monkeypatch):
+    split = load_splits(data_of(corpus, "per_decision_ranking").backtest(), "per_decision_ranking", 0)["train"]
+    first, again = (shuffle_epochs(split, 0, copies=1).cache_files for _ in range(2))
+    monkeypatch.setattr(examples, "CODE", "edited")
+    assert first == again != shuffle_epochs(split, 0, copies=1).cache_files
+
+
 def test_a_shuffle_is_another_one_each_epoch_and_spares_validation(corpus):
     backtest = data_of(corpus, "per_decision_ranking", candidate_order="shuffle").backtest()
     splits = load_splits(backtest, "per_decision_ranking", 0)
