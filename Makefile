@@ -5,10 +5,10 @@ DEFAULT = .venv
 CURRENT = .venv-current
 SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_simulated.csv
 
-# SLOW=1 adds the tests that are marked slow. A worker that has nothing left takes over tests of the other.
+# A worker that has nothing left takes over tests of the other. SLOW=1: the tests that are marked slow, and those alone.
 JOBS ?= 2
-PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations 10 $(if $(SLOW),,-m "not slow")
-COVERAGE = --cov --cov-report term:skip-covered
+PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations 10 -m $(if $(SLOW),slow,"not slow")
+COVERAGE = $(if $(SLOW),,--cov --cov-report term:skip-covered)
 
 .PHONY: run test test-current lint script wheel clean
 

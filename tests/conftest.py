@@ -7,6 +7,7 @@ import csv
 import datetime
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -61,6 +62,15 @@ runs_scripts = pytest.mark.skipif(
 def pytest_collection_modifyitems(items):
     """The slow ones first, so that in the end no process waits for another's."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def the_log_as_it_was():
+    """A command that a test runs here may quieten the log: the next test hears it again."""
+    logger = logging.getLogger("covered_call")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pytest_sessionfinish():

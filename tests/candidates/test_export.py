@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import COLUMNS, decision, no_candidates, python, row, time, write_csv
 
-from covered_call.candidates import builder
 from covered_call.candidates.export import main
 
 GOOD = [*decision(0, 0), *decision(1), no_candidates(2), *decision(3, 2)]
@@ -182,7 +181,7 @@ def test_a_full_disk_leaves_the_old_exports(tmp_path, monkeypatch, capsys, funct
         raise OSError(28, "No space left on device")
 
     path = with_old_exports(tmp_path, GOOD)
-    monkeypatch.setattr(builder.os, function, full)
+    monkeypatch.setattr(os, function, full)
     assert "No space left on device" in exits_with_one_line(capsys, "--input", path)
     assert old_exports_stand_alone(tmp_path)
 
