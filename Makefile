@@ -5,9 +5,10 @@ DEFAULT = .venv
 CURRENT = .venv-current
 SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_simulated.csv
 
-# A worker that has nothing left takes over tests of the other. SLOW=1: the tests that are marked slow, and those alone.
+# A worker that has nothing left takes over tests of the other. SLOW=1: the tests that are marked slow, and those alone,
+# handed out one by one.
 JOBS ?= 2
-PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations 10 -m $(if $(SLOW),slow,"not slow")
+PYTEST = -m pytest -n $(JOBS) --durations 10 $(if $(SLOW),-m slow --maxschedchunk 1,-m "not slow" --dist worksteal)
 COVERAGE = $(if $(SLOW),,--cov --cov-report term:skip-covered)
 
 .PHONY: run test test-current lint script wheel clean

@@ -58,10 +58,15 @@ runs_scripts = pytest.mark.skipif(
     reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",
 )
 
+on_the_default_stack = pytest.mark.skipif(
+    int(datasets.__version__.split(".")[0]) >= 4,
+    reason="takes minutes, and shows nothing that depends on the stack but what quicker tests show on both",
+)
+
 
 def pytest_collection_modifyitems(items):
-    """The slow ones first, so that in the end no process waits for another's."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The slowest first, so that in the end no process waits for another's."""
+    items.sort(key=lambda item: -sum(mark.kwargs.get("minutes", 1) for mark in item.iter_markers("slow")))
 
 
 @pytest.fixture(autouse=True)

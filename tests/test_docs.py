@@ -20,7 +20,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, on_the_default_stack, python
 from matplotlib.image import imread
 
 from covered_call import load_candidates
@@ -179,13 +179,15 @@ def test_quick_commands_and_python_blocks_run(checkout):
     run_all(found, checkout)
 
 
-@pytest.mark.slow
+@on_the_default_stack
+@pytest.mark.slow(minutes=2)
 def test_slow_commands_and_what_needs_their_models_run(checkout):
     found = [step for step in RUN if step.slow]
     assert len(found) > 12
     run_all(found, checkout)
 
 
+@on_the_default_stack
 @pytest.mark.slow
 def test_tables_that_need_no_language_model_are_what_the_commands_print(tmp_path):
     sample = ["--data_files", str(ROOT / "data" / "sample" / "*.csv"), "--output_dir", tmp_path / "out"]

@@ -23,6 +23,8 @@ from covered_call.language_model.training_log import talk_plainly
 
 logger = logging.getLogger(__name__)
 
+BATCH = 32  # records of a step of the base's training
+
 # Special, but with no role in the tokenizer, as Phi-3 has them: all_special_ids does not know them. Phi-3's swallow
 # the line break that follows, too; two layers learn better where it stays.
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -123,7 +125,7 @@ def train_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
             args=SFTConfig(
                 output_dir=str(unfinished),
                 max_steps=steps,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=BATCH,
                 learning_rate=3e-3,
                 lr_scheduler_type="cosine",
                 warmup_steps=steps // 10,
@@ -137,7 +139,8 @@ def train_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
                 save_strategy="no",
                 report_to="none",
             ),
-            train_dataset=train,
+            # No more than are read, for TRL tokenises each, one by one.
+            train_dataset=train.shuffle(seed=seed).select(range(min(len(train), steps * BATCH))),
             processing_class=tokenizer,
         )
         talk_plainly(trainer)

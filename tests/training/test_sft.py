@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REAL_DATA, SCRIPT, needs_real_data, python
+from conftest import REAL_DATA, SCRIPT, needs_real_data, on_the_default_stack, python
 from language_model.test_policy import FAMILIES
 from transformers import AutoTokenizer
 
@@ -48,7 +48,8 @@ def balanced_accuracy(table: str, split: str, who: str) -> float:
     return float(re.search(rf"^{split} +\d+  {who}.* ([\d.]+)$", table, re.MULTILINE).group(1))
 
 
-@pytest.mark.slow
+@on_the_default_stack
+@pytest.mark.slow(minutes=4)
 def test_the_tiny_recipe_as_shipped_beats_the_majority_answer_on_the_sample(tmp_path, capsys):
     sample = SCRIPT.parent / "data" / "sample" / "*.csv"
     tuning.run(
