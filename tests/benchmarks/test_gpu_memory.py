@@ -40,6 +40,7 @@ def tiny(tmp_path_factory):
 # --- The command
 
 
+@pytest.mark.slow
 def test_the_tiny_size_is_measured_on_the_cpu(tmp_path, monkeypatch, capsys):
     """Ours in a process of its own, as all works are; TRL's here, which spares the imports."""
     apart = gpu_memory.run_apart
@@ -353,6 +354,7 @@ class FastModel:
 """
 
 
+@pytest.mark.slow
 def test_unsloth_runs_in_an_environment_without_this_project(tiny, tmp_path):
     """A stand-in of its interface: the real one needs a GPU."""
     (tmp_path / "unsloth.py").write_text(STAND_IN)

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from conftest import SCRIPT, import_script
 
 BENCHMARK = SCRIPT.parent / "benchmarks" / "training_speed.py"
 
 
+@pytest.mark.slow
 def test_each_thing_stands_beside_the_same_work_without_it(monkeypatch, capsys):
     options = ["--records", "16", "--hidden", "64", "--layers", "2", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", [str(BENCHMARK), *options])
