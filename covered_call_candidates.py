@@ -55,7 +55,7 @@ MODULES = (
     "schema", "options", "prompts", "csv_rows", "strays", "outcomes", "reading", "preferences", "splits",
     "records", "builder",
 )
-MADE_FROM = "9106fe63eac4571c8664d94e7cca0eece3b722b9dc74291083e8a50c4e48cd6f"  # their SHA-256
+MADE_FROM = "6be9b909ddb2d5ce5198487e2ecfef91f17c840b9413be6844d02556e78815f4"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1954,6 +1954,7 @@ FEATURES = {
 
 
 CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
+VERSION = datasets.Version("2.0.0")  # of all configs: what their columns are called and mean
 SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
 
 
@@ -1965,22 +1966,22 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
             name="per_candidate",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One chat a candidate option, answered SELL_CALL or SKIP.",
         ),
         CoveredCallCandidatesConfig(
             name="per_decision_ranking",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
         ),
         PreferenceConfig(
             name="preference",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One pair of answers a decision: the one that brought most, and a worse one.",
         ),
         CoveredCallCandidatesConfig(
             name="q_values",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One row of numbers a candidate option, with what selling it brought.",
         ),
     ]

@@ -33,6 +33,7 @@ from covered_call.candidates.splits import split_decisions
 logger = logging.getLogger(__name__)
 
 CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
+VERSION = datasets.Version("2.0.0")  # of all configs: what their columns are called and mean
 SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
 
 
@@ -44,22 +45,22 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
             name="per_candidate",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One chat a candidate option, answered SELL_CALL or SKIP.",
         ),
         CoveredCallCandidatesConfig(
             name="per_decision_ranking",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One chat a decision, answered with a candidate's index, 1..N, or NO_TRADE.",
         ),
         PreferenceConfig(
             name="preference",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One pair of answers a decision: the one that brought most, and a worse one.",
         ),
         CoveredCallCandidatesConfig(
             name="q_values",
-            version=datasets.Version("2.0.0"),
+            version=VERSION,
             description="One row of numbers a candidate option, with what selling it brought.",
         ),
     ]

@@ -45,7 +45,7 @@ def backtest_of(args: argparse.Namespace, recipe: dict) -> Backtest:
     if recipe.get("candidate_order") == merged.get("candidate_order") == "shuffle":
         del merged["candidate_order"]  # of a training's splits, the training split alone is shuffled
     options: dict[str, Any] = {name: merged[name] for name in DATA_OPTIONS if name in merged}
-    config = CoveredCallCandidatesConfig(hindsight=args.hindsight, **options)
+    config = CoveredCallCandidatesConfig(hindsight=given.get("hindsight", False), **options)
     config.check()
     return Backtest(find_csvs(merged.get("data_files"), merged.get("data_dir"), str(HOME)), config)
 

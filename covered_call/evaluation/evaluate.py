@@ -206,7 +206,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="covered-call evaluate", description=__doc__, formatter_class=Help, allow_abbrev=False
     )
-    parser.set_defaults(hindsight=False)  # a model is judged on prompts that do not name the answer
     title = parser.add_argument_group("what to judge (one of these)")
     what = title.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="DIR", help="a folder that covered-call train or prefer saved")

@@ -108,7 +108,7 @@ class DataArguments(recipe_keys(DATA, SPLITS)):
             CandidatesError: for options that no load takes, and for files that are not there.
         """
         splits = tuple(self.splits) if isinstance(self.splits, list) else self.splits
-        return backtest_of(argparse.Namespace(hindsight=False), vars(self) | {"splits": splits})
+        return backtest_of(argparse.Namespace(), vars(self) | {"splits": splits})
 
 
 @dataclass(kw_only=True)

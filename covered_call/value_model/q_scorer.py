@@ -114,7 +114,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="covered-call q-scorer", description=__doc__, formatter_class=Help, allow_abbrev=False
     )
     add_data_options(parser)
-    parser.set_defaults(hindsight=False)
     model = parser.add_argument_group("model")
     model.add_argument(
         *flags("positive_weight"), type=float, default=1.0, metavar="W",
