@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, on_the_default_stack
 
 # Judged on few decisions: it is the way that is tried, not the model.
 WORDS = (
@@ -22,6 +22,7 @@ def run(folder, installed, *words) -> str:
     return done.stdout
 
 
+@on_the_default_stack
 @pytest.mark.slow(minutes=2)
 def test_the_wheel_trains_and_evaluates_on_its_own_sample(tmp_path):
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_PHI3, SCRIPT, import_script, needs_real_phi3, python
+from conftest import REAL_PHI3, SCRIPT, import_script, needs_real_phi3, on_the_default_stack, python
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, Phi3Config
 
@@ -354,6 +354,7 @@ class FastModel:
 """
 
 
+@on_the_default_stack
 @pytest.mark.slow
 def test_unsloth_runs_in_an_environment_without_this_project(tiny, tmp_path):
     """A stand-in of its interface: the real one needs a GPU."""

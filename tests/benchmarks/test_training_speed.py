@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from conftest import SCRIPT, import_script
+from conftest import SCRIPT, import_script, on_the_default_stack
 
 BENCHMARK = SCRIPT.parent / "benchmarks" / "training_speed.py"
 
 
+@on_the_default_stack
 @pytest.mark.slow
 def test_each_thing_stands_beside_the_same_work_without_it(monkeypatch, capsys):
     options = ["--records", "16", "--hidden", "64", "--layers", "2", "--rounds", "1"]

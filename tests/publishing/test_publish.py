@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import REAL_DATA, load_candidates, needs_real_data
+from conftest import REAL_DATA, load_candidates, needs_real_data, on_the_default_stack
 
 from covered_call.candidates.records import RECORDS
 
@@ -101,6 +101,7 @@ def test_push_to_hub_for_each_config_works_and_no_card_of_ours_merges_the_config
 STACKS = os.environ.get("BOTH_STACKS", f"{REPO}/.venv/bin/python:{REPO}/.venv-current/bin/python").split(":")
 
 
+@on_the_default_stack
 @pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(os.path.exists, STACKS)),
