@@ -17,7 +17,9 @@ The file is self-contained because ``datasets`` copies it, alone, into its modul
 """
 
 import bisect
+import codecs
 import collections
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -26,16 +28,24 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import random
 import re
+import shutil
+import string
+import sys
+import tempfile
+import weakref
 import zlib
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -43,6 +53,9 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 from datasets.data_files import DataFilesDict
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
@@ -52,10 +65,10 @@ from scipy.special import ndtr
 logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
-    "schema", "options", "prompts", "csv_rows", "strays", "outcomes", "reading", "preferences", "splits",
-    "records", "builder",
+    "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
+    "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "6be9b909ddb2d5ce5198487e2ecfef91f17c840b9413be6844d02556e78815f4"  # their SHA-256
+MADE_FROM = "ca124dc22af54d465a35e86913e8e8c761c0557805c64bd36810a156237690c4"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -383,6 +396,175 @@ def utc(time: datetime.datetime) -> datetime.datetime:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# columns
+#
+# Decisions in columns: what a million of them is kept in, where one alone is a LoggedDecision.
+
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+STATE, RECORDED = Candidate._fields[1:], Outcome._fields
+COUNTERFACTUAL = "counterfactual_pnl_vs_hodl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """D decisions and their R candidates; those of decision i are the rows offsets[i] to offsets[i + 1].
+
+    Money is in USD; a number that is not known is NaN.
+    """
+
+    names: tuple[str, ...]  # of underlyings and exit styles: the next two are places in it
+    underlying: np.ndarray  # (D,) int32
+    exit_style: np.ndarray  # (D,) int32
+    time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
+    spot: np.ndarray  # (D,) float64
+    chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
+    offsets: np.ndarray  # (D + 1,) int64
+    instrument: pa.StringArray  # (R,)
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED and COUNTERFACTUAL
+    label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @functools.cached_property
+    def decision_of(self) -> np.ndarray:
+        """(R,) int64: the decision of each candidate."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @functools.cached_property
+    def place(self) -> np.ndarray:
+        """(R,) int64: the place of each candidate among those of its decision, from 0."""
+        return np.arange(len(self.decision_of)) - self.offsets[self.decision_of]
+
+    def renamed(self, names: list[str]) -> "Columns":
+        """The same with the names of others, to which those that they lack are added."""
+        names += [name for name in self.names if name not in names]
+        places = np.array([names.index(name) for name in self.names], np.int32)
+        return dataclasses.replace(
+            self, names=tuple(names), underlying=places[self.underlying], exit_style=places[self.exit_style]
+        )
+
+    def take(self, places: np.ndarray) -> "Columns":
+        """The decisions at these places."""
+        sizes = np.diff(self.offsets)[places]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        rows = np.repeat(self.offsets[places] - offsets[:-1], sizes) + np.arange(offsets[-1])
+        by_decision = {name: getattr(self, name)[places] for name in BY_DECISION}
+        return dataclasses.replace(self, **by_decision, offsets=offsets).with_rows(rows, self)
+
+    def with_rows(self, rows: np.ndarray, of: "Columns") -> "Columns":
+        """The same decisions with the candidates that stand at these rows of another."""
+        numbers = {name: values[rows] for name, values in of.numbers.items()}
+        return dataclasses.replace(
+            self, instrument=of.instrument.take(pa.array(rows)), numbers=numbers, label_end=of.label_end[rows]
+        )
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """The decisions of all parts, which have the same names."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([part.offsets[-1] for part in parts])
+    offsets = [part.offsets[1:] + end - part.offsets[-1] for part, end in zip(parts, ends, strict=True)]
+    return Columns(
+        parts[0].names,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in BY_DECISION},
+        offsets=np.concatenate([[0], *offsets]),
+        instrument=pa.concat_arrays([part.instrument for part in parts]),
+        numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
+        label_end=np.concatenate([part.label_end for part in parts]),
+    )
+
+
+ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
+
+
+def in_batches(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
+    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    starts = np.flatnonzero(np.diff(ends // ROWS, prepend=-1)).tolist()
+    return list(itertools.pairwise([*starts, len(sizes)]))
+
+
+BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")
+
+
+def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
+    """Decisions as columns; what has no counterfactual gets one that is unknown."""
+    names = tuple(dict.fromkeys(name for entry in logged for name in entry.decision[1:3]))
+    codes = {name: place for place, name in enumerate(names)}
+    decisions = [entry.decision for entry in logged]
+    candidates = [candidate for decision in decisions for candidate in decision.candidates]
+    outcomes = [outcome for entry in logged for outcome in entry.outcomes]
+    found = [
+        entry.counterfactuals or [Counterfactual(None, EPOCH)] * len(entry.decision.candidates) for entry in logged
+    ]
+    counterfactuals = [one for its in found for one in its]
+    numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
+    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
+    numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
+    return Columns(
+        names,
+        np.array([codes[decision.underlying] for decision in decisions], np.int32),
+        np.array([codes[decision.exit_style] for decision in decisions], np.int32),
+        np.array([microseconds(decision.decision_time) for decision in decisions], np.int64),
+        floats(decision.spot for decision in decisions),
+        np.array([-1 if entry.chosen is None else entry.chosen for entry in logged], np.int32),
+        np.cumsum([0, *(len(decision.candidates) for decision in decisions)], dtype=np.int64),
+        pa.array([candidate.instrument for candidate in candidates], pa.string()),
+        numbers,
+        np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
+    )
+
+
+def logged_of(columns: Columns) -> list[LoggedDecision]:
+    """The decisions one by one."""
+    rows = zip(columns.instrument.to_pylist(), *(known(columns.numbers[name]) for name in STATE), strict=True)
+    candidates = [Candidate(*row) for row in rows]
+    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
+    ends = map(time_of, columns.label_end.tolist())
+    counterfactuals = [Counterfactual(*row) for row in zip(known(columns.numbers[COUNTERFACTUAL]), ends, strict=True)]
+    offsets = columns.offsets.tolist()
+    names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
+    logged = []
+    for place, (underlying, exit_style, time, spot, chosen) in enumerate(zip(*fields, strict=True)):
+        its = slice(offsets[place], offsets[place + 1])
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]))
+        sold = None if chosen < 0 else chosen
+        logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
+    return logged
+
+
+def floats(values) -> np.ndarray:
+    """Numbers as float64, None as NaN."""
+    return np.array(list(values), dtype=np.float64)
+
+
+def known(values: np.ndarray) -> list:
+    """Floats as Python has them, NaN as None."""
+    return np.where(np.isnan(values), None, values).tolist() if np.isnan(values).any() else values.tolist()
+
+
+def microseconds(time: datetime.datetime) -> int:
+    return (time - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def timedelta_of(days: np.ndarray) -> np.ndarray:
+    """Microseconds as datetime.timedelta(days=...) has them, which rounds the fraction of a day alone."""
+    fraction, whole = np.modf(days)
+    return whole.astype(np.int64) * DAY + np.rint(fraction * DAY).astype(np.int64)
+
+
+DAY = 86_400_000_000  # microseconds
+
+
+@functools.lru_cache(maxsize=65_536)
+def time_of(time: int) -> datetime.datetime:
+    return EPOCH + datetime.timedelta(microseconds=time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # options
 #
 # The options of a load: one dataclass, from which command lines, recipes, manifests and cache keys are derived.
@@ -595,17 +777,22 @@ def parse_option_time(options: "CoveredCallCandidatesConfig", name: str) -> date
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prompts
+# number_texts
 #
-# Prompts and answers. Training, evaluation and a live policy all render and read through these functions.
+# Numbers as prompts write them: one of a live decision, or a whole column at once, with the same text.
+
+
+UNKNOWN = "n/a"
+TABLED = 100_000  # 0.0000 to 9.9999: nearly all ratios
+SPLITTER = 2.0**27 + 1  # cuts a float64 into two halves of 26 bits, whose products are exact (Veltkamp)
 
 
 def money(value: float | None, unit: str = "") -> str:
-    return "n/a" if value is None else f"{value:.2f}{unit}"
+    return UNKNOWN if value is None else f"{value:.2f}{unit}"
 
 
 def ratio(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+    return UNKNOWN if value is None else f"{value:.4f}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -618,54 +805,156 @@ def days(dte: float) -> str:
     return str(int(dte)) if dte == int(dte) else f"{dte:.2f}"
 
 
+def each_distinct(values: np.ndarray, text: Callable[..., str]) -> pa.StringArray:
+    """The texts of (K,) float64 or int64 numbers, made once for each that differs in a bit, NaN from None."""
+    bits = pa.array(values.view(np.int64)).dictionary_encode()
+    distinct = known(bits.dictionary.to_numpy().view(values.dtype))
+    return pa.array([text(value) for value in distinct], pa.string()).take(bits.indices)
+
+
+def ratios(values: np.ndarray) -> pa.StringArray:
+    """What ``ratio`` makes of each of (K,) float64 numbers; NaN is unknown."""
+    rounded = ten_thousandths(np.fmin(np.abs(values), 10.0))  # NaN becomes 10: of both, the table says "n/a"
+    beyond = rounded >= TABLED
+    places = np.where(beyond, 2 * TABLED, rounded + TABLED * np.signbit(values))
+    texts = table_of_ratios().take(pa.array(places))
+    large = beyond & ~np.isnan(values)
+    if large.any():
+        texts = pc.replace_with_mask(texts, large, pa.array(list(map(ratio, values[large].tolist())), pa.string()))
+    return texts
+
+
+def ten_thousandths(values: np.ndarray) -> np.ndarray:
+    """(K,) int64: numbers from 0 to 10, times 10,000, as ``.4f`` rounds them: exactly, ties to even."""
+    product = values * 1e4
+    whole = np.floor(product)
+    above = product - whole - 0.5  # exact, as is what the product itself has lost (Dekker 1971):
+    high = SPLITTER * values - (SPLITTER * values - values)
+    lost = (high * 1e4 - product) + (values - high) * 1e4
+    up = (above > 0) | (above == 0) & ((lost > 0) | (lost == 0) & (whole % 2 == 1))
+    return (whole + up).astype(np.int64)
+
+
+@functools.cache
+def table_of_ratios() -> pa.StringArray:
+    """The texts of 0, 1, ... 99,999 ten-thousandths, of the same below zero, and "n/a"."""
+    digits = np.arange(TABLED)[:, None] // 10 ** np.arange(4, -1, -1) % 10 + ord("0")
+    above = np.insert(digits.astype(np.uint8), 1, ord("."), axis=1)
+    below = np.insert(above, 0, ord("-"), axis=1)
+    return pa.concat_arrays([rows_as_texts(above), rows_as_texts(below), pa.array([UNKNOWN])])
+
+
+def rows_as_texts(characters: np.ndarray) -> pa.StringArray:
+    """The rows of a (K, W) uint8 array of ASCII characters."""
+    count, width = characters.shape
+    offsets = np.arange(0, (count + 1) * width, width, dtype=np.int32)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(characters))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+#
+# Prompts and answers: of one live decision, or of many in columns, from the same templates.
+
+
+ROLES = ("system", "user", "assistant")
+CANDIDATE_SYSTEM = (
+    "You are an automated {underlying} covered-call policy. For each candidate option, decide whether to SELL_CALL or "
+    "SKIP based on the state. Do not use hindsight PnL to answer; treat it as teacher labels only."
+)
+CANDIDATE_MARKET = """\
+Decision time: {decision_time}
+Underlying: {underlying}
+Spot price: {spot}
+Teacher policy (exit_style): {exit_style}
+"""
+CANDIDATE_STATE = """\
+Candidate option: {instrument}
+  - Strike: {strike}
+  - DTE (days): {dte}
+  - Delta: {delta}
+  - Score: {score}
+  - IV: {iv}
+  - IV/RV ratio: {ivrv_ratio}
+
+{hindsight}Question: Based only on the information available at decision time (ignore the realized outcome), what \
+ACTION should the policy take on this candidate? Reply with exactly one token: SELL_CALL or SKIP."""
+RANKING_SYSTEM = (
+    "You are an automated {underlying} covered-call strategy. At each decision, you see multiple candidate options "
+    "and may either pick exactly one to SELL_CALL or decide NO_TRADE. Choose the single best candidate index, "
+    "imitating the teacher policy."
+)
+RANKING_USER = """\
+Decision time: {decision_time}
+Underlying: {underlying}
+Spot: {spot}
+Teacher policy (exit_style): {exit_style}
+Candidates:
+{lines}
+{hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
+with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
+RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}\n"
+NO_LINES = "  (none)\n"
+# The outcomes as text. They name the answer: only for corpora that must match the teacher's.
+CANDIDATE_HINDSIGHT = """\
+Risk snapshot (teacher hindsight):
+  - Max drawdown on this chain: {max_drawdown_pct}
+
+PnL outcome for this candidate if chosen (teacher hindsight):
+  - Reward (USD): {reward}
+  - PnL vs HODL (USD): {pnl_vs_hodl}
+
+"""
+RANKING_HINDSIGHT = """\
+Outcome (teacher hindsight for the chosen candidate only):
+  - Chosen candidate index: {index}
+  - Reward (USD): {reward}
+  - PnL vs HODL (USD): {pnl_vs_hodl}
+
+"""
+
+
 def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str = "") -> list[dict]:
     """System and user message that ask for SELL_CALL or SKIP on one candidate of a decision."""
-    system = (
-        f"You are an automated {decision.underlying} covered-call policy. For each candidate option, decide whether "
-        "to SELL_CALL or SKIP based on the state. Do not use hindsight PnL to answer; treat it as teacher labels only."
-    )
-    user = (
-        f"Decision time: {decision.decision_time.isoformat()}\n"
-        f"Underlying: {decision.underlying}\n"
-        f"Spot price: {money(decision.spot)}\n"
-        f"Teacher policy (exit_style): {decision.exit_style}\n"
-        f"Candidate option: {candidate.instrument}\n"
-        f"  - Strike: {exact(candidate.strike)}\n"
-        f"  - DTE (days): {days(candidate.dte)}\n"
-        f"  - Delta: {ratio(candidate.delta)}\n"
-        f"  - Score: {ratio(candidate.score)}\n"
-        f"  - IV: {ratio(candidate.iv)}\n"
-        f"  - IV/RV ratio: {ratio(candidate.ivrv_ratio)}\n"
-        f"\n{hindsight}"
-        "Question: Based only on the information available at decision time (ignore the realized outcome), what "
-        "ACTION should the policy take on this candidate? Reply with exactly one token: SELL_CALL or SKIP."
-    )
-    return chat(system, user)
+    fields = fields_of_market(decision) | fields_of_state(candidate) | {"hindsight": hindsight}
+    return chat(CANDIDATE_SYSTEM.format(**fields), (CANDIDATE_MARKET + CANDIDATE_STATE).format(**fields))
 
 
 def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
-    system = (
-        f"You are an automated {decision.underlying} covered-call strategy. At each decision, you see multiple "
-        "candidate options and may either pick exactly one to SELL_CALL or decide NO_TRADE. Choose the single best "
-        "candidate index, imitating the teacher policy."
-    )
     lines = [
-        f"  [{index}] {c.instrument} — Strike: {exact(c.strike)}, DTE: {days(c.dte)}, Delta: {ratio(c.delta)}, "
-        f"Score: {ratio(c.score)}\n"
-        for index, c in enumerate(decision.candidates, start=1)
+        RANKING_LINE.format(index=index, **fields_of_state(candidate))
+        for index, candidate in enumerate(decision.candidates, start=1)
     ]
-    user = (
-        f"Decision time: {decision.decision_time.isoformat()}\n"
-        f"Underlying: {decision.underlying}\n"
-        f"Spot: {money(decision.spot)}\n"
-        f"Teacher policy (exit_style): {decision.exit_style}\n"
-        f"Candidates:\n{''.join(lines) or '  (none)' + chr(10)}"
-        f"\n{hindsight}"
-        "Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply "
-        f"with exactly one token: 1, 2, ..., {len(decision.candidates)}, or NO_TRADE."
-    )
-    return chat(system, user)
+    fields = {"lines": "".join(lines) or NO_LINES, "count": len(decision.candidates), "hindsight": hindsight}
+    fields |= fields_of_market(decision)
+    return chat(RANKING_SYSTEM.format(**fields), RANKING_USER.format(**fields))
+
+
+def fields_of_market(decision: Decision) -> dict[str, str]:
+    return {
+        "decision_time": decision.decision_time.isoformat(),
+        "underlying": decision.underlying,
+        "spot": money(decision.spot),
+        "exit_style": decision.exit_style,
+    }
+
+
+def fields_of_state(candidate: Candidate) -> dict[str, str]:
+    numbers = {name: ratio(getattr(candidate, name)) for name in RATIOS}
+    return {
+        "instrument": candidate.instrument,
+        "strike": exact(candidate.strike),
+        "dte": days(candidate.dte),
+        **numbers,
+    }
+
+
+RATIOS = ("delta", "score", "iv", "ivrv_ratio")
+
+
+def chat(system: str, user: str) -> list[dict]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def admissible_answers(task: str, candidates: int) -> list[str]:
@@ -679,6 +968,11 @@ def admissible_answers(task: str, candidates: int) -> list[str]:
 def answer_of(pick: int | None) -> str:
     """A pick (an index into the candidates from 0, None for no trade) as the answer to a ranking: "3", NO_TRADE."""
     return NO_TRADE if pick is None else str(pick + 1)
+
+
+def answers_of(picks: np.ndarray) -> pa.StringArray:
+    """The same of (K,) picks, -1 for no trade."""
+    return pc.if_else(pa.array(picks < 0), NO_TRADE, pa.array(picks + 1).cast(pa.string()))
 
 
 def pick_of(answer: str) -> int | None:
@@ -701,43 +995,159 @@ def order_candidates(decision: Decision, options: CoveredCallCandidatesConfig) -
     return decision._replace(candidates=tuple(candidates[i] for i in order)), order
 
 
-def present_in_order(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> LoggedDecision:
-    """The same with all that goes with each candidate."""
-    decision, order = order_candidates(logged.decision, options)
-    return LoggedDecision(
-        decision,
-        None if logged.chosen is None else order.index(logged.chosen),
-        tuple(logged.outcomes[i] for i in order),
-        tuple(logged.counterfactuals[i] for i in order) if logged.counterfactuals else (),
-    )
+def present_in_order(columns: Columns, options: CoveredCallCandidatesConfig) -> Columns:
+    """The same decisions, the candidates of each in the order that prompts show; the very same where that changes
+    nothing."""
+    if options.candidate_order == "csv":
+        return columns
+    rows = by_instrument(columns)
+    if options.candidate_order == "shuffle":
+        rows = rows[shuffled_places(columns, options.seed)]
+    if (rows[1:] > rows[:-1]).all():
+        return columns
+    its_place = np.empty(len(rows), np.int32)
+    its_place[rows] = columns.place
+    traded = columns.chosen >= 0
+    chosen = columns.chosen.copy()
+    chosen[traded] = its_place[columns.offsets[:-1][traded] + chosen[traded]]
+    return dataclasses.replace(columns, chosen=chosen).with_rows(rows, columns)
 
 
-def candidate_hindsight(outcome: Outcome) -> str:
-    """The outcome of a candidate as text. It names the answer: only for corpora that must match the teacher's."""
-    return (
-        "Risk snapshot (teacher hindsight):\n"
-        f"  - Max drawdown on this chain: {money(outcome.max_drawdown_pct, '%')}\n"
-        "\n"
-        "PnL outcome for this candidate if chosen (teacher hindsight):\n"
-        f"  - Reward (USD): {money(outcome.reward)}\n"
-        f"  - PnL vs HODL (USD): {money(outcome.pnl_vs_hodl)}\n"
-        "\n"
-    )
+def by_instrument(columns: Columns) -> np.ndarray:
+    """(R,) int64: the rows of each decision by instrument, as Python compares text, and then by strike."""
+    names = columns.instrument.dictionary_encode()
+    rank = np.empty(len(names.dictionary), np.int64)
+    rank[pc.sort_indices(names.dictionary)] = np.arange(len(rank))  # by UTF-8 bytes, which is by code points
+    return np.lexsort((columns.numbers["strike"], rank[names.indices], columns.decision_of))
 
 
-def ranking_hindsight(index: int, outcome: Outcome) -> str:
-    """The chosen index (1-based) and its outcome as text; the same warning holds."""
-    return (
-        "Outcome (teacher hindsight for the chosen candidate only):\n"
-        f"  - Chosen candidate index: {index}\n"
-        f"  - Reward (USD): {money(outcome.reward)}\n"
-        f"  - PnL vs HODL (USD): {money(outcome.pnl_vs_hodl)}\n"
-        "\n"
-    )
+def shuffled_places(columns: Columns, seed: int) -> np.ndarray:
+    """(R,) int64: each decision's rows by lot; a lot of its own, whatever other decisions there are."""
+    rows = np.arange(len(columns.instrument)).tolist()
+    shuffled = []
+    for key, start, end in zip(
+        decision_ids(columns).to_pylist(), columns.offsets[:-1].tolist(), columns.offsets[1:].tolist(), strict=True
+    ):
+        its_rows = rows[start:end]
+        random.Random(f"{seed}|{key}").shuffle(its_rows)
+        shuffled += its_rows
+    return np.array(shuffled, np.int64)
 
 
-def chat(system: str, user: str) -> list[dict]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+def decision_ids(columns: Columns) -> pa.StringArray:
+    """What Decision.decision_id is, of each."""
+    return filled("{underlying}|{decision_time}|{exit_style}", texts_of_market(columns))
+
+
+def candidate_chats(columns: Columns, answers: pa.StringArray, hindsight: bool) -> pa.ListArray:
+    """(R,) the messages of candidate_messages, and the answer to each."""
+    market = texts_of_market(columns)
+    rows = pa.array(columns.decision_of)
+    heads = filled(CANDIDATE_SYSTEM + CANDIDATE_MARKET, market).take(rows)
+    blocks = filled(CANDIDATE_HINDSIGHT, texts_of_outcomes(columns.numbers)) if hindsight else ""
+    more = {"head": heads, "hindsight": blocks, "answer": answers}
+    texts = filled("{head}" + CANDIDATE_STATE + "{answer}", texts_of_state(columns, *RATIOS) | more)
+    system = lengths(filled(CANDIDATE_SYSTEM, market))[columns.decision_of]
+    return cut_chats(texts, system, lengths(answers))
+
+
+def ranking_chats(columns: Columns, answers: pa.StringArray | None, hindsight: bool = False) -> pa.ListArray:
+    """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
+    lines = filled(RANKING_LINE, texts_of_state(columns, "delta", "score") | {"index": answers_of(columns.place)})
+    # A decision's lines stand side by side, so that together they are one text.
+    offsets = offsets_of(lines)[columns.offsets]
+    lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
+    sizes = np.diff(columns.offsets)
+    fields = texts_of_market(columns) | {
+        "lines": pc.if_else(pa.array(sizes > 0), lines, NO_LINES),
+        "count": pa.array(sizes).cast(pa.string()),
+        "hindsight": ranking_blocks(columns) if hindsight else "",
+    }
+    system = lengths(filled(RANKING_SYSTEM, fields))
+    if answers is None:
+        return cut_chats(filled(RANKING_SYSTEM + RANKING_USER, fields), system)
+    texts = filled(RANKING_SYSTEM + RANKING_USER + "{answer}", fields | {"answer": answers})
+    return cut_chats(texts, system, lengths(answers))
+
+
+def ranking_blocks(columns: Columns) -> pa.StringArray:
+    """(D,) the hindsight of a ranking; nothing where nothing was sold."""
+    traded = columns.chosen >= 0
+    sold = columns.offsets[:-1][traded] + columns.chosen[traded]
+    outcomes = texts_of_outcomes({name: columns.numbers[name][sold] for name in RECORDED})
+    blocks = filled(RANKING_HINDSIGHT, outcomes | {"index": answers_of(columns.chosen[traded])})
+    return pc.replace_with_mask(pa.array([""] * len(columns), pa.string()), traded, blocks)
+
+
+def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
+    """(D,) each: what fields_of_market gives for one."""
+    names = pa.array(columns.names, pa.string())
+    return {
+        "decision_time": each_distinct(columns.time, lambda time: time_of(time).isoformat()),
+        "underlying": names.take(pa.array(columns.underlying)),
+        "spot": each_distinct(columns.spot, money),
+        "exit_style": names.take(pa.array(columns.exit_style)),
+    }
+
+
+def texts_of_state(columns: Columns, *of_ratios: str) -> dict[str, pa.StringArray]:
+    """(R,) each: what fields_of_state gives for one, with those of the ratios that are asked for."""
+    numbers = columns.numbers
+    texts = {name: each_distinct(numbers[name], text) for name, text in (("strike", exact), ("dte", days))}
+    return {"instrument": columns.instrument, **texts, **{name: ratios(numbers[name]) for name in of_ratios}}
+
+
+def texts_of_outcomes(numbers: dict[str, np.ndarray]) -> dict[str, pa.StringArray]:
+    """(K,) each, as hindsight shows them."""
+    texts = {name: each_distinct(numbers[name], money) for name in ("reward", "pnl_vs_hodl")}
+    percent = functools.partial(money, unit="%")
+    return texts | {"max_drawdown_pct": each_distinct(numbers["max_drawdown_pct"], percent)}
+
+
+def filled(template: str, fields: Mapping[str, pa.StringArray | str]) -> pa.StringArray:
+    """(K,) the template's texts.
+
+    Args:
+        fields: K texts each, or one for all.
+    """
+    pieces = [
+        piece
+        for literal, name, _, _ in string.Formatter().parse(template)
+        for piece in ([literal] if name is None else [literal, fields[name]])
+    ]
+    return pc.binary_join_element_wise(*pieces, "")
+
+
+def lengths(texts: pa.StringArray) -> np.ndarray:
+    """(K,) int32, in bytes."""
+    return pc.binary_length(texts).to_numpy()
+
+
+def offsets_of(texts: pa.StringArray) -> np.ndarray:
+    """(K + 1,) int32: where each text begins, and the last one ends, in the bytes of them all."""
+    return np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def cut_chats(texts: pa.StringArray, system: np.ndarray, answer: np.ndarray | None = None) -> pa.ListArray:
+    """(K,) chats from the texts of their messages one after another, without a copy.
+
+    Args:
+        system: (K,) the bytes of the system message.
+        answer: (K,) those of the answer, which ends a text; None if there is none.
+    """
+    starts = offsets_of(texts)
+    begins = [starts[:-1], starts[:-1] + system, *([] if answer is None else [starts[1:] - answer])]
+    cuts = np.append(np.column_stack(begins), starts[-1]).astype(np.int32)
+    contents = pa.StringArray.from_buffers(len(cuts) - 1, pa.py_buffer(cuts), texts.buffers()[2])
+    return chats_of(contents, ROLES[: len(begins)])
+
+
+def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
+    """(K,) chats of messages with these roles each, from their contents in a row."""
+    place = np.arange(len(contents)) % len(roles)
+    messages = pa.StructArray.from_arrays([pa.array(roles).take(pa.array(place)), contents], ["role", "content"])
+    ends = np.arange(0, len(contents) + 1, len(roles), dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
 def prompt_version() -> str:
@@ -1172,6 +1582,493 @@ def id_of(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# csv_blocks
+#
+# Files as columns of text and numbers, a block at a time. What the csv module might read otherwise is doubted.
+
+
+BLOCK = 1 << 22  # bytes that are parsed at once
+LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
+WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
+READ_NUMBERS = (*STATE, *RECORDED)
+QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
+
+
+class Doubt(Exception):
+    """What a file holds is not certainly good; the text says what, for whoever wonders why a file is read slowly."""
+
+
+class Rows(NamedTuple):
+    """The rows of a block, R of them in D decisions; texts as places among the distinct ones."""
+
+    time: np.ndarray  # (R,) int64
+    codes: dict[str, np.ndarray]  # (R,) of WORDS
+    words: dict[str, list[str]]  # the distinct texts of each
+    numbers: dict[str, np.ndarray]  # (R,) float64, NaN where blank
+    spot: np.ndarray  # (R,) float64
+    starts: np.ndarray  # (D,) the first row of each decision
+    no_offset: np.ndarray  # (R,) bool: a time that is taken for UTC
+
+
+def blocks_of(path: str, expected: str | None) -> Iterator[bytes]:
+    """The first line, and then the rest in blocks."""
+    with contextlib.ExitStack() as stack:
+        content = stack.enter_context(Hashed(path))
+        raw = stack.enter_context(io.BufferedReader(content, BLOCK))
+        file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP else raw
+        yield file.readline(LONGEST)
+        bar = tqdm(desc=os.path.basename(path), unit="B", unit_scale=True, disable=None, leave=False)
+        stack.enter_context(bar)
+        while block := file.read(BLOCK):
+            bar.update(len(block))
+            yield block
+        while raw.read(BLOCK):  # what follows the end of a gzip archive counts too
+            pass
+        if expected not in (None, content.sha256.hexdigest()):
+            raise Doubt("the file has changed")
+
+
+def whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = b""
+        rest += block[end:]
+        if len(rest) > LONGEST:
+            raise Doubt("a long line")
+    if rest:
+        yield rest
+
+
+def header_of(line: bytes) -> list[str]:
+    if not line.endswith(b"\n"):
+        raise Doubt("the header")
+    certain_lines(line.removeprefix(codecs.BOM_UTF8))
+    text = line.decode("utf-8-sig")
+    header = [name.strip() for name in next(csv.reader([text]))]
+    needed = [*KEY, *WORDS, *READ_NUMBERS]
+    if len(set(header)) < len(header) or any(name not in header for name in needed if name not in OPTIONAL_COLUMNS):
+        raise Doubt("the header")
+    return header
+
+
+def certain_lines(block: bytes) -> None:
+    """Raises Doubt unless all parsers agree on where cells of these lines begin and end."""
+    if b"\0" in block or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
+        raise Doubt("a line end")
+    if not block.isascii():
+        block.decode("utf-8")
+    if b'"' in block and block.count(b'"') != 2 * sum(1 for _ in QUOTED_CELL.finditer(block)):
+        raise Doubt("a quote")
+    half = LONGEST // 2
+    if any(block.find(b"\n", start, start + half) < 0 for start in range(0, len(block) - half, half)):
+        raise Doubt("a long line")
+
+
+def parse(block: bytes, header: list[str]) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
+    certain_lines(block)
+    words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
+    read = [name for name in READ_NUMBERS if name in header]
+    return pacsv.read_csv(
+        pa.BufferReader(block),
+        pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
+        pacsv.ParseOptions(newlines_in_values=False),
+        pacsv.ConvertOptions(
+            column_types=words | dict.fromkeys(read, pa.float64()),
+            include_columns=[*WORDS, *read],
+            null_values=["", "nan", "NaN"],
+        ),
+    )
+
+
+def rows_of(table: pa.Table) -> Rows:
+    read = [name for name in READ_NUMBERS if name in table.column_names]
+    columns = {name: table.column(name).combine_chunks() for name in (*WORDS, *read)}
+    codes = {name: columns[name].indices.to_numpy() for name in WORDS}
+    texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
+    for name in WORDS:
+        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+            raise Doubt(f"{name}: blank, or spaces around it")
+    numbers = {name: floats_of(columns[name], name) for name in read}
+    numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
+    times = [time_in(text) for text in texts["decision_time"]]
+    no_offset = np.array([time.tzinfo is None for time in times])[codes["decision_time"]]
+    time = np.array([microseconds(utc(time)) for time in times], np.int64)[codes["decision_time"]]
+    spot = floats_of(columns["spot"].dictionary.cast(pa.float64()), "spot")[codes["spot"]]
+    for name in ("underlying", "exit_style"):
+        if any(wrong_name(text) for text in texts[name]):
+            raise Doubt(f"{name}: no name")
+    parts = (time, codes["underlying"], codes["exit_style"])
+    new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
+    return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def time_in(text: str) -> datetime.datetime:
+    time = iso_time(text)
+    if time is None:
+        raise Doubt("decision_time: no time")
+    return time
+
+
+def floats_of(column: pa.Array, name: str) -> np.ndarray:
+    """(R,) float64, NaN where blank. Arrow takes more words for NaN than Python does: those that are left are one."""
+    values = column.to_numpy(zero_copy_only=False)
+    if np.count_nonzero(np.isnan(values)) != column.null_count:
+        raise Doubt(f"{name}: NaN")
+    return values
+
+
+def chosen_rows(rows: Rows, mask: np.ndarray, sizes: np.ndarray) -> Rows:
+    """Those of a mask, or at these places, in decisions of these sizes."""
+    return Rows(
+        rows.time[mask],
+        {name: codes[mask] for name, codes in rows.codes.items()},
+        rows.words,
+        {name: values[mask] for name, values in rows.numbers.items()},
+        rows.spot[mask],
+        np.cumsum(sizes) - sizes,
+        rows.no_offset[mask],
+    )
+
+
+def first_rows(rows: Rows, count: int) -> Rows:
+    return chosen_rows(rows, np.arange(len(rows.time)) < count, np.diff(rows.starts))
+
+
+def start_of_last(block: bytes, rows: int) -> int:
+    """Where the last so many rows of a block begin; blank lines are none."""
+    place = len(block)
+    for _ in range(rows):
+        while True:
+            end, place = place, block.rfind(b"\n", 0, place - 1) + 1
+            if block[place:end].strip(b"\r\n"):
+                break
+    return place
+
+
+def line_of(block: bytes, row: int) -> int:
+    """The number of a row's line among the block's, from 1."""
+    full = (number for number, line in enumerate(block.split(b"\n"), start=1) if line.strip(b"\r"))
+    return next(number for place, number in enumerate(full) if place == row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# columnar
+#
+# Files as columns: the fast way, which takes only what is certainly good. All else is for the row parser to explain.
+#
+# Every rule here is one of reading.py, csv_rows.py or strays.py, over arrays: where it might be broken, Doubt is raised,
+# and the file is read again row by row.
+
+
+FLAGS = {"0": 0, "0.0": 0, "False": 0, "1": 1, "1.0": 1, "True": 1}
+
+
+class InPieces(Doubt):
+    """Rows of one decision stand apart."""
+
+
+class Said(NamedTuple):
+    """What is to be said of a file once it is taken: its header, the line of the first time without an offset (None
+    if there is none), and how many rows each underlying and each exit style has."""
+
+    header: list[str]
+    no_offset: int | None
+    rows: dict[str, collections.Counter]
+
+
+def scan(
+    path: str, options: CoveredCallCandidatesConfig, expected: str | None, take: Callable[[Columns], None]
+) -> Said:
+    """Gives the file's decisions that pass the filters to ``take``, a block at a time and in the file's order.
+
+    Raises:
+        InPieces: where the rows of a decision do not stand together: scan_in_pieces may read such a file.
+        Doubt: for anything else that is not certainly good; what was taken in before is not to be kept.
+    """
+    with doubted():
+        blocks = blocks_of(path, expected)
+        state, left = State(options, header_of(next(blocks))), b""
+        for block in whole_lines(blocks):
+            left = state.take_in(left + block, take, last=False)
+        state.take_in(left, take, last=True)
+        state.check_whole_file()
+        state.check_neighbours()
+    return Said(state.header, state.no_offset, state.rows)
+
+
+def scan_in_pieces(
+    path: str, options: CoveredCallCandidatesConfig, expected: str | None, take: Callable[[Columns], None]
+) -> Said:
+    """The same for a file in which nothing follows from where a row stands; it is in memory as a whole.
+
+    Raises:
+        Doubt: for a file in which decisions stand together but for some, and for all that is not certainly good.
+    """
+    with doubted():
+        blocks = blocks_of(path, expected)
+        state, tables = State(options, header_of(next(blocks))), []
+        for block in whole_lines(blocks):
+            if block.strip():
+                tables.append(parse(block, state.header))
+                state.look_at_offsets(block, rows_of(tables[-1]))
+            state.lines += block.count(b"\n")
+        if not tables:
+            raise Doubt("no row")
+        rows = together(rows_of(pa.concat_tables(tables).unify_dictionaries()))
+        state.note(rows)
+        columns = state.columns(rows)
+        if len(columns):
+            take(columns)
+        state.check_whole_file()
+    return Said(state.header, state.no_offset, state.rows)
+
+
+@contextlib.contextmanager
+def doubted() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise Doubt(str(error)) from error
+
+
+class State:
+    """What is known of a file while it is read."""
+
+    def __init__(self, options: CoveredCallCandidatesConfig, header: list[str]):
+        self.options, self.header = options, header
+        self.lines = 1  # that are taken in
+        self.no_offset: int | None = None
+        self.rows = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
+        self.names: dict[str, int] = {}
+        self.keys: list[tuple[np.ndarray, ...]] = []
+        self.named = self.misnamed = 0  # rows whose instrument's name says what it is, and those that contradict it
+        self.last: tuple[str, int] | None = None  # the spot and the size of the last decision
+        self.runs = self.sharing = 0  # decisions, and pairs of neighbours with one spot
+        self.many_share = self.lone = False
+
+    def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
+        """Takes in whole lines, but for a last decision that may go on: its lines are left, and returned."""
+        if not block.strip():
+            self.lines += block.count(b"\n")
+            return b""
+        rows, left = rows_of(parse(block, self.header)), b""
+        if not last:
+            if len(block) > 8 * BLOCK:
+                raise Doubt("a decision of very many rows")
+            end = rows.starts[-1]
+            cut = start_of_last(block, len(rows.time) - end)
+            block, left, rows = block[:cut], block[cut:], first_rows(rows, end)
+        if len(rows.time):
+            self.look_at_offsets(block, rows)
+            self.note(rows)
+            self.note_spots(rows)
+            columns = self.columns(rows)
+            if len(columns):
+                take(columns)
+        self.lines += block.count(b"\n")
+        return left
+
+    def look_at_offsets(self, block: bytes, rows: Rows) -> None:
+        if self.no_offset is None and rows.no_offset.any():
+            self.no_offset = self.lines + line_of(block, int(np.argmax(rows.no_offset)))
+
+    def note(self, rows: Rows) -> None:
+        """Takes down what is judged of the file as a whole."""
+        for name, counts in self.rows.items():
+            found = np.bincount(rows.codes[name], minlength=len(rows.words[name])).tolist()
+            counts.update({text: count for text, count in zip(rows.words[name], found, strict=True) if count})
+        codes = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
+        self.keys.append((rows.time[rows.starts], *codes))
+        if repeats(self.keys[-1]):
+            raise InPieces("a decision in pieces")
+        spots = rows.codes["spot"]
+        if (spots != np.repeat(spots[rows.starts], np.diff(rows.starts, append=len(spots)))).any():
+            raise Doubt("two spots in a decision")
+
+    def codes(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.names.setdefault(text, len(self.names)) for text in texts], np.int32)
+
+    def note_spots(self, rows: Rows) -> None:
+        """Neighbours with one spot may hold each other's rows."""
+        spots, sizes = rows.codes["spot"][rows.starts], np.diff(rows.starts, append=len(rows.time))
+        placeholder = np.array([text == NO_CANDIDATES for text in rows.words["instrument"]])
+        alone = (sizes == 1) & ~placeholder[rows.codes["instrument"][rows.starts]]
+        share = spots[1:] == spots[:-1]
+        texts = rows.words["spot"]
+        if self.last is not None:
+            before, size, single = self.last
+            same = before == texts[spots[0]]
+            self.sharing += same
+            self.many_share |= bool(same and min(size, sizes[0]) > 1)
+            self.lone |= bool(same and (single or alone[0]))
+        self.runs, self.sharing = self.runs + len(sizes), self.sharing + int(share.sum())
+        self.many_share |= bool((share & (np.minimum(sizes[1:], sizes[:-1]) > 1)).any())
+        self.lone |= bool((share & (alone[1:] | alone[:-1])).any())
+        self.last = (texts[spots[-1]], int(sizes[-1]), bool(alone[-1]))
+
+    def columns(self, rows: Rows) -> Columns:
+        """Those decisions that pass the filters, each row of which is good."""
+        sizes = np.diff(rows.starts, append=len(rows.time))
+        wanted = np.ones(len(sizes), bool)
+        for name in ("underlying", "exit_style"):
+            asked = getattr(self.options, name)
+            if asked is not None:
+                wanted &= (np.array(rows.words[name]) == asked)[rows.codes[name][rows.starts]]
+        if not wanted.all():
+            rows, sizes = chosen_rows(rows, np.repeat(wanted, sizes), sizes[wanted]), sizes[wanted]
+        if not len(sizes):
+            return EMPTY
+        placeholder = np.array([text == NO_CANDIDATES for text in rows.words["instrument"]])[rows.codes["instrument"]]
+        self.check_names(rows, placeholder)
+        check_numbers(rows, placeholder, self.options)
+        chosen = check_choice(rows, sizes, placeholder)
+        self.count_misnamed(rows, ~placeholder)
+        names = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
+        left = ~placeholder
+        sizes = np.where(placeholder[rows.starts], 0, sizes)
+        return Columns(
+            tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
+            np.concatenate([[0], np.cumsum(sizes)]),
+            pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
+            {name: values[left] for name, values in rows.numbers.items()},
+            np.zeros(left.sum(), np.int64),
+        )  # fmt: skip
+
+    def check_names(self, rows: Rows, placeholder: np.ndarray) -> None:
+        used = np.unique(rows.codes["instrument"][~placeholder])
+        for name in (rows.words["instrument"][code] for code in used):
+            if wrong_name(name) or wrong_instrument(name):
+                raise Doubt("instrument: no name of a call")
+
+    def count_misnamed(self, rows: Rows, candidates: np.ndarray) -> None:
+        parts = [named(text) for text in rows.words["instrument"]]
+        codes, upper = rows.codes["instrument"][candidates], [text.upper() for text in rows.words["underlying"]]
+        says = np.array([part is not None for part in parts])[codes]
+        strikes = np.array([part[1] if part else np.nan for part in parts])[codes]
+        expiries = np.array([part[2] if part else 0 for part in parts], np.int64)[codes]
+        owner = np.array([upper.index(part[0]) if part and part[0] in upper else -1 for part in parts])[codes]
+        # Two names may differ in their case alone: the first of them stands for both.
+        whose = np.array([upper.index(text) for text in upper])[rows.codes["underlying"][candidates]]
+        expiry = rows.time[candidates] + timedelta_of(rows.numbers["dte"][candidates])
+        right = (owner == whose) & (strikes == rows.numbers["strike"][candidates])
+        right &= np.abs(expiries - expiry) <= DAY
+        self.named += int(says.sum())
+        self.misnamed += int((says & ~right).sum())
+
+    def check_whole_file(self) -> None:
+        """What strays.py would find in a file whose rows are good one by one."""
+        if not self.keys:
+            raise Doubt("no row")
+        for counts in self.rows.values():
+            if max(counts.values()) >= BESIDE_ONE and min(counts.values()) == 1:
+                raise Doubt("a name on one row alone")
+        if self.named >= BESIDE_ONE and 0 < self.misnamed <= max(1, RARE * self.named):
+            raise Doubt("a row that contradicts its instrument's name")
+
+    def check_neighbours(self) -> None:
+        """The same of where its rows stand."""
+        if self.lone and not self.many_share and self.runs - self.sharing >= BESIDE_ONE:
+            raise Doubt("a decision of one row with its neighbour's spot")
+        if repeats(tuple(np.concatenate(part) for part in zip(*self.keys, strict=True))):
+            raise InPieces("a decision in pieces")
+
+
+def repeats(key: tuple[np.ndarray, ...]) -> bool:
+    """Whether two of some decisions, of which this is time, underlying and exit style, are the same."""
+    if (np.diff(key[0]) > 0).all():
+        return False
+    order = np.lexsort(key)
+    return bool(np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key]).any())
+
+
+def together(rows: Rows) -> Rows:
+    """The rows of each decision side by side, decisions by their first row.
+
+    Raises:
+        Doubt: where some stand together, see strays.are_scattered.
+    """
+    key = (rows.codes["exit_style"], rows.codes["underlying"], rows.time)
+    order = np.lexsort(key)
+    new = np.concatenate([[True], np.logical_or.reduce([part[order][1:] != part[order][:-1] for part in key])])
+    first = order[np.flatnonzero(new)]  # lexsort keeps the order of equals
+    its = np.empty(len(order), np.int64)
+    its[order] = first[np.cumsum(new) - 1]  # of each row its decision's first
+    runs = np.flatnonzero(np.diff(its, prepend=-1))
+    pieces, sizes = np.bincount(its[runs]), np.bincount(its)
+    split, whole = np.count_nonzero(pieces > 1), np.count_nonzero((pieces == 1) & (sizes > 1))
+    if whole >= max(3, 2 * split) and len(runs) - len(first) <= max(2, RARE * len(first)):
+        raise Doubt("some decisions in pieces, where others are not")
+    starts = np.flatnonzero(np.diff(np.sort(its), prepend=-1))
+    return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
+
+
+EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), np.zeros(1, np.int64), pa.array([], pa.string()), {},
+    np.zeros(0, np.int64))  # fmt: skip
+
+
+def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandidatesConfig) -> None:
+    """Raises Doubt for a number that its column does not take."""
+    for name in STATE:
+        values, (low, high) = rows.numbers[name], NUMBERS[name]
+        good = (values >= low) & (values <= (options.max_iv if name == "iv" else high)) & np.isfinite(values)
+        if name in ABOVE_ZERO:
+            good &= values != 0
+        blank = np.isnan(values)
+        good |= blank if name in MAY_LACK else blank & placeholder
+        good = np.where(placeholder, (blank | (values == 0)) if name == "strike" else good | (values == 0), good)
+        if not good.all():
+            raise Doubt(f"{name}: outside its limits")
+    for name in RECORDED:
+        if np.isinf(rows.numbers[name]).any():
+            raise Doubt(f"{name}: not finite")
+    if not (np.isfinite(rows.spot) & np.where(placeholder, rows.spot >= 0, rows.spot > 0)).all():
+        raise Doubt("spot: outside its limits")
+
+
+def check_choice(rows: Rows, sizes: np.ndarray, placeholder: np.ndarray) -> np.ndarray:
+    """(D,) int32: the place of the row that was sold, -1 for no trade; Doubt where rows contradict each other."""
+    traded, chosen = (flags_of(rows, name) for name in ("trade_executed", "chosen"))
+    if any(text not in (SELL_CALL, SKIP) for text in rows.words["action"]):
+        raise Doubt("action: neither of the two")
+    sold = np.array([text == SELL_CALL for text in rows.words["action"]])[rows.codes["action"]]
+    first = np.repeat(traded[rows.starts], sizes)
+    count = np.add.reduceat(chosen, rows.starts)
+    if (sold != chosen).any() or (traded != first).any() or (count > traded[rows.starts]).any():
+        raise Doubt("chosen, action and trade_executed")
+    if (count < traded[rows.starts]).any():
+        raise InPieces("a trade of which the row that was sold does not stand with the others")
+    if (placeholder & ((traded == 1) | (np.repeat(sizes, sizes) > 1))).any():
+        raise Doubt(f"{NO_CANDIDATES} beside candidates, or sold")
+    decision_of = np.repeat(np.arange(len(sizes)), sizes)
+    pairs = decision_of * len(rows.words["instrument"]) + rows.codes["instrument"]
+    if len(np.unique(pairs)) < len(pairs):
+        raise Doubt("an instrument twice in a decision")
+    found = np.full(len(sizes), -1, np.int32)
+    its = np.flatnonzero(chosen)
+    found[decision_of[its]] = its - rows.starts[decision_of[its]]
+    return found
+
+
+def flags_of(rows: Rows, name: str) -> np.ndarray:
+    values = [FLAGS.get(text, -1) for text in rows.words[name]]
+    if -1 in values:
+        raise Doubt(f"{name}: neither 0 nor 1")
+    return np.array(values)[rows.codes[name]]
+
+
+@functools.lru_cache(maxsize=65_536)
+def named(instrument: str) -> tuple[str, float, int] | None:
+    """What an instrument's own name says: underlying, strike and expiry."""
+    parts = DERIBIT_NAME.fullmatch(instrument)
+    expiry = parts and expiry_of(parts[2])
+    return (parts[1], float(parts[3].replace("d", ".")), microseconds(expiry)) if parts and expiry else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # outcomes
 #
 # Counterfactual outcomes: of every candidate, sold or not, from the prices of the files' own later decisions.
@@ -1181,9 +2078,9 @@ def id_of(run: Run) -> str:
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 DAYS_PER_YEAR = 365
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 SECOND = 1_000_000  # microseconds
-DAY = 86_400 * SECOND
+ROWS_AT_ONCE = 65_536
+WIDEST = 10  # a search looks at 2 ** 10 times at once at most
 
 
 def black_scholes_call(spot, strike, years, iv):
@@ -1196,146 +2093,287 @@ def black_scholes_call(spot, strike, years, iv):
     return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
 
 
-def trading_cost(price: float, spot: float, options: CoveredCallCandidatesConfig) -> float:
+def trading_cost(price, spot, options: CoveredCallCandidatesConfig):
     """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
 
-    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price.
+    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price. Takes numbers or arrays.
     """
-    return min(options.fee * spot, options.fee_cap * price) + options.half_spread * price + options.slippage * spot
+    fee = np.minimum(options.fee * spot, options.fee_cap * price)
+    return fee + options.half_spread * price + options.slippage * spot
+
+
+class Calls(NamedTuple):
+    """Calls (C,): strike in USD, dte in days, iv as a fraction a year, NaN where it is unknown."""
+
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+class Sales(NamedTuple):
+    """Calls (C,), and where and when each is sold."""
+
+    underlying: np.ndarray  # int, its place in the names
+    time: np.ndarray  # int64, microseconds since 1970
+    spot: np.ndarray  # USD
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+class Legs(NamedTuple):
+    """Calls (C,) from their sale to their exit: to when they are bought back with a profit, or expire."""
+
+    strike: np.ndarray
+    iv: np.ndarray
+    expiry: np.ndarray  # int64, microseconds since 1970
+    income: np.ndarray  # USD that the sale brings, net of costs
+    exit: np.ndarray  # int64, place in the market
 
 
 class Market:
-    """Spots and chains by time (in microseconds since 1970), from the decisions of the files themselves."""
+    """Spots by underlying and time, and the calls that are sold next, from the decisions of the files themselves.
 
-    def __init__(self, logged: list[LoggedDecision], options: CoveredCallCandidatesConfig):
-        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
-        spots, self.chains = collections.defaultdict(dict), {}
-        for decision in (entry.decision for entry in logged):
-            time = microseconds(decision.decision_time)
-            if decision.spot > 0:  # a placeholder row may have none
-                spots[decision.underlying][time] = decision.spot
-            self.chains[time, decision.underlying, decision.exit_style] = decision.candidates
-        self.times = {name: np.array(sorted(by_time)) for name, by_time in spots.items()}
-        self.spots = {name: np.array([spots[name][time] for time in times]) for name, times in self.times.items()}
-        # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = {
-            name: np.cumsum(np.diff(times, prepend=times[0]) > 2 * self.tolerance)
-            for name, times in self.times.items()
-        }
-
-    def nearest(self, underlying: str, time: int) -> int | None:
-        """The place of the spot nearest to ``time``; None if none is within the tolerance."""
-        times = self.times.get(underlying, ())
-        place = bisect.bisect_left(times, time)
-        near = min(
-            (p for p in (place - 1, place) if 0 <= p < len(times)), key=lambda p: abs(times[p] - time), default=None
-        )
-        return near if near is not None and abs(times[near] - time) <= self.tolerance else None
-
-
-def microseconds(time: datetime.datetime) -> int:
-    return (time - EPOCH) // datetime.timedelta(microseconds=1)
-
-
-def add_counterfactuals(logged: list[LoggedDecision], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
-    """The same decisions with a counterfactual for each candidate; unknown for other exit styles than the two."""
-    market = Market(logged, options)
-    with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
-        return [
-            entry._replace(
-                counterfactuals=tuple(
-                    counterfactual(entry.decision, c, market, options) for c in entry.decision.candidates
-                )
-            )
-            for entry in tqdm(logged, desc="Outcomes", unit=" decisions", disable=None, leave=False)
-        ]
-
-
-def counterfactual(
-    decision: Decision, candidate: Candidate, market: Market, options: CoveredCallCandidatesConfig
-) -> Counterfactual:
-    """The outcome of selling this candidate, until it expires or until the horizon.
-
-    Unknown where iv is blank, or where the files hold no spot near enough to the end.
+    A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
+    since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
     """
-    life = candidate.dte if options.horizon is None else min(candidate.dte, float(options.horizon))
-    end = decision.decision_time + datetime.timedelta(days=life)
-    last = market.nearest(decision.underlying, microseconds(end))
-    follow = {HOLD_TO_EXPIRY: hold, TP_AND_ROLL: take_profit_and_roll}.get(decision.exit_style)
-    if candidate.iv is None or last is None or follow is None:
-        return Counterfactual(None, end)
-    pnl = follow(decision, candidate, life, last, market, options)
-    label_end = max(end, EPOCH + datetime.timedelta(microseconds=int(market.times[decision.underlying][last])))
-    return Counterfactual(float(pnl) if pnl is not None and math.isfinite(pnl) else None, label_end)
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        underlying: np.ndarray,
+        exit_style: np.ndarray,
+        time: np.ndarray,
+        spot: np.ndarray,
+        sizes: np.ndarray,
+        roll: Calls,
+        options: CoveredCallCandidatesConfig,
+    ):
+        """From the D decisions of all files, by time, ties in the order of the files. Names and arrays (D,) are as in
+        Columns.
+
+        Args:
+            sizes: (D,) int, how many candidates each has.
+            roll: (D,) of each the candidate that roll_places finds; not read where there is none.
+        """
+        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
+        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = priced[np.lexsort((time[priced], underlying[priced]))]
+        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
+        self.time, self.spot = time[order][last], spot[order][last]
+        self.bounds = np.searchsorted(underlying[order][last], np.arange(len(names) + 1))
+        # How many gaps, longer than twice the tolerance, lie before each time.
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+        quoted = np.flatnonzero(exit_style == code_of(names, TP_AND_ROLL))
+        places = self.nearest(underlying[quoted], time[quoted], 0)
+        chain = np.full(len(self.time), -1)
+        chain[places[places >= 0]] = quoted[places >= 0]  # the last of several
+        sold = np.flatnonzero((chain >= 0) & (sizes[chain] > 0))
+        self.roll = np.full(len(self.time), -1)  # (N,) the leg that begins at each place, -1 for none
+        self.roll[sold] = np.arange(len(sold))
+        chain = chain[sold]
+        self.legs = self.sell(Sales(underlying[chain], self.time[sold], self.spot[sold], *pick(roll, chain)), options)
+
+    def sell(self, sales: Sales, options: CoveredCallCandidatesConfig) -> Legs:
+        """Legs that go on until the last price of their underlying at most."""
+        parts = [pick(sales, rows) for rows in parts_of(len(sales.time))]
+        legs = [legs_of(part, self.bounds[part.underlying + 1], self, options) for part in parts]
+        return Legs(*map(np.concatenate, zip(*legs, strict=True)))
+
+    def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
+        """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
+        places = np.zeros(len(time), np.int64)
+        for code in np.flatnonzero(np.bincount(underlying)):
+            its, (begin, end) = underlying == code, self.bounds[code : code + 2]
+            places[its] = begin + np.searchsorted(self.time[begin:end], time[its], side)
+        return places
+
+    def nearest(self, underlying: np.ndarray, time: np.ndarray, tolerance: int) -> np.ndarray:
+        """The places (C,) of the spots nearest to these times, the earlier of two; -1 if none is near enough."""
+        after = self.search(underlying, time, "left")
+        far = np.iinfo(np.int64).max
+        early, late = np.full(len(time), far), np.full(len(time), far)
+        has = after > self.bounds[underlying]
+        early[has] = time[has] - self.time[after[has] - 1]
+        has = after < self.bounds[underlying + 1]
+        late[has] = self.time[after[has]] - time[has]
+        return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
+
+    @functools.cached_property
+    def low(self) -> np.ndarray:
+        """(levels, N) USD: at [level, place] the lowest of the 2 ** level spots from that place on."""
+        low = [self.spot]
+        for level in range(min(WIDEST, len(self.spot).bit_length() - 1)):
+            half = 1 << level
+            low.append(low[-1].copy())
+            np.minimum(low[-2][:-half], low[-2][half:], out=low[-1][:-half])
+        return np.array(low)
 
 
-def hold(
-    decision: Decision,
-    candidate: Candidate,
-    life: float,
-    last: int,
-    market: Market,
-    options: CoveredCallCandidatesConfig,
-) -> float:
+def code_of(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
+
+
+def pick(arrays, rows):
+    """The named tuple of arrays with these of their rows alone."""
+    return type(arrays)(*(values[rows] for values in arrays))
+
+
+def parts_of(count: int) -> list[slice]:
+    """Slices of rows few enough for memory; one at least."""
+    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
+
+
+def add_counterfactuals(columns: Columns, options: CoveredCallCandidatesConfig) -> Columns:
+    """The same decisions with a counterfactual for each candidate.
+
+    They must be all there are, by time, ties in the order of the files, and their candidates in the files' order.
+    """
+    places = roll_places(columns, options)
+    quoted = np.flatnonzero(places >= 0)
+    roll = Calls(*(np.full(len(columns), np.nan) for _ in Calls._fields))
+    for name, values in roll._asdict().items():
+        values[quoted] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
+    by_decision = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
+    market = Market(*by_decision, np.diff(columns.offsets), roll, options)
+    values, label_end = counterfactuals(columns, market, options)
+    return dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: values}, label_end=label_end)
+
+
+def roll_places(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(D,) int32: the place in its decision of the candidate nearest to ``roll_delta``, the first of equals; -1 if it
+    has none. The candidates must be in the files' order."""
+    places = np.full(len(columns), -1, np.int32)
+    begins = columns.offsets[:-1][np.diff(columns.offsets) > 0]
+    if len(begins):
+        away = np.abs(columns.numbers["delta"] - options.roll_delta)
+        least = np.repeat(np.minimum.reduceat(away, begins), np.diff(begins, append=len(away)))
+        rows = np.flatnonzero(away == least)[::-1]  # of several the first is written last
+        places[columns.decision_of[rows]] = columns.place[rows]
+    return places
+
+
+def counterfactuals(
+    columns: Columns, market: Market, options: CoveredCallCandidatesConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The outcome of selling each candidate, until it expires or until the horizon, and the time of its last price.
+
+    Any decisions of the market's, with its names, in any order: their R candidates have (R,) float64 P&L vs HODL in
+    USD a unit of underlying, NaN where unknown, and (R,) int64 microseconds since 1970.
+
+    Unknown where iv is blank, where the files hold no spot near enough to the end, for other exit styles than the two,
+    and where a number beyond all measure makes an outcome that is not finite.
+    """
+    parts = [outcomes_of(columns, rows, market, options) for rows in parts_of(columns.offsets[-1])]
+    values, label_ends = map(np.concatenate, zip(*parts, strict=True))
+    return values, label_ends
+
+
+@np.errstate(all="ignore")
+def outcomes_of(columns: Columns, rows: slice, market: Market, options) -> tuple[np.ndarray, np.ndarray]:
+    """counterfactuals of some of the rows."""
+    of = columns.decision_of[rows]
+    calls = Calls(*(columns.numbers[name][rows] for name in Calls._fields))
+    sales = Sales(columns.underlying[of], columns.time[of], columns.spot[of], *calls)
+    life = calls.dte if options.horizon is None else np.minimum(calls.dte, float(options.horizon))
+    end = sales.time + timedelta_of(life)
+    last = market.nearest(sales.underlying, end, market.tolerance)
+    values, label_end, style = np.full(len(of), np.nan), end.copy(), columns.exit_style[of]
+    for name, follow in ((HOLD_TO_EXPIRY, hold), (TP_AND_ROLL, take_profit_and_roll)):
+        its = np.flatnonzero((style == code_of(columns.names, name)) & (last >= 0) & ~np.isnan(calls.iv))
+        values[its] = follow(pick(sales, its), life[its], last[its], market, options)
+        label_end[its] = np.maximum(end[its], market.time[last[its]])
+    values[~np.isfinite(values)] = np.nan
+    return values, label_end
+
+
+def microseconds_of(days: np.ndarray) -> np.ndarray:
+    return np.rint(days * DAY).astype(np.int64)
+
+
+def hold(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
     """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
 
     At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
     iv. ``last`` is the place of the spot that is taken for the end.
     """
-    spot, left = market.spots[decision.underlying][last], candidate.dte - life
-    return open_call(decision.spot, candidate, options) - close_call(spot, candidate, left, options)
+    income = open_calls(premium_of(sales), sales, options)
+    return income - close_calls(market.spot[last], sales, sales.dte - life, options)
 
 
-def premium_of(spot: float, candidate: Candidate) -> float:
-    return black_scholes_call(spot, candidate.strike, candidate.dte / DAYS_PER_YEAR, candidate.iv)
+def premium_of(sales: Sales) -> np.ndarray:
+    return black_scholes_call(sales.spot, sales.strike, sales.dte / DAYS_PER_YEAR, sales.iv)
 
 
-def open_call(spot: float, candidate: Candidate, options: CoveredCallCandidatesConfig) -> float:
-    """USD that selling the call brings, net of costs."""
-    premium = premium_of(spot, candidate)
-    return premium - trading_cost(premium, spot, options)
+def open_calls(premium: np.ndarray, sales: Sales, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """USD that selling the calls brings, net of costs."""
+    return premium - trading_cost(premium, sales.spot, options)
 
 
-def close_call(spot: float, candidate: Candidate, left: float, options: CoveredCallCandidatesConfig) -> float:
-    """USD that buying the call back takes, ``left`` days before its expiry; at expiry it settles without costs."""
-    value = black_scholes_call(spot, candidate.strike, max(0.0, left) / DAYS_PER_YEAR, candidate.iv)
-    return value + (trading_cost(value, spot, options) if left > 0 else 0.0)
+def close_calls(spot: np.ndarray, calls: Sales | Legs, left: np.ndarray, options) -> np.ndarray:
+    """USD that buying the calls back takes, ``left`` days before their expiry; at expiry they settle without costs."""
+    value = black_scholes_call(spot, calls.strike, np.maximum(0.0, left) / DAYS_PER_YEAR, calls.iv)
+    return value + np.where(left > 0, trading_cost(value, spot, options), 0.0)
 
 
-def take_profit_and_roll(
-    decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options
-) -> float | None:
+def take_profit_and_roll(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
     """P&L vs HODL of selling, taking profit early and rolling, by the rule of data/simulate_backtest.py.
 
     At each later decision time: once ``take_profit`` of its premium is captured, the call is bought back and the
     candidate of that time nearest to ``roll_delta`` is sold; if there is none, nothing more is. A call still open
-    after ``life`` days is bought back. None where the files leave a gap, or do not price the call to roll into.
+    after ``life`` days is bought back. NaN where the files leave a gap, or do not price the call to roll into.
     """
-    name, start = decision.underlying, microseconds(decision.decision_time)
-    times, spots, gaps = market.times[name], market.spots[name], market.gaps[name]
-    place = bisect.bisect_right(times, start)
-    if gaps[last] > gaps[place - 1]:
-        return None
-    sold, spot, expiry = candidate, decision.spot, start + round(candidate.dte * DAY)
-    booked = open_call(spot, sold, options)
-    while True:
-        left = np.maximum(0, expiry - times[place:last]) / DAY
-        values = black_scholes_call(spots[place:last], sold.strike, left / DAYS_PER_YEAR, sold.iv)
-        ends = np.flatnonzero((left == 0) | (values <= (1 - options.take_profit) * premium_of(spot, sold)))
-        if not len(ends):
-            return booked - close_call(spots[last], sold, (expiry - start - round(life * DAY)) / DAY, options)
-        place += int(ends[0])
-        spot = spots[place]
-        booked -= close_call(spot, sold, left[ends[0]], options)
-        chain = market.chains.get((int(times[place]), name, decision.exit_style), ())
-        if left[ends[0]] == 0 or not chain:
-            return booked
-        sold = min(chain, key=lambda other: abs(other.delta - options.roll_delta))
-        if sold.iv is None:
-            return None
-        booked += open_call(spot, sold, options)
-        expiry = int(times[place]) + round(sold.dte * DAY)
-        place += 1
+    legs, end = legs_of(sales, last, market, options), sales.time + microseconds_of(life)
+    booked, rows = legs.income.copy(), np.arange(len(last))
+    while len(rows):  # those that have been rolled once more than in the turn before
+        open_still = legs.exit >= last[rows]
+        its, held = rows[open_still], pick(legs, open_still)
+        booked[its] -= close_calls(market.spot[last[its]], held, (held.expiry - end[its]) / DAY, options)
+        rows, legs = rows[~open_still], pick(legs, ~open_still)
+        left = np.maximum(0, legs.expiry - market.time[legs.exit]) / DAY
+        booked[rows] -= close_calls(market.spot[legs.exit], legs, left, options)
+        roll = np.where(left > 0, market.roll[legs.exit], -1)
+        rows, legs = rows[roll >= 0], pick(market.legs, roll[roll >= 0])
+        booked[rows] += legs.income
+    first = market.search(sales.underlying, sales.time, "right") - 1
+    booked[market.gaps[last] > market.gaps[first]] = np.nan
+    return booked
+
+
+@np.errstate(all="ignore")
+def legs_of(sales: Sales, limit: np.ndarray, market: Market, options: CoveredCallCandidatesConfig) -> Legs:
+    """``limit`` (C,) is the place from which no exit is looked for: an exit there means none before."""
+    premium, expiry = premium_of(sales), sales.time + microseconds_of(sales.dte)
+    begin = market.search(sales.underlying, sales.time, "right")
+    limit = np.minimum(limit, np.maximum(begin, market.search(sales.underlying, expiry, "left")))
+    enough = (1 - options.take_profit) * premium
+    exits = first_profits(sales, expiry, enough, begin, limit, market)
+    return Legs(sales.strike, sales.iv, expiry, open_calls(premium, sales, options), exits)
+
+
+def first_profits(sales: Sales, expiry, enough, begin, limit, market: Market) -> np.ndarray:
+    """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, else limit.
+
+    Whole windows of places are passed over: a call is worth no less at any of them than at the lowest spot of all and
+    the last time of all. Single places have their exact price.
+    """
+    exits, at, level = limit.copy(), begin.copy(), np.zeros(len(begin), np.int64)
+    rows = np.flatnonzero((at < limit) & ~np.isnan(enough))
+    while len(rows):
+        here, room = at[rows], limit[rows] - at[rows]
+        wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
+        spot, strike = market.low[wide, here], sales.strike[rows]
+        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
+        worth = black_scholes_call(spot, strike, years, sales.iv[rows])
+        # What floats round away is a thousandth of this at most; for the smallest of them it is not.
+        doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
+        found = (wide == 0) & (worth <= enough[rows])
+        passed = np.where(wide > 0, worth > enough[rows] + doubt, ~found)
+        exits[rows[found]] = here[found]
+        at[rows] = here + (passed << wide)
+        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
+        rows = rows[~found & (at[rows] < limit[rows])]
+    return exits
 
 
 class Net(NamedTuple):
@@ -1382,97 +2420,6 @@ class Row(NamedTuple):
     outcome: Outcome
     trade_executed: int
     chosen: int
-
-
-def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
-    """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
-
-    Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
-    """
-    decisions: dict[tuple, tuple[str, LoggedDecision]] = {}
-    repeated = collections.defaultdict(list)
-    present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
-    hashes = hashes_of(options.data_files)
-    skipped = 0
-    for path in paths:
-        logged, bad = read_file(path, options, present, hashes.get(path))
-        skipped += bad
-        for entry in logged:
-            key = entry.decision[:3]
-            if key in decisions:
-                repeated[decisions[key][0], path].append(entry.decision.decision_id)
-                if options.duplicates == "latest" and not is_later(path, decisions[key][0]):
-                    continue
-            decisions[key] = (path, entry)
-    check_repeated(repeated, options)
-    if skipped:
-        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", skipped)
-    if not decisions:
-        raise nothing_left(paths, options, present, skipped)
-    say_what_was_filtered(options, present)
-    return add_counterfactuals(
-        sorted((entry for _, entry in decisions.values()), key=lambda e: e.decision.decision_time), options
-    )
-
-
-def hashes_of(data_files: Any) -> dict[str, str]:
-    """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
-    found = (data_files or {}).get("train", ())
-    return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
-
-
-def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
-    for name, rows in present.items():
-        left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
-        if left:
-            values = ", ".join(f"{shown(value)} ({count:,} rows)" for value, count in sorted(left.items()))
-            logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
-
-
-def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
-    """``repeated`` holds, for two files, the ids of the decisions that both have."""
-    if not repeated:
-        return
-    if options.duplicates == "error":
-        (first, second), ids = next(iter(repeated.items()))
-        raise CandidatesError(
-            f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or keep "
-            'the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
-        )
-    count = sum(map(len, repeated.values()))
-    logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
-
-
-def is_later(path: str, other: str) -> bool:
-    if stamp(path) == stamp(other):
-        raise CandidatesError(
-            f"{path} and {other} hold the same decision and carry the same stamp, so neither is the later run. Give "
-            "one of the two."
-        )
-    return stamp(path) > stamp(other)
-
-
-def stamp(path: str) -> str:
-    """The YYYYMMDD_HHMMSS that ends a backtest's file name; it sorts by time."""
-    found = re.search(r"_(\d{8}_\d{6})\.csv(\.gz)?$", os.path.basename(path))
-    if not found:
-        raise CandidatesError(
-            f'{path}: duplicates="latest" needs a stamp such as _20251207_225615.csv at the end of the file name. '
-            "Rename the file, or leave it out."
-        )
-    return found.group(1)
-
-
-def nothing_left(
-    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
-) -> CandidatesError:
-    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
-    if skipped or not filters:
-        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
-    found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
-    return CandidatesError(
-        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
-    )
 
 
 def read_file(
@@ -1534,7 +2481,7 @@ def read_runs(
             runs[-1].spots.update([cells.values["spot"]] if "spot" in cells.values else [])
             continue
         if not offsets_checked and has_no_offset(cells):
-            logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
+            warn_of_no_offset(path, cells.line)
             offsets_checked = True
         if not runs or runs[-1].key != key:
             passes = all(getattr(options, name) in (None, cells.values[name]) for name in present)
@@ -1543,6 +2490,10 @@ def read_runs(
             values[cells.values[name]] += 1
         add_row(runs[-1], cells, options, complain)
     return runs
+
+
+def warn_of_no_offset(path: str, line: int) -> None:
+    logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, line)
 
 
 def add_row(run: Run, cells: Cells, options: CoveredCallCandidatesConfig, complain) -> None:
@@ -1687,66 +2638,482 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# spool
+#
+# Decisions on disk in blocks, of which a few are in memory at a time, however many there are.
+
+
+READ = (*STATE, *RECORDED)  # of a candidate, from the files; what is computed of it is added later
+CANDIDATE = pa.struct([("instrument", pa.string()), *((name, pa.float64()) for name in READ)])
+SPOOLED = pa.schema(
+    [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
+    + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
+)
+COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
+
+
+class Spool:
+    """Blocks of decisions in a folder that goes when its owner does; a pickled one reads what is there.
+
+    The place of a decision is its number, from 0, in the order in which they were added.
+    """
+
+    def __init__(self):
+        with writing():
+            self.folder = tempfile.mkdtemp(prefix="covered_call_")
+        weakref.finalize(self, remove, self.folder, os.getpid())
+        self.names: list[str] = []  # of underlyings and exit styles, in all blocks
+        self.blocks: list[tuple[str, int]] = []  # the file and its batch
+        self.starts = [0]  # the place of each block's first decision; at the end the number of all
+        self.computed = False  # whether the outcomes are there, too
+        self.recent = collections.OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"recent": collections.OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Callable[[Columns], None]]:
+        """Takes blocks in; if an error ends it, none of them is kept."""
+        name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
+        try:
+            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, SPOOLED) as writer:
+
+                def append(columns: Columns) -> None:
+                    writer.write_batch(self.batch_of(columns))
+                    self.blocks.append((name, self.blocks[-1][1] + 1 if len(self.blocks) > before[0] else 0))
+                    self.starts.append(self.starts[-1] + len(columns))
+
+                yield append
+        except BaseException:
+            del self.blocks[before[0] :], self.starts[before[1] :]
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
+            raise
+
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray]]) -> None:
+        """Adds to each block the outcome of each candidate and its label end."""
+        with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
+            with pa.ipc.new_file(file, COMPUTED) as writer:
+                for number in range(len(self.blocks)):
+                    arrays = map(pa.array, outcomes(self.block(number)))
+                    writer.write_batch(pa.record_batch(list(arrays), schema=COMPUTED))
+        self.computed = True
+        self.recent.clear()
+
+    def take(self, places: np.ndarray) -> Columns:
+        """The decisions at these places, in their order."""
+        numbers = np.searchsorted(self.starts, places, side="right") - 1
+        parts, rank = [], np.empty(len(places), np.int64)
+        found = 0
+        for number in np.unique(numbers):
+            its = np.flatnonzero(numbers == number)
+            parts.append(self.block(number).take(places[its] - self.starts[number]))
+            rank[its] = found + np.arange(len(its))
+            found += len(its)
+        joined = join(parts)
+        return joined if len(parts) == 1 else joined.take(rank)
+
+    def block(self, number: int) -> Columns:
+        if number not in self.recent:
+            self.recent[number] = self.read_block(number)
+            if len(self.recent) > IN_MEMORY:
+                self.recent.popitem(last=False)
+        self.recent.move_to_end(number)
+        return self.recent[number]
+
+    def read_block(self, number: int) -> Columns:
+        batch = self.read_batch(*self.blocks[number])
+        candidates = batch.column("candidates")
+        rows = candidates.values
+        numbers = {name: rows.field(name).to_numpy() for name in READ}
+        label_end = np.zeros(len(rows), np.int64)
+        if self.computed:
+            computed = self.read_batch("outcomes.arrow", number)
+            numbers[COUNTERFACTUAL], label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+        by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
+        offsets = candidates.offsets.to_numpy().astype(np.int64)
+        return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
+            numbers=numbers, label_end=label_end)  # fmt: skip
+
+    def read_batch(self, name: str, index: int) -> pa.RecordBatch:
+        with pa.OSFile(self.path(name)) as file:
+            return pa.ipc.open_file(file).get_batch(index)
+
+    def batch_of(self, columns: Columns) -> pa.RecordBatch:
+        rows = pa.StructArray.from_arrays(
+            [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
+        )
+        arrays = [pa.array(getattr(columns, name)) for name in BY_DECISION]
+        lists = pa.ListArray.from_arrays(pa.array(columns.offsets.astype(np.int32)), rows)
+        return pa.record_batch([*arrays, lists], schema=SPOOLED)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Says where it was written to when the disk is full, or the folder not to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CandidatesError(
+            f"What was read of the files cannot be kept in {tempfile.gettempdir()}: {error}. Make room there, or set "
+            "TMPDIR in the environment to a folder with room; it takes about as much as the files unpacked."
+        ) from error
+
+
+def remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decisions
+#
+# All decisions of some files: read, each of them once, in order of time, with their outcomes.
+
+
+class Decisions(NamedTuple):
+    """D decisions by time, ties in the order of the files; the number of one is its place here.
+
+    What tells them apart is in memory; their candidates are in the spool, in the order that prompts show.
+    """
+
+    spool: Spool
+    place: np.ndarray  # (D,) int64, in the spool
+    underlying: np.ndarray  # (D,) int32, a place among the spool's names
+    exit_style: np.ndarray  # (D,) int32, the same
+    time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
+    spot: np.ndarray  # (D,) float64
+    size: np.ndarray  # (D,) int32, its candidates
+    roll: np.ndarray  # (D, 3) float64: strike, dte and iv of the candidate that a roll would sell, NaN without one
+    label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
+
+    def at(self, numbers: np.ndarray) -> "Decisions":
+        return Decisions(self.spool, *(column[numbers] for column in self[1:]))
+
+    def columns(self) -> Columns:
+        """All of them, in memory."""
+        return self.spool.take(self.place)
+
+    def batches(self) -> Iterator["Decisions"]:
+        """In parts, in their order."""
+        for start, end in in_batches(self.size):
+            yield self.at(np.arange(start, end))
+
+    def id_of(self, number: int) -> str:
+        names = self.spool.names
+        key = (time_of(int(self.time[number])), names[self.underlying[number]], names[self.exit_style[number]])
+        return Decision(*key, spot=0.0, candidates=()).decision_id
+
+
+def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> Decisions:
+    """All decisions of the files that pass the filters.
+
+    Raises:
+        CandidatesError: for files that cannot be read, or contradict each other; BadRow for rows that cannot be
+            trusted.
+    """
+    reader, hashes = Reader(options), hashes_of(options.data_files)
+    ends = [reader.read(path, hashes.get(path)) for path in paths]
+    decisions = once(reader.decisions(), paths, ends, options)
+    if reader.dropped:
+        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", reader.dropped)
+    if not len(decisions.place):
+        raise nothing_left(paths, options, reader.present, reader.dropped)
+    say_what_was_filtered(options, reader.present)
+    return with_outcomes(decisions, options)
+
+
+class Reader:
+    """Files, one after the other, into a spool."""
+
+    def __init__(self, options: CoveredCallCandidatesConfig):
+        self.options, self.spool = options, Spool()
+        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to roll
+        self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
+        self.dropped = 0
+
+    def read(self, path: str, expected: str | None) -> int:
+        """Takes in a file's good decisions that pass the filters; returns how many decisions there are now.
+
+        Args:
+            expected: the hash that the file's content must have; None if any will do.
+        """
+        said = self.scan(scan, path, expected)
+        if isinstance(said, InPieces):
+            said = self.scan(scan_in_pieces, path, expected)
+        if isinstance(said, Doubt):
+            logger.debug("%s is read row by row: %s.", path, said)
+            logged, bad = read_file(path, self.options, self.present, expected)
+            self.dropped += bad
+            if logged:
+                with self.spool.part() as append:
+                    self.keep(columns_of(logged), append)
+        else:
+            check_header(path, said.header)
+            if said.no_offset:
+                warn_of_no_offset(path, said.no_offset)
+            for name, rows in said.rows.items():
+                self.present[name].update(rows)
+        return len(self.spool)
+
+    def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
+        """Takes the file in as columns, or leaves all as it was and says why."""
+        before = len(self.kept)
+        try:
+            with self.spool.part() as append:
+                return how(path, self.options, expected, lambda columns: self.keep(columns, append))
+        except Doubt as doubt:
+            del self.kept[before:]
+            return doubt
+
+    def keep(self, columns: Columns, append) -> None:
+        """Takes in decisions whose candidates stand in the file's order."""
+        columns = columns.renamed(self.spool.names)
+        by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
+        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32), self.rolls(columns)))
+        append(present_in_order(columns, self.options))
+
+    def rolls(self, columns: Columns) -> np.ndarray:
+        if TP_AND_ROLL not in columns.names:
+            return np.broadcast_to(np.nan, (len(columns), 3))  # which takes no memory
+        places = roll_places(columns, self.options)
+        quoted = np.flatnonzero(places >= 0)
+        found = np.full((len(columns), 3), np.nan)
+        for column, name in enumerate(Calls._fields):
+            found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
+        return found
+
+    def decisions(self) -> Decisions:
+        """All that were read, in the order of the files."""
+        *columns, rolls = (list(parts) for parts in zip(*self.kept, strict=True)) if self.kept else [[]] * 6
+        count = len(self.spool)
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        none = TP_AND_ROLL not in self.spool.names
+        roll = np.broadcast_to(np.nan, (count, 3)) if none else np.concatenate([np.zeros((0, 3)), *rolls])
+        return Decisions(self.spool, np.arange(count), *joined, roll, label_end=joined[2])
+
+
+def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
+    """By time, and of a decision that stands in several files the one that the option ``duplicates`` says, in the
+    place of the first.
+
+    Args:
+        ends: of each file, how many decisions it and those before it have.
+    """
+    key = (decisions.exit_style, decisions.underlying, decisions.time)
+    order = np.lexsort(key)
+    again = np.zeros(len(order), bool)
+    again[order[1:]] = np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key])
+    if not again.any():
+        return decisions.at(np.argsort(decisions.time, kind="stable"))
+    first = np.empty(len(order), np.int64)  # of each decision the number of its first appearance
+    first[order] = np.maximum.accumulate(np.where(again[order], 0, np.arange(len(order))))
+    first[order] = order[first[order]]
+    held, repeated = np.arange(len(order)), collections.defaultdict(list)
+    for number in np.flatnonzero(again).tolist():
+        holder = held[first[number]]
+        path, other = (paths[np.searchsorted(ends, one, side="right")] for one in (number, holder))
+        repeated[other, path].append(decisions.id_of(number))
+        if options.duplicates == "error" or is_later(path, other):
+            held[first[number]] = number
+    check_repeated(repeated, options)
+    firsts = np.flatnonzero(~again)
+    return decisions.at(held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+
+
+def with_outcomes(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Decisions:
+    """Computes the outcome of each candidate, into the spool."""
+    key = (decisions.underlying, decisions.exit_style, decisions.time)
+    names, roll = tuple(decisions.spool.names), Calls(*decisions.roll.T)
+    market = Market(names, *key, decisions.spot, decisions.size, roll, options)
+    label_ends = []
+
+    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        pnl, label_end = counterfactuals(columns, market, options)
+        last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
+        if has_one.any():
+            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
+        label_ends.append(last)
+        return pnl, label_end
+
+    decisions.spool.compute(outcomes)
+    return decisions._replace(label_end=np.concatenate(label_ends)[decisions.place])
+
+
+def hashes_of(data_files: Any) -> dict[str, str]:
+    """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
+    found = (data_files or {}).get("train", ())
+    return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
+
+
+def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
+    for name, rows in present.items():
+        left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
+        if left:
+            values = ", ".join(f"{shown(value)} ({count:,} rows)" for value, count in sorted(left.items()))
+            logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
+
+
+def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
+    """``repeated`` holds, for two files, the ids of the decisions that both have."""
+    if not repeated:
+        return
+    if options.duplicates == "error":
+        (first, second), ids = next(iter(repeated.items()))
+        raise CandidatesError(
+            f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or keep "
+            'the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
+        )
+    count = sum(map(len, repeated.values()))
+    logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
+
+
+def is_later(path: str, other: str) -> bool:
+    if stamp(path) == stamp(other):
+        raise CandidatesError(
+            f"{path} and {other} hold the same decision and carry the same stamp, so neither is the later run. Give "
+            "one of the two."
+        )
+    return stamp(path) > stamp(other)
+
+
+def stamp(path: str) -> str:
+    """The YYYYMMDD_HHMMSS that ends a backtest's file name; it sorts by time."""
+    found = re.search(r"_(\d{8}_\d{6})\.csv(\.gz)?$", os.path.basename(path))
+    if not found:
+        raise CandidatesError(
+            f'{path}: duplicates="latest" needs a stamp such as _20251207_225615.csv at the end of the file name. '
+            "Rename the file, or leave it out."
+        )
+    return found.group(1)
+
+
+def nothing_left(
+    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
+) -> CandidatesError:
+    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
+    if skipped or not filters:
+        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
+    found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
+    return CandidatesError(
+        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # preferences
 #
 # Pairs of answers to one decision: the one that brought more, and one that brought less.
 
 
-class Pair(NamedTuple):
-    """Two answers to one decision (an index into the candidates, None for NO_TRADE) and their outcomes in USD.
+class Pairs(NamedTuple):
+    """Two answers to each of D decisions (a place among its candidates, -1 for NO_TRADE) and their outcomes in USD.
 
-    Both outcomes are of one ``source``: a teacher that settles otherwise than the formula of the counterfactuals would
-    make a recorded outcome minus a counterfactual look like skill.
+    Both outcomes of a pair are of one source: a teacher that settles otherwise than the formula of the counterfactuals
+    would make a recorded outcome minus a counterfactual look like skill.
     """
 
-    chosen: int | None
-    rejected: int | None
-    chosen_outcome: float
-    rejected_outcome: float
-    source: str
+    has: np.ndarray  # (D,) bool: whether there is a clear pair; if not, the rest says nothing
+    chosen: np.ndarray  # (D,) int32
+    rejected: np.ndarray  # (D,) int32
+    chosen_outcome: np.ndarray  # (D,) float64
+    rejected_outcome: np.ndarray  # (D,) float64
+    recorded: np.ndarray  # (D,) bool: whether the outcomes are those that the files record; else counterfactuals
 
 
-def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | None:
-    """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
+def preferred_pairs(columns: Columns, options: PreferenceConfig) -> Pairs:
+    """The answer that brought most against the teacher's, or against the worst.
 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
     call and NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
-    computed = {place: one.pnl_vs_hodl for place, one in enumerate(logged.counterfactuals)}
-    recorded = recorded_outcome(logged, options)
-    logged_ones: dict[int | None, Any] = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known: dict[int | None, Any] = logged_ones if None in computed.values() else {None: 0.0, **computed}
-    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
-    teachers = logged.chosen if logged.chosen in known else best
-    rejected = worst if options.rejected == "worst" or teachers == best else teachers
-    source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
-    outcomes = logged_ones if source == "recorded" else known
-    pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
-    min_gain = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
-    return pair if pair.chosen_outcome - pair.rejected_outcome > min_gain else None
+    computed, sold = columns.numbers[COUNTERFACTUAL], columns.chosen
+    logged = recorded_outcomes(columns, options)
+    has_recorded = ~np.isnan(logged)
+    all_known = np.ones(len(columns), bool)
+    all_known[columns.decision_of[np.isnan(computed)]] = False
+    best = np.where(all_known, best_places(computed, columns), np.where(logged > 0, sold, -1))
+    worst = np.where(all_known, best_places(-computed, columns), np.where(logged < 0, sold, -1))
+    teachers = np.where(all_known | has_recorded, sold, best)
+    rejected = worst if options.rejected == "worst" else np.where(teachers == best, worst, teachers)
+    recorded = has_recorded & ((best == sold) | (best < 0)) & ((rejected == sold) | (rejected < 0))
+    outcomes = [np.where(recorded & (side >= 0), logged, at(side, computed, columns)) for side in (best, rejected)]
+    with np.errstate(over="ignore"):
+        gain, share = outcomes[0] - outcomes[1], options.min_edge_pct / 100 * columns.spot
+    clear = (gain > as_float(options.min_edge)) & (gain > share)
+    return Pairs(clear, best.astype(np.int32), rejected.astype(np.int32), *outcomes, recorded)
 
 
-def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> list[LoggedDecision]:
-    """Decisions with a pair, the commonest chosen answer cut by lot to as many as the second: none dominates.
+def recorded_outcomes(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(D,) the recorded P&L vs HODL of the calls that were sold; NaN with costs or a horizon, of which it does not
+    know."""
+    if not as_recorded(options):
+        return np.full(len(columns), np.nan)
+    return at(columns.chosen, columns.numbers["pnl_vs_hodl"], columns, otherwise=np.nan)
 
-    Indices count in the prompt's order.
+
+def at(places: np.ndarray, values: np.ndarray, columns: Columns, otherwise: float = 0.0) -> np.ndarray:
+    """(D,) of (R,) values those at these (D,) places; where there is none, below 0, ``otherwise``."""
+    found, is_call = np.full(len(columns), otherwise), places >= 0
+    found[is_call] = values[columns.offsets[:-1][is_call] + places[is_call]]
+    return found
+
+
+def best_places(values: np.ndarray, columns: Columns) -> np.ndarray:
+    """(D,) int64: the place of the largest of (R,) values, -1 where none is above the 0 of NO_TRADE; of equals the
+    first."""
+    offered = np.diff(columns.offsets) > 0
+    most = np.zeros(len(columns))
+    most[offered] = np.fmax.reduceat(values, columns.offsets[:-1][offered]) if offered.any() else 0.0
+    found = np.flatnonzero(values == most[columns.decision_of])[::-1]  # backwards, so that the first is written last
+    best = np.full(len(columns), -1)
+    best[columns.decision_of[found]] = columns.place[found]
+    return np.where(most > 0, best, -1)
+
+
+def as_float(number: float) -> float:
+    """An integer beyond all floats as infinity."""
+    return float(number) if number <= sys.float_info.max else math.inf
+
+
+def balance_pairs(chosen: np.ndarray, options: PreferenceConfig) -> np.ndarray:
+    """Which pairs are kept when the commonest chosen answer is cut by lot to as many as the second: none dominates.
+
+    Args:
+        chosen: (K,) the places that the pairs prefer, as the prompts count them; -1 for NO_TRADE.
+
+    Returns:
+        (K,) bool.
     """
-    by_label = collections.defaultdict(list)
-    for place, entry in enumerate(entries):
-        pair = preferred_pair(present_in_order(entry, options), options)
-        if pair:
-            by_label[answer_of(pair.chosen)].append(place)
-    before = count_labels(by_label)
-    commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
+    answers, first, counts = np.unique(chosen, return_index=True, return_counts=True)
+    kept, before = np.ones(len(chosen), bool), count_labels(chosen)
+    commonest = np.lexsort((first, -counts))[:2]
     if len(commonest) == 2:
-        most, second = (by_label[label] for label in commonest)
-        by_label[commonest[0]] = random.Random(int(options.seed)).sample(most, len(second))
-    logger.warning("Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(by_label), before)
-    return [entries[place] for place in sorted(place for places in by_label.values() for place in places)]
+        most, second = commonest
+        lot = random.Random(int(options.seed)).sample(range(counts[most]), int(counts[second]))
+        kept = chosen != answers[most]
+        kept[np.flatnonzero(~kept)[lot]] = True
+    logger.warning(
+        "Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(chosen[kept]), before
+    )
+    return kept
 
 
-def count_labels(by_label: dict[str, list[int]]) -> str:
-    return ", ".join(f"{label} {len(places)}" for label, places in sorted(by_label.items()))
+def count_labels(chosen: np.ndarray) -> str:
+    picks, counts = np.unique(chosen, return_counts=True)
+    by_label = {
+        answer_of(None if pick < 0 else pick): count
+        for pick, count in zip(picks.tolist(), counts.tolist(), strict=True)
+    }
+    return ", ".join(f"{label} {count}" for label, count in sorted(by_label.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1759,38 +3126,49 @@ def split_decisions(
     logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
 ) -> dict[str, list[LoggedDecision]]:
     """Decisions by split name. ``logged`` must be sorted by decision time."""
+    time = np.array([microseconds(entry.decision.decision_time) for entry in logged], np.int64)
+    label_end = np.array([microseconds(entry.label_end) for entry in logged], np.int64)
+    return {name: [logged[i] for i in places] for name, places in split_places(time, label_end, options).items()}
+
+
+def split_places(
+    time: np.ndarray, label_end: np.ndarray, options: CoveredCallCandidatesConfig
+) -> dict[str, np.ndarray]:
+    """Places of decisions by split name.
+
+    Args:
+        time: (D,) microseconds since 1970, sorted.
+        label_end: (D,) the same, of when the last of a decision's outcomes is known.
+    """
     if options.splits == "train":
-        return {"train": logged}
-    times = sorted({entry.decision.decision_time for entry in logged})
+        return {"train": np.arange(len(time))}
+    times = np.unique(time)
     starts = split_starts(times, options)
-    splits = {"train": [], "validation": [], "test": []}
-    names = list(splits)
-    purged = collections.Counter()
-    for entry in logged:
-        place = bisect.bisect_right(starts, entry.decision.decision_time)
-        following = bisect.bisect_left(times, starts[place]) if place < len(starts) else len(times)
-        # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-        if options.purge and following < len(times) and entry.label_end >= times[following]:
-            purged[names[place]] += 1
-        else:
-            splits[names[place]].append(entry)
-    for name, entries in splits.items():
-        first_last = [entries[i].decision.decision_time.date() for i in (0, -1)] if entries else []
-        logger.info("%s: %d decisions %s", name, len(entries), " to ".join(map(str, first_last)))
-    if purged:
-        counts = ", ".join(f"{count} from {name}" for name, count in purged.items())
+    split = np.searchsorted(starts, time, side="right")
+    # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+    following = np.append(np.searchsorted(times, starts), len(times))[split]
+    has_one = following < len(times)
+    late = has_one & (label_end >= times[np.where(has_one, following, 0)]) & bool(options.purge)
+    splits, purged = {}, collections.Counter()
+    for place, name in enumerate(("train", "validation", "test")):
+        splits[name] = np.flatnonzero((split == place) & ~late)
+        purged[name] = int(np.count_nonzero((split == place) & late))
+        first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
+        logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
+    if purged.total():
+        counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
     return splits
 
 
-def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesConfig) -> list[datetime.datetime]:
+def split_starts(times: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
-        return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
+        return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
     train, validation, _ = map(float, options.splits)
     places = [round(len(times) * train), round(len(times) * (train + validation))]
-    never = datetime.datetime.max.replace(tzinfo=UTC)
-    return [times[place] if place < len(times) else never for place in places]
+    never = np.iinfo(np.int64).max
+    return [int(times[place]) if place < len(times) else never for place in places]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1799,93 +3177,128 @@ def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesC
 # Records: what stands in one row of a data set, and of which type it is.
 
 
-def candidate_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    decision = logged.decision
-    for index, (candidate, outcome) in enumerate(zip(decision.candidates, logged.outcomes, strict=True)):
-        label = SELL_CALL if index == logged.chosen else SKIP
-        hindsight = candidate_hindsight(outcome) if options.hindsight else ""
-        yield {
-            **shared_columns(decision, logged.chosen, candidate_messages(decision, candidate, hindsight), label),
-            **candidate_columns(logged, index),
-        }
+def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    sold = is_sold(columns)
+    labels = pc.if_else(pa.array(sold), SELL_CALL, SKIP)
+    traded = pa.array(columns.chosen >= 0)
+    rows = pa.array(columns.decision_of)
+    return table_of(
+        "per_candidate",
+        {
+            "messages": candidate_chats(columns, labels, options.hindsight),
+            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            "label": labels,
+            "trade_executed": traded.take(rows),
+            **candidate_columns(columns),
+        },
+    )
 
 
-def ranking_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    decision, chosen = logged.decision, logged.chosen
-    traded = chosen is not None
-    hindsight = ranking_hindsight(chosen + 1, logged.outcomes[chosen]) if options.hindsight and traded else ""
-    yield {
-        **shared_columns(decision, chosen, ranking_messages(decision, hindsight), answer_of(chosen)),
-        "candidates": [candidate_columns(logged, index) for index in range(len(decision.candidates))],
-        "chosen_index": chosen + 1 if traded else None,
-    }
+def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    labels, untraded = answers_of(columns.chosen), columns.chosen < 0
+    candidates = candidate_columns(columns)
+    return table_of(
+        "per_decision_ranking",
+        {
+            "messages": ranking_chats(columns, labels, options.hindsight),
+            **decision_columns(columns),
+            "label": labels,
+            "trade_executed": pa.array(~untraded),
+            "candidates": pa.ListArray.from_arrays(
+                pa.array(columns.offsets, pa.int32()),
+                pa.StructArray.from_arrays(list(candidates.values()), list(candidates)),
+            ),
+            "chosen_index": pa.array(columns.chosen + 1, pa.int32(), mask=untraded),
+        },
+    )
 
 
-def preference_records(logged: LoggedDecision, options: PreferenceConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    pair = preferred_pair(logged, options)
-    if pair is None:
-        return
-    decision, sides = logged.decision, {"chosen": pair.chosen, "rejected": pair.rejected}
-    yield {
-        "prompt": ranking_messages(decision),
-        **{name: [{"role": "assistant", "content": answer_of(pick)}] for name, pick in sides.items()},
-        **decision_columns(decision),
-        "spot": decision.spot,
-        **{f"{name}_label": answer_of(pick) for name, pick in sides.items()},
-        "teacher_label": answer_of(logged.chosen),
-        **{name: getattr(pair, name) for name in ("chosen_outcome", "rejected_outcome", "source")},
-    }
+def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
+    pairs = preferred_pairs(columns, options)
+    columns = columns.take(np.flatnonzero(pairs.has))
+    pairs = pairs._replace(**{name: values[pairs.has] for name, values in pairs._asdict().items()})
+    sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
+    return table_of(
+        "preference",
+        {
+            "prompt": ranking_chats(columns, None),
+            **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
+            **decision_columns(columns),
+            "spot": pa.array(columns.spot),
+            **{f"{name}_label": answers for name, answers in sides.items()},
+            "teacher_label": answers_of(columns.chosen),
+            "chosen_outcome": pa.array(pairs.chosen_outcome),
+            "rejected_outcome": pa.array(pairs.rejected_outcome),
+            "source": pc.if_else(pa.array(pairs.recorded), "recorded", "counterfactual"),
+        },
+    )
 
 
-def q_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    for index, net in enumerate(net_outcomes(logged, options)):
-        columns = candidate_columns(logged, index)
-        for name in ("reward", "max_drawdown_pct"):
-            del columns[name]
-        yield {
-            **decision_columns(logged.decision),
-            **columns,
-            "sold": index == logged.chosen,
-            "q_hold": 0.0,
-            "q_sell": net.value,
-            "source": net.source,
-        }
+def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    """Of each candidate its counterfactual, or else what was recorded."""
+    rows, sold = pa.array(columns.decision_of), is_sold(columns)
+    computed = columns.numbers[COUNTERFACTUAL]
+    recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
+    is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
+    of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
+    return table_of(
+        "q_values",
+        {
+            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            **candidate_columns(columns),
+            "sold": pa.array(sold),
+            "q_hold": pa.array(np.zeros(len(sold))),
+            "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
+            "source": pc.if_else(is_computed, "counterfactual", of_recorded),
+        },
+    )
 
 
-def shared_columns(decision: Decision, chosen: int | None, messages: list[dict], label: str) -> dict:
+def is_sold(columns: Columns) -> np.ndarray:
+    """(R,) bool: whether the teacher sold this candidate."""
+    return columns.place == columns.chosen[columns.decision_of]
+
+
+def decision_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(D,) each."""
+    names = pa.array(columns.names, pa.string())
     return {
-        "messages": [*messages, {"role": "assistant", "content": label}],
-        **decision_columns(decision),
-        "label": label,
-        "trade_executed": chosen is not None,
+        "decision_id": decision_ids(columns),
+        "decision_time": pa.array(columns.time).view(pa.timestamp("us", tz="UTC")),
+        "underlying": names.take(pa.array(columns.underlying)),
+        "exit_style": names.take(pa.array(columns.exit_style)),
     }
 
 
-def decision_columns(decision: Decision) -> dict:
+def candidate_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(R,) each: the candidates' numbers; a recorded outcome is unknown, so null, unless the teacher sold the call."""
+    sold = is_sold(columns)
     return {
-        "decision_id": decision.decision_id,
-        "decision_time": decision.decision_time,
-        "underlying": decision.underlying,
-        "exit_style": decision.exit_style,
+        "instrument": columns.instrument,
+        **{name: nullable(columns.numbers[name]) for name in STATE},
+        "spot": pa.array(columns.spot[columns.decision_of]),
+        **{name: nullable(np.where(sold, columns.numbers[name], np.nan)) for name in RECORDED},
+        COUNTERFACTUAL: nullable(columns.numbers[COUNTERFACTUAL]),
     }
 
 
-def candidate_columns(logged: LoggedDecision, index: int) -> dict:
-    """The candidate's numbers; its recorded outcome is unknown, so null, unless the teacher sold it."""
-    known = logged.outcomes[index] if index == logged.chosen else Outcome(None, None, None)
-    return {
-        **logged.decision.candidates[index]._asdict(),
-        "spot": logged.decision.spot,
-        **known._asdict(),
-        "counterfactual_pnl_vs_hodl": logged.counterfactuals[index].pnl_vs_hodl,
-    }
+def nullable(values: np.ndarray) -> pa.Array:
+    """Floats, NaN as null."""
+    return pa.array(values, from_pandas=True)
 
 
-RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
+def table_of(name: str, arrays: dict[str, pa.Array]) -> pa.Table:
+    """The columns that a config's records have, of these."""
+    schema = schema_of(name)
+    return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
+
+
+@functools.cache
+def schema_of(name: str) -> pa.Schema:
+    return datasets.Features(FEATURES[name]).arrow_schema.remove_metadata()
+
+
+RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {
     "per_candidate": candidate_records,
     "per_decision_ranking": ranking_records,
     "preference": preference_records,
@@ -1893,10 +3306,10 @@ RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
 }
 
 
-def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
-    if isinstance(options, PreferenceConfig):
-        return preferred_pair(present_in_order(logged, options), options) is not None
-    return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
+def batches(columns: Columns) -> Iterator[Columns]:
+    """The decisions in parts, in their order."""
+    for start, end in in_batches(np.diff(columns.offsets)):
+        yield columns.take(np.arange(start, end))
 
 
 MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
@@ -1956,12 +3369,63 @@ FEATURES = {
 CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
 VERSION = datasets.Version("2.0.0")  # of all configs: what their columns are called and mean
 SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
+RECORDS_AT_ONCE = 100  # made dicts of a table when they are streamed
+STREAMS_TYPED = ("3.6.0", "5.2.0")  # the versions of datasets that TypedExamples has been tried with
+table_key = getattr(datasets.builder, "Key", "{}_{}".format)  # of a shard's place and its table's; 3.6 has no class
 
 
-class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
+class TypedExamples(getattr(datasets.iterable_dataset, "_BaseExamplesIterable", object)):
+    """Streamed records that are known to have the types of the features.
+
+    Of others the library makes a table each and casts it, which takes most of the time of a stream. What is overridden
+    here is the library's own, and not for others to rely on.
+    """
+
+    features: Any = None  # the library's is a property
+
+    def __init__(self, ex_iterable, features: datasets.Features | None):
+        super().__init__()
+        self.ex_iterable, self.features = ex_iterable, features
+
+    def __iter__(self):
+        return iter(self.ex_iterable)
+
+    def _iter_arrow(self):
+        return self.ex_iterable._iter_arrow()
+
+    @property
+    def iter_arrow(self):
+        return self._iter_arrow if self.ex_iterable.iter_arrow else None
+
+    @property
+    def is_typed(self) -> bool:
+        return self.iter_arrow is not None  # datasets 3.6 cannot filter what says that it is
+
+    @property
+    def num_shards(self) -> int:
+        return self.ex_iterable.num_shards
+
+    def _init_state_dict(self) -> dict:
+        self._state_dict = self.ex_iterable._init_state_dict()
+        return self._state_dict
+
+    def shuffle_data_sources(self, *how):
+        return TypedExamples(self.ex_iterable.shuffle_data_sources(*how), self.features)
+
+    def shard_data_sources(self, *which, **how):
+        return TypedExamples(self.ex_iterable.shard_data_sources(*which, **how), self.features)
+
+    def reshard_data_sources(self):
+        return self  # the builder knows no smaller shards
+
+
+class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _prepare_split is that of the tables
+    datasets.ArrowBasedBuilder, datasets.GeneratorBasedBuilder
+):
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
     config: CoveredCallCandidatesConfig
+    DEFAULT_WRITER_BATCH_SIZE = 8_192  # records; of smaller batches a file has more, and reading it maps more
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
@@ -2020,12 +3484,10 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
-        for name, entries in backtest.splits.items():
-            entries = [entry for entry in entries if makes_record(entry, self.config)]
-            if isinstance(self.config, PreferenceConfig) and name == "train":
-                entries = balance_pairs(entries, self.config)
-            if entries:
-                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
+        for name, places in backtest.places.items():
+            decisions = with_record(backtest.decisions.at(places), self.config, balanced=name == "train")
+            if len(decisions.place):
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards_of(decisions)}))
             else:  # datasets cannot hold a split without rows
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
@@ -2035,11 +3497,61 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             )
         return generators
 
+    # GeneratorBasedBuilder's own asks for a check of each record's key, which tables have not.
+    _download_and_prepare = datasets.DatasetBuilder._download_and_prepare
+
+    def _generate_tables(self, shards):  # ty: ignore[incompatible-method-override]
+        for shard_place, shard in enumerate(shards):
+            for place, columns in enumerate(shard.columns()):
+                yield table_key(shard_place, place), RECORDS[self.config.name](columns, self.config)
+
     def _generate_examples(self, shards):  # ty: ignore[incompatible-method-override]
-        for shard in shards:
-            for logged in shard:
-                for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
-                    yield f"{record['decision_id']}|{index}", record
+        for key, table in self._generate_tables(shards):
+            records = (record for batch in table.to_batches(RECORDS_AT_ONCE) for record in batch.to_pylist())
+            for place, record in enumerate(records):
+                yield f"{key}_{place}", record
+
+    def _get_examples_iterable_for_split(self, split_generator):
+        # A stream of tables that is mapped and resumed begins in 3.6 with the next table, and not the next record.
+        in_tables = int(datasets.__version__.split(".")[0]) >= 5
+        kind = datasets.ArrowBasedBuilder if in_tables else datasets.GeneratorBasedBuilder
+        examples = kind._get_examples_iterable_for_split(self, split_generator)
+        return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
+
+
+class Shard(NamedTuple):
+    """Some decisions of a split, for a process of its own: the places in the spool of each of its batches."""
+
+    spool: Spool
+    batches: list[np.ndarray]
+
+    def columns(self) -> Iterator[Columns]:
+        return map(self.spool.take, self.batches)
+
+
+def shards_of(decisions: Decisions) -> list[Shard]:
+    """At most SHARDS pieces, one after the other, of nearly equal length."""
+    count = len(decisions.place)
+    size = math.ceil(count / SHARDS)
+    pieces = [decisions.at(np.arange(start, min(start + size, count))) for start in range(0, count, size)]
+    return [Shard(decisions.spool, [batch.place for batch in piece.batches()]) for piece in pieces]
+
+
+def with_record(decisions: Decisions, options: CoveredCallCandidatesConfig, balanced: bool) -> Decisions:
+    """Those of which the config has a record.
+
+    Args:
+        balanced: of the pairs leave some of the commonest answer out.
+    """
+    if isinstance(options, PreferenceConfig):
+        pairs = [preferred_pairs(batch.columns(), options) for batch in decisions.batches()]
+        has, chosen = (np.concatenate([[], *(getattr(pair, name) for pair in pairs)]) for name in ("has", "chosen"))
+        has = has.astype(bool)
+        if balanced:
+            has[has] = balance_pairs(chosen[has].astype(np.int32), options)
+    else:
+        has = (decisions.size > 0) | (options.name == "per_decision_ranking")
+    return decisions.at(np.flatnonzero(has))
 
 
 class Backtest:
@@ -2064,21 +3576,28 @@ class Backtest:
         return hashes_of(self.data_files)
 
     @functools.cached_property
-    def logged(self) -> list[LoggedDecision]:
-        """All of them, by decision time, each with its candidates in the order that prompts show.
+    def decisions(self) -> Decisions:
+        """All of them.
 
         Raises:
-            CandidatesError: as read_candidates does, also for a file that has changed since it was hashed.
+            CandidatesError: as read_decisions does, also for a file that has changed since it was hashed.
         """
-        logged = read_candidates(self.files, dataclasses.replace(self.options, data_files=self.data_files))
-        for place, entry in enumerate(logged):  # in its place, or all decisions would be in memory twice
-            logged[place] = present_in_order(entry, self.options)
-        return logged
+        return read_decisions(self.files, dataclasses.replace(self.options, data_files=self.data_files))
+
+    @functools.cached_property
+    def places(self) -> dict[str, np.ndarray]:
+        """The places among them of those of each split; see split_places."""
+        return split_places(self.decisions.time, self.decisions.label_end, self.options)
+
+    @functools.cached_property
+    def logged(self) -> list[LoggedDecision]:
+        """All of them one by one, by decision time, each with its candidates in the order that prompts show."""
+        return logged_of(self.decisions.columns())
 
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
-        """Those of each split; see split_decisions."""
-        return split_decisions(self.logged, self.options)
+        """Those of each split."""
+        return {name: [self.logged[place] for place in places] for name, places in self.places.items()}
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
         """A config as load_candidates gives it, without reading the files again.
@@ -2093,12 +3612,6 @@ class Backtest:
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
         changed = {option: value for option, value in shared.items() if value != defaults[option]}
         return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
-
-
-def cut(entries: list, parts: int) -> list[tuple]:
-    """At most ``parts`` contiguous pieces of nearly equal length."""
-    size = math.ceil(len(entries) / parts)
-    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
 
 
 def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:

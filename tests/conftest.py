@@ -36,10 +36,11 @@ import datasets  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from covered_call.candidates.builder import load_candidates  # noqa: E402
+from covered_call.candidates.columns import logged_of  # noqa: E402
+from covered_call.candidates.decisions import read_decisions  # noqa: E402
 from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
-from covered_call.candidates.reading import read_candidates  # noqa: E402
 from covered_call.candidates.records import RECORDS  # noqa: E402
-from covered_call.candidates.schema import COLUMNS  # noqa: E402
+from covered_call.candidates.schema import COLUMNS, LoggedDecision  # noqa: E402
 
 # The same examples on every run and no deadline: a red test is a changed behaviour, never a slow machine.
 settings.register_profile(
@@ -200,8 +201,13 @@ def messages(dataset) -> list[str]:
     return [json.dumps({"messages": record["messages"]}, ensure_ascii=False) for record in dataset]
 
 
+def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
+    """The decisions of some files, one by one."""
+    return logged_of(read_decisions(paths, options).columns())
+
+
 def records(paths: str | list[str], name: str = "per_candidate", **options) -> list[dict]:
     """The records without an Arrow file between: quick enough for hundreds of generated files."""
     config = CoveredCallCandidatesConfig(name=name, **options)
-    logged = read_candidates([paths] if isinstance(paths, str) else paths, config)
-    return [record for entry in logged for record in RECORDS[name](entry, config)]
+    columns = read_decisions([paths] if isinstance(paths, str) else paths, config).columns()
+    return RECORDS[name](columns, config).to_pylist()

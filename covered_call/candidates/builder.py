@@ -8,12 +8,16 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
+from covered_call.candidates.columns import Columns, logged_of
+from covered_call.candidates.decisions import Decisions, hashes_of, read_decisions
 from covered_call.candidates.options import (
     CoveredCallCandidatesConfig,
     PreferenceConfig,
@@ -22,25 +26,75 @@ from covered_call.candidates.options import (
     names_of,
     options_of,
 )
-from covered_call.candidates.preferences import balance_pairs
-from covered_call.candidates.prompts import present_in_order
-from covered_call.candidates.reading import hashes_of, read_candidates
-from covered_call.candidates.records import FEATURES, RECORDS, makes_record
+from covered_call.candidates.preferences import balance_pairs, preferred_pairs
+from covered_call.candidates.records import FEATURES, RECORDS
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
-from covered_call.candidates.splits import split_decisions
+from covered_call.candidates.splits import split_places
+from covered_call.candidates.spool import Spool
 
 logger = logging.getLogger(__name__)
 
 CSV_PATTERNS = ("training_candidates_*.csv", "training_candidates_*.csv.gz")
 VERSION = datasets.Version("2.0.0")  # of all configs: what their columns are called and mean
 SHARDS = 16  # a split's decisions are cut into this many parts, so that num_proc and data loader workers can share
+RECORDS_AT_ONCE = 100  # made dicts of a table when they are streamed
+STREAMS_TYPED = ("3.6.0", "5.2.0")  # the versions of datasets that TypedExamples has been tried with
+table_key = getattr(datasets.builder, "Key", "{}_{}".format)  # of a shard's place and its table's; 3.6 has no class
 
 
-class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
+class TypedExamples(getattr(datasets.iterable_dataset, "_BaseExamplesIterable", object)):
+    """Streamed records that are known to have the types of the features.
+
+    Of others the library makes a table each and casts it, which takes most of the time of a stream. What is overridden
+    here is the library's own, and not for others to rely on.
+    """
+
+    features: Any = None  # the library's is a property
+
+    def __init__(self, ex_iterable, features: datasets.Features | None):
+        super().__init__()
+        self.ex_iterable, self.features = ex_iterable, features
+
+    def __iter__(self):
+        return iter(self.ex_iterable)
+
+    def _iter_arrow(self):
+        return self.ex_iterable._iter_arrow()
+
+    @property
+    def iter_arrow(self):
+        return self._iter_arrow if self.ex_iterable.iter_arrow else None
+
+    @property
+    def is_typed(self) -> bool:
+        return self.iter_arrow is not None  # datasets 3.6 cannot filter what says that it is
+
+    @property
+    def num_shards(self) -> int:
+        return self.ex_iterable.num_shards
+
+    def _init_state_dict(self) -> dict:
+        self._state_dict = self.ex_iterable._init_state_dict()
+        return self._state_dict
+
+    def shuffle_data_sources(self, *how):
+        return TypedExamples(self.ex_iterable.shuffle_data_sources(*how), self.features)
+
+    def shard_data_sources(self, *which, **how):
+        return TypedExamples(self.ex_iterable.shard_data_sources(*which, **how), self.features)
+
+    def reshard_data_sources(self):
+        return self  # the builder knows no smaller shards
+
+
+class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _prepare_split is that of the tables
+    datasets.ArrowBasedBuilder, datasets.GeneratorBasedBuilder
+):
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
     config: CoveredCallCandidatesConfig
+    DEFAULT_WRITER_BATCH_SIZE = 8_192  # records; of smaller batches a file has more, and reading it maps more
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(
@@ -99,12 +153,10 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
-        for name, entries in backtest.splits.items():
-            entries = [entry for entry in entries if makes_record(entry, self.config)]
-            if isinstance(self.config, PreferenceConfig) and name == "train":
-                entries = balance_pairs(entries, self.config)
-            if entries:
-                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": cut(entries, SHARDS)}))
+        for name, places in backtest.places.items():
+            decisions = with_record(backtest.decisions.at(places), self.config, balanced=name == "train")
+            if len(decisions.place):
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards_of(decisions)}))
             else:  # datasets cannot hold a split without rows
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
@@ -114,11 +166,61 @@ class CoveredCallCandidates(datasets.GeneratorBasedBuilder):
             )
         return generators
 
+    # GeneratorBasedBuilder's own asks for a check of each record's key, which tables have not.
+    _download_and_prepare = datasets.DatasetBuilder._download_and_prepare
+
+    def _generate_tables(self, shards):  # ty: ignore[incompatible-method-override]
+        for shard_place, shard in enumerate(shards):
+            for place, columns in enumerate(shard.columns()):
+                yield table_key(shard_place, place), RECORDS[self.config.name](columns, self.config)
+
     def _generate_examples(self, shards):  # ty: ignore[incompatible-method-override]
-        for shard in shards:
-            for logged in shard:
-                for index, record in enumerate(RECORDS[self.config.name](logged, self.config)):
-                    yield f"{record['decision_id']}|{index}", record
+        for key, table in self._generate_tables(shards):
+            records = (record for batch in table.to_batches(RECORDS_AT_ONCE) for record in batch.to_pylist())
+            for place, record in enumerate(records):
+                yield f"{key}_{place}", record
+
+    def _get_examples_iterable_for_split(self, split_generator):
+        # A stream of tables that is mapped and resumed begins in 3.6 with the next table, and not the next record.
+        in_tables = int(datasets.__version__.split(".")[0]) >= 5
+        kind = datasets.ArrowBasedBuilder if in_tables else datasets.GeneratorBasedBuilder
+        examples = kind._get_examples_iterable_for_split(self, split_generator)
+        return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
+
+
+class Shard(NamedTuple):
+    """Some decisions of a split, for a process of its own: the places in the spool of each of its batches."""
+
+    spool: Spool
+    batches: list[np.ndarray]
+
+    def columns(self) -> Iterator[Columns]:
+        return map(self.spool.take, self.batches)
+
+
+def shards_of(decisions: Decisions) -> list[Shard]:
+    """At most SHARDS pieces, one after the other, of nearly equal length."""
+    count = len(decisions.place)
+    size = math.ceil(count / SHARDS)
+    pieces = [decisions.at(np.arange(start, min(start + size, count))) for start in range(0, count, size)]
+    return [Shard(decisions.spool, [batch.place for batch in piece.batches()]) for piece in pieces]
+
+
+def with_record(decisions: Decisions, options: CoveredCallCandidatesConfig, balanced: bool) -> Decisions:
+    """Those of which the config has a record.
+
+    Args:
+        balanced: of the pairs leave some of the commonest answer out.
+    """
+    if isinstance(options, PreferenceConfig):
+        pairs = [preferred_pairs(batch.columns(), options) for batch in decisions.batches()]
+        has, chosen = (np.concatenate([[], *(getattr(pair, name) for pair in pairs)]) for name in ("has", "chosen"))
+        has = has.astype(bool)
+        if balanced:
+            has[has] = balance_pairs(chosen[has].astype(np.int32), options)
+    else:
+        has = (decisions.size > 0) | (options.name == "per_decision_ranking")
+    return decisions.at(np.flatnonzero(has))
 
 
 class Backtest:
@@ -143,21 +245,28 @@ class Backtest:
         return hashes_of(self.data_files)
 
     @functools.cached_property
-    def logged(self) -> list[LoggedDecision]:
-        """All of them, by decision time, each with its candidates in the order that prompts show.
+    def decisions(self) -> Decisions:
+        """All of them.
 
         Raises:
-            CandidatesError: as read_candidates does, also for a file that has changed since it was hashed.
+            CandidatesError: as read_decisions does, also for a file that has changed since it was hashed.
         """
-        logged = read_candidates(self.files, dataclasses.replace(self.options, data_files=self.data_files))
-        for place, entry in enumerate(logged):  # in its place, or all decisions would be in memory twice
-            logged[place] = present_in_order(entry, self.options)
-        return logged
+        return read_decisions(self.files, dataclasses.replace(self.options, data_files=self.data_files))
+
+    @functools.cached_property
+    def places(self) -> dict[str, np.ndarray]:
+        """The places among them of those of each split; see split_places."""
+        return split_places(self.decisions.time, self.decisions.label_end, self.options)
+
+    @functools.cached_property
+    def logged(self) -> list[LoggedDecision]:
+        """All of them one by one, by decision time, each with its candidates in the order that prompts show."""
+        return logged_of(self.decisions.columns())
 
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
-        """Those of each split; see split_decisions."""
-        return split_decisions(self.logged, self.options)
+        """Those of each split."""
+        return {name: [self.logged[place] for place in places] for name, places in self.places.items()}
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
         """A config as load_candidates gives it, without reading the files again.
@@ -172,12 +281,6 @@ class Backtest:
         defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
         changed = {option: value for option, value in shared.items() if value != defaults[option]}
         return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
-
-
-def cut(entries: list, parts: int) -> list[tuple]:
-    """At most ``parts`` contiguous pieces of nearly equal length."""
-    size = math.ceil(len(entries) / parts)
-    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
 
 
 def find_csvs(data_files: str | Iterable[str] | None, data_dir: str | None, base_path: str) -> list[str]:

@@ -7,11 +7,15 @@ import logging
 import os
 import re
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import find_csvs
 from covered_call.candidates.data_options import Help, add_option, flags
+from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import (
     CHATS,
     DATA,
@@ -20,25 +24,52 @@ from covered_call.candidates.options import (
     check_options,
     options_of,
 )
-from covered_call.candidates.reading import read_candidates
+from covered_call.candidates.prompts import ROLES, filled
 from covered_call.candidates.records import RECORDS
-from covered_call.candidates.schema import CandidatesError, LoggedDecision
+from covered_call.candidates.schema import CandidatesError
 from covered_call.command_line import plain_errors
 
 # Of a decision that stands in two files: each file is exported for itself.
 OPTIONS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, PROMPTS) if option.name != "duplicates"]
 
 
-def write_jsonl(path: str, logged: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> collections.Counter:
+LINE = (
+    '{{"messages": [{{"role": "system", "content": "{system}"}}, {{"role": "user", "content": "{user}"}}, '
+    '{{"role": "assistant", "content": "{assistant}"}}]}}\n'
+)
+
+
+def write_jsonl(path: str, decisions: Decisions, config: CoveredCallCandidatesConfig) -> collections.Counter:
     """Writes one ``{"messages": [...]}`` a line, whole or not at all, and returns the label counts."""
     labels = collections.Counter()
-    with atomic.replacing(path) as file:
-        for entry in tqdm(logged, desc=os.path.basename(path), unit=" decisions", disable=None):
-            for record in RECORDS[config.name](entry, config):
-                line = json.dumps({"messages": record["messages"]}, ensure_ascii=False)
-                file.write(f"{line}\n".encode())
-                labels[record["label"]] += 1
+    bar = tqdm(total=len(decisions.place), desc=os.path.basename(path), unit=" decisions", disable=None)
+    with atomic.replacing(path) as file, bar:
+        for batch in decisions.batches():
+            records = RECORDS[config.name](batch.columns(), config)
+            file.write(json_lines(records["messages"].combine_chunks()))
+            labels.update(records["label"].to_pylist())
+            bar.update(len(batch.place))
     return labels
+
+
+def json_lines(chats: pa.ListArray) -> pa.Buffer | bytes:
+    """What json.dumps makes of each chat as {"messages": ...}, of a system, a user and an assistant message each."""
+    if not len(chats):
+        return b""
+    contents = escaped(chats.values.field("content"))
+    places = np.arange(len(contents)).reshape(len(chats), len(ROLES)).T
+    lines = filled(LINE, {role: contents.take(pa.array(its)) for role, its in zip(ROLES, places, strict=True)})
+    return lines.buffers()[2]
+
+
+def escaped(texts: pa.StringArray) -> pa.StringArray:
+    """The texts as JSON has them between quotes."""
+    content = memoryview(texts.buffers()[2])
+    below_space = np.count_nonzero(np.frombuffer(content, np.uint8) < 32)
+    content = bytes(content)
+    if below_space == content.count(b"\n") and b'"' not in content and b"\\" not in content:
+        return pc.replace_substring(texts, "\n", "\\n")
+    return pa.array([json.dumps(text, ensure_ascii=False)[1:-1] for text in texts.to_pylist()], pa.string())
 
 
 def export_paths(source: str, output_dir: str | None) -> dict[str, str]:
@@ -73,13 +104,13 @@ def export(args: argparse.Namespace) -> None:
     options = {name: value for name, value in given.items() if value is not None}
     check_options("per_candidate", options)
     # All are read before any is written, so that a bad one leaves every export as it was.
-    decisions = {source: read_candidates([source], CoveredCallCandidatesConfig(**options)) for source in sources}
-    for source, logged in decisions.items():
+    read = {source: read_decisions([source], CoveredCallCandidatesConfig(**options)) for source in sources}
+    for source, decisions in read.items():
         for name, path in export_paths(source, args.output_dir).items():
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            labels = write_jsonl(path, logged, CoveredCallCandidatesConfig(name=name, **options))
+            labels = write_jsonl(path, decisions, CoveredCallCandidatesConfig(name=name, **options))
             balance = ", ".join(f"{label} {count / labels.total():.1%}" for label, count in labels.most_common())
-            print(f"{path}: {labels.total()} records of {len(logged)} decisions ({balance})")
+            print(f"{path}: {labels.total()} records of {len(decisions.place)} decisions ({balance})")
 
 
 def main(arguments: list[str]) -> None:

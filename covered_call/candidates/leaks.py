@@ -1,14 +1,22 @@
 """Prompts that name their answer: how they are found, whatever their words."""
 
+import collections
+import dataclasses
 import re
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from covered_call.candidates.columns import COUNTERFACTUAL, RECORDED, Columns, columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.records import FEATURES, RECORDS
-from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, Counterfactual, Decision, LoggedDecision, Outcome
+from covered_call.candidates.prompts import present_in_order
+from covered_call.candidates.records import FEATURES, RECORDS, batches
+from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, Decision, LoggedDecision
 
 PROMPTED = tuple(name for name, features in FEATURES.items() if {"messages", "prompt"} & features.keys())
-# What prompts.candidate_hindsight and ranking_hindsight write.
+# What CANDIDATE_HINDSIGHT and RANKING_HINDSIGHT of prompts write.
 CHOSEN_INDEX = re.compile(r"Chosen candidate index: (\d+)")
 REWARD = re.compile(r"Reward \(USD\): (\S+)")
 # As a word of its own: what holds it as a part, such as SKIPPER, names no answer.
@@ -21,6 +29,7 @@ class Corpus(NamedTuple):
 
     prompts: list[str]
     answers: list[str]
+    decision_ids: list[str]  # of each prompt
     entries: list[LoggedDecision]
 
 
@@ -32,17 +41,29 @@ def render_splits(splits: dict[str, list[LoggedDecision]], config: CoveredCallCa
 def render(entries: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> Corpus:
     """Of the decisions that have a candidate: the prompts of others hold no name and no number to leak."""
     entries = [entry for entry in entries if entry.decision.candidates]
-    records = [record for entry in entries for record in RECORDS[config.name](entry, config)]
-    answers = [record["label"] for record in records if "label" in record]
-    return Corpus([prompt_of(record) for record in records], answers, entries)
+    return Corpus(*render_columns(columns_of(entries), config), entries)
 
 
-def prompt_of(record: dict) -> str:
-    """What the user asks in a record: of a chat, or of a prompt with the replies to prefer between."""
-    prompt = record["messages"] if "messages" in record else record["prompt"]
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(message["content"] for message in prompt if message["role"] == "user")
+def render_columns(columns: Columns, config: CoveredCallCandidatesConfig) -> tuple[list[str], list[str], list[str]]:
+    """The prompts of a config, their answers, and the ids of their decisions."""
+    prompts, answers, ids = [], [], []
+    for batch in batches(present_in_order(columns, config)):
+        records = RECORDS[config.name](batch, config)
+        prompts += prompts_of(records)
+        answers += records["label"].to_pylist() if "label" in records.schema.names else []
+        ids += records["decision_id"].to_pylist()
+    return prompts, answers, ids
+
+
+def prompts_of(records: pa.Table) -> list[str]:
+    """What the user asks in each record: of a chat, or of a prompt with the replies to prefer between."""
+    column = records["messages" if "messages" in records.schema.names else "prompt"].combine_chunks()
+    if pa.types.is_string(column.type):
+        return column.to_pylist()
+    by_user = pc.equal(column.values.field("role"), "user")
+    ends = np.concatenate([[0], np.cumsum(by_user.to_numpy(zero_copy_only=False))])[column.offsets]
+    contents = column.values.field("content").filter(by_user)
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), contents), "\n").to_pylist()
 
 
 def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) -> list[str]:
@@ -53,7 +74,7 @@ def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) 
     counts = {
         "hold the block of hindsight": sum(bool(CHOSEN_INDEX.search(p) or REWARD.search(p)) for p in prompts),
         # Whatever its words, a prompt that names the answer changes when the answer does, and nothing else.
-        "change when labels and outcomes do": sum(changed_prompts(entry, config) for entry in entries),
+        "change when labels and outcomes do": sum(changed_prompts(corpus, config) for corpus in corpora.values()),
     }
     found = [
         f"FAILED: {count:,} of {len(prompts):,} {task} prompts {what}." for what, count in counts.items() if count
@@ -69,18 +90,29 @@ def names_in(decision: Decision) -> list[str]:
     return [decision.underlying, decision.exit_style, *(candidate.instrument for candidate in decision.candidates)]
 
 
-def changed_prompts(entry: LoggedDecision, config: CoveredCallCandidatesConfig) -> int:
-    """How many of a decision's prompts another label and other outcomes change."""
-    prompts = render([entry], config).prompts
-    traded, another = 0 if entry.chosen is None else None, ((entry.chosen or 0) + 1) % len(entry.outcomes)
-    for chosen in (traded, another):
-        others = render([relabel(entry, chosen)], config).prompts
-        if others:  # a label may also decide whether there is a record at all: that is no leak of a prompt's text
-            return sum(prompt not in others for prompt in prompts)
-    return 0
+def changed_prompts(corpus: Corpus, config: CoveredCallCandidatesConfig) -> int:
+    """How many of the prompts another label and other outcomes change."""
+    columns = columns_of(corpus.entries)
+    traded = np.where(columns.chosen < 0, 0, -1)
+    another = (np.maximum(columns.chosen, 0) + 1) % np.diff(columns.offsets)
+    others = prompts_by_decision(relabel(columns, traded), config)
+    # A label may also decide whether there is a record at all: that is no leak of a prompt's text.
+    left_out = np.array([entry.decision.decision_id not in others for entry in corpus.entries], bool)
+    others |= prompts_by_decision(relabel(columns, another).take(np.flatnonzero(left_out)), config)
+    asked = zip(corpus.decision_ids, corpus.prompts, strict=True)
+    return sum(key in others and prompt not in others[key] for key, prompt in asked)
 
 
-def relabel(entry: LoggedDecision, chosen: int | None) -> LoggedDecision:
-    """The same decision with another label and other outcomes."""
-    counterfactuals = tuple(Counterfactual(1.0, counterfactual.label_end) for counterfactual in entry.counterfactuals)
-    return LoggedDecision(entry.decision, chosen, (Outcome(1.0, 1.0, 1.0),) * len(entry.outcomes), counterfactuals)
+def prompts_by_decision(columns: Columns, config: CoveredCallCandidatesConfig) -> dict[str, set[str]]:
+    prompts, _, ids = render_columns(columns, config)
+    found = collections.defaultdict(set)
+    for key, prompt in zip(ids, prompts, strict=True):
+        found[key].add(prompt)
+    return dict(found)
+
+
+def relabel(columns: Columns, chosen: np.ndarray) -> Columns:
+    """The same decisions with other labels and other outcomes."""
+    ones = np.ones(len(columns.instrument))
+    numbers = columns.numbers | dict.fromkeys((*RECORDED, COUNTERFACTUAL), ones)
+    return dataclasses.replace(columns, chosen=chosen.astype(np.int32), numbers=numbers)

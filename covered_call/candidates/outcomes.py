@@ -3,24 +3,22 @@
 They are labels and stand in columns; no prompt is rendered from them. NO_TRADE brings 0: the coin is held either way.
 """
 
-import bisect
-import collections
-import datetime
-import math
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import numpy as np
-from datasets.utils import tqdm
 from scipy.special import ndtr
 
+from covered_call.candidates.columns import COUNTERFACTUAL, DAY, Columns, timedelta_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision
+from covered_call.candidates.schema import LoggedDecision
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 DAYS_PER_YEAR = 365
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 SECOND = 1_000_000  # microseconds
-DAY = 86_400 * SECOND
+ROWS_AT_ONCE = 65_536
+WIDEST = 10  # a search looks at 2 ** 10 times at once at most
 
 
 def black_scholes_call(spot, strike, years, iv):
@@ -33,146 +31,287 @@ def black_scholes_call(spot, strike, years, iv):
     return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
 
 
-def trading_cost(price: float, spot: float, options: CoveredCallCandidatesConfig) -> float:
+def trading_cost(price, spot, options: CoveredCallCandidatesConfig):
     """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
 
-    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price.
+    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price. Takes numbers or arrays.
     """
-    return min(options.fee * spot, options.fee_cap * price) + options.half_spread * price + options.slippage * spot
+    fee = np.minimum(options.fee * spot, options.fee_cap * price)
+    return fee + options.half_spread * price + options.slippage * spot
+
+
+class Calls(NamedTuple):
+    """Calls (C,): strike in USD, dte in days, iv as a fraction a year, NaN where it is unknown."""
+
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+class Sales(NamedTuple):
+    """Calls (C,), and where and when each is sold."""
+
+    underlying: np.ndarray  # int, its place in the names
+    time: np.ndarray  # int64, microseconds since 1970
+    spot: np.ndarray  # USD
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+class Legs(NamedTuple):
+    """Calls (C,) from their sale to their exit: to when they are bought back with a profit, or expire."""
+
+    strike: np.ndarray
+    iv: np.ndarray
+    expiry: np.ndarray  # int64, microseconds since 1970
+    income: np.ndarray  # USD that the sale brings, net of costs
+    exit: np.ndarray  # int64, place in the market
 
 
 class Market:
-    """Spots and chains by time (in microseconds since 1970), from the decisions of the files themselves."""
+    """Spots by underlying and time, and the calls that are sold next, from the decisions of the files themselves.
 
-    def __init__(self, logged: list[LoggedDecision], options: CoveredCallCandidatesConfig):
-        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
-        spots, self.chains = collections.defaultdict(dict), {}
-        for decision in (entry.decision for entry in logged):
-            time = microseconds(decision.decision_time)
-            if decision.spot > 0:  # a placeholder row may have none
-                spots[decision.underlying][time] = decision.spot
-            self.chains[time, decision.underlying, decision.exit_style] = decision.candidates
-        self.times = {name: np.array(sorted(by_time)) for name, by_time in spots.items()}
-        self.spots = {name: np.array([spots[name][time] for time in times]) for name, times in self.times.items()}
-        # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = {
-            name: np.cumsum(np.diff(times, prepend=times[0]) > 2 * self.tolerance)
-            for name, times in self.times.items()
-        }
-
-    def nearest(self, underlying: str, time: int) -> int | None:
-        """The place of the spot nearest to ``time``; None if none is within the tolerance."""
-        times = self.times.get(underlying, ())
-        place = bisect.bisect_left(times, time)
-        near = min(
-            (p for p in (place - 1, place) if 0 <= p < len(times)), key=lambda p: abs(times[p] - time), default=None
-        )
-        return near if near is not None and abs(times[near] - time) <= self.tolerance else None
-
-
-def microseconds(time: datetime.datetime) -> int:
-    return (time - EPOCH) // datetime.timedelta(microseconds=1)
-
-
-def add_counterfactuals(logged: list[LoggedDecision], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
-    """The same decisions with a counterfactual for each candidate; unknown for other exit styles than the two."""
-    market = Market(logged, options)
-    with np.errstate(all="ignore"):  # a number beyond all measure makes an outcome that is not finite: unknown
-        return [
-            entry._replace(
-                counterfactuals=tuple(
-                    counterfactual(entry.decision, c, market, options) for c in entry.decision.candidates
-                )
-            )
-            for entry in tqdm(logged, desc="Outcomes", unit=" decisions", disable=None, leave=False)
-        ]
-
-
-def counterfactual(
-    decision: Decision, candidate: Candidate, market: Market, options: CoveredCallCandidatesConfig
-) -> Counterfactual:
-    """The outcome of selling this candidate, until it expires or until the horizon.
-
-    Unknown where iv is blank, or where the files hold no spot near enough to the end.
+    A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
+    since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
     """
-    life = candidate.dte if options.horizon is None else min(candidate.dte, float(options.horizon))
-    end = decision.decision_time + datetime.timedelta(days=life)
-    last = market.nearest(decision.underlying, microseconds(end))
-    follow = {HOLD_TO_EXPIRY: hold, TP_AND_ROLL: take_profit_and_roll}.get(decision.exit_style)
-    if candidate.iv is None or last is None or follow is None:
-        return Counterfactual(None, end)
-    pnl = follow(decision, candidate, life, last, market, options)
-    label_end = max(end, EPOCH + datetime.timedelta(microseconds=int(market.times[decision.underlying][last])))
-    return Counterfactual(float(pnl) if pnl is not None and math.isfinite(pnl) else None, label_end)
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        underlying: np.ndarray,
+        exit_style: np.ndarray,
+        time: np.ndarray,
+        spot: np.ndarray,
+        sizes: np.ndarray,
+        roll: Calls,
+        options: CoveredCallCandidatesConfig,
+    ):
+        """From the D decisions of all files, by time, ties in the order of the files. Names and arrays (D,) are as in
+        Columns.
+
+        Args:
+            sizes: (D,) int, how many candidates each has.
+            roll: (D,) of each the candidate that roll_places finds; not read where there is none.
+        """
+        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
+        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = priced[np.lexsort((time[priced], underlying[priced]))]
+        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
+        self.time, self.spot = time[order][last], spot[order][last]
+        self.bounds = np.searchsorted(underlying[order][last], np.arange(len(names) + 1))
+        # How many gaps, longer than twice the tolerance, lie before each time.
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+        quoted = np.flatnonzero(exit_style == code_of(names, TP_AND_ROLL))
+        places = self.nearest(underlying[quoted], time[quoted], 0)
+        chain = np.full(len(self.time), -1)
+        chain[places[places >= 0]] = quoted[places >= 0]  # the last of several
+        sold = np.flatnonzero((chain >= 0) & (sizes[chain] > 0))
+        self.roll = np.full(len(self.time), -1)  # (N,) the leg that begins at each place, -1 for none
+        self.roll[sold] = np.arange(len(sold))
+        chain = chain[sold]
+        self.legs = self.sell(Sales(underlying[chain], self.time[sold], self.spot[sold], *pick(roll, chain)), options)
+
+    def sell(self, sales: Sales, options: CoveredCallCandidatesConfig) -> Legs:
+        """Legs that go on until the last price of their underlying at most."""
+        parts = [pick(sales, rows) for rows in parts_of(len(sales.time))]
+        legs = [legs_of(part, self.bounds[part.underlying + 1], self, options) for part in parts]
+        return Legs(*map(np.concatenate, zip(*legs, strict=True)))
+
+    def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
+        """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
+        places = np.zeros(len(time), np.int64)
+        for code in np.flatnonzero(np.bincount(underlying)):
+            its, (begin, end) = underlying == code, self.bounds[code : code + 2]
+            places[its] = begin + np.searchsorted(self.time[begin:end], time[its], side)
+        return places
+
+    def nearest(self, underlying: np.ndarray, time: np.ndarray, tolerance: int) -> np.ndarray:
+        """The places (C,) of the spots nearest to these times, the earlier of two; -1 if none is near enough."""
+        after = self.search(underlying, time, "left")
+        far = np.iinfo(np.int64).max
+        early, late = np.full(len(time), far), np.full(len(time), far)
+        has = after > self.bounds[underlying]
+        early[has] = time[has] - self.time[after[has] - 1]
+        has = after < self.bounds[underlying + 1]
+        late[has] = self.time[after[has]] - time[has]
+        return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
+
+    @functools.cached_property
+    def low(self) -> np.ndarray:
+        """(levels, N) USD: at [level, place] the lowest of the 2 ** level spots from that place on."""
+        low = [self.spot]
+        for level in range(min(WIDEST, len(self.spot).bit_length() - 1)):
+            half = 1 << level
+            low.append(low[-1].copy())
+            np.minimum(low[-2][:-half], low[-2][half:], out=low[-1][:-half])
+        return np.array(low)
 
 
-def hold(
-    decision: Decision,
-    candidate: Candidate,
-    life: float,
-    last: int,
-    market: Market,
-    options: CoveredCallCandidatesConfig,
-) -> float:
+def code_of(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
+
+
+def pick(arrays, rows):
+    """The named tuple of arrays with these of their rows alone."""
+    return type(arrays)(*(values[rows] for values in arrays))
+
+
+def parts_of(count: int) -> list[slice]:
+    """Slices of rows few enough for memory; one at least."""
+    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
+
+
+def add_counterfactuals(columns: Columns, options: CoveredCallCandidatesConfig) -> Columns:
+    """The same decisions with a counterfactual for each candidate.
+
+    They must be all there are, by time, ties in the order of the files, and their candidates in the files' order.
+    """
+    places = roll_places(columns, options)
+    quoted = np.flatnonzero(places >= 0)
+    roll = Calls(*(np.full(len(columns), np.nan) for _ in Calls._fields))
+    for name, values in roll._asdict().items():
+        values[quoted] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
+    by_decision = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
+    market = Market(*by_decision, np.diff(columns.offsets), roll, options)
+    values, label_end = counterfactuals(columns, market, options)
+    return dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: values}, label_end=label_end)
+
+
+def roll_places(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(D,) int32: the place in its decision of the candidate nearest to ``roll_delta``, the first of equals; -1 if it
+    has none. The candidates must be in the files' order."""
+    places = np.full(len(columns), -1, np.int32)
+    begins = columns.offsets[:-1][np.diff(columns.offsets) > 0]
+    if len(begins):
+        away = np.abs(columns.numbers["delta"] - options.roll_delta)
+        least = np.repeat(np.minimum.reduceat(away, begins), np.diff(begins, append=len(away)))
+        rows = np.flatnonzero(away == least)[::-1]  # of several the first is written last
+        places[columns.decision_of[rows]] = columns.place[rows]
+    return places
+
+
+def counterfactuals(
+    columns: Columns, market: Market, options: CoveredCallCandidatesConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The outcome of selling each candidate, until it expires or until the horizon, and the time of its last price.
+
+    Any decisions of the market's, with its names, in any order: their R candidates have (R,) float64 P&L vs HODL in
+    USD a unit of underlying, NaN where unknown, and (R,) int64 microseconds since 1970.
+
+    Unknown where iv is blank, where the files hold no spot near enough to the end, for other exit styles than the two,
+    and where a number beyond all measure makes an outcome that is not finite.
+    """
+    parts = [outcomes_of(columns, rows, market, options) for rows in parts_of(columns.offsets[-1])]
+    values, label_ends = map(np.concatenate, zip(*parts, strict=True))
+    return values, label_ends
+
+
+@np.errstate(all="ignore")
+def outcomes_of(columns: Columns, rows: slice, market: Market, options) -> tuple[np.ndarray, np.ndarray]:
+    """counterfactuals of some of the rows."""
+    of = columns.decision_of[rows]
+    calls = Calls(*(columns.numbers[name][rows] for name in Calls._fields))
+    sales = Sales(columns.underlying[of], columns.time[of], columns.spot[of], *calls)
+    life = calls.dte if options.horizon is None else np.minimum(calls.dte, float(options.horizon))
+    end = sales.time + timedelta_of(life)
+    last = market.nearest(sales.underlying, end, market.tolerance)
+    values, label_end, style = np.full(len(of), np.nan), end.copy(), columns.exit_style[of]
+    for name, follow in ((HOLD_TO_EXPIRY, hold), (TP_AND_ROLL, take_profit_and_roll)):
+        its = np.flatnonzero((style == code_of(columns.names, name)) & (last >= 0) & ~np.isnan(calls.iv))
+        values[its] = follow(pick(sales, its), life[its], last[its], market, options)
+        label_end[its] = np.maximum(end[its], market.time[last[its]])
+    values[~np.isfinite(values)] = np.nan
+    return values, label_end
+
+
+def microseconds_of(days: np.ndarray) -> np.ndarray:
+    return np.rint(days * DAY).astype(np.int64)
+
+
+def hold(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
     """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
 
     At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
     iv. ``last`` is the place of the spot that is taken for the end.
     """
-    spot, left = market.spots[decision.underlying][last], candidate.dte - life
-    return open_call(decision.spot, candidate, options) - close_call(spot, candidate, left, options)
+    income = open_calls(premium_of(sales), sales, options)
+    return income - close_calls(market.spot[last], sales, sales.dte - life, options)
 
 
-def premium_of(spot: float, candidate: Candidate) -> float:
-    return black_scholes_call(spot, candidate.strike, candidate.dte / DAYS_PER_YEAR, candidate.iv)
+def premium_of(sales: Sales) -> np.ndarray:
+    return black_scholes_call(sales.spot, sales.strike, sales.dte / DAYS_PER_YEAR, sales.iv)
 
 
-def open_call(spot: float, candidate: Candidate, options: CoveredCallCandidatesConfig) -> float:
-    """USD that selling the call brings, net of costs."""
-    premium = premium_of(spot, candidate)
-    return premium - trading_cost(premium, spot, options)
+def open_calls(premium: np.ndarray, sales: Sales, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """USD that selling the calls brings, net of costs."""
+    return premium - trading_cost(premium, sales.spot, options)
 
 
-def close_call(spot: float, candidate: Candidate, left: float, options: CoveredCallCandidatesConfig) -> float:
-    """USD that buying the call back takes, ``left`` days before its expiry; at expiry it settles without costs."""
-    value = black_scholes_call(spot, candidate.strike, max(0.0, left) / DAYS_PER_YEAR, candidate.iv)
-    return value + (trading_cost(value, spot, options) if left > 0 else 0.0)
+def close_calls(spot: np.ndarray, calls: Sales | Legs, left: np.ndarray, options) -> np.ndarray:
+    """USD that buying the calls back takes, ``left`` days before their expiry; at expiry they settle without costs."""
+    value = black_scholes_call(spot, calls.strike, np.maximum(0.0, left) / DAYS_PER_YEAR, calls.iv)
+    return value + np.where(left > 0, trading_cost(value, spot, options), 0.0)
 
 
-def take_profit_and_roll(
-    decision: Decision, candidate: Candidate, life: float, last: int, market: Market, options
-) -> float | None:
+def take_profit_and_roll(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
     """P&L vs HODL of selling, taking profit early and rolling, by the rule of data/simulate_backtest.py.
 
     At each later decision time: once ``take_profit`` of its premium is captured, the call is bought back and the
     candidate of that time nearest to ``roll_delta`` is sold; if there is none, nothing more is. A call still open
-    after ``life`` days is bought back. None where the files leave a gap, or do not price the call to roll into.
+    after ``life`` days is bought back. NaN where the files leave a gap, or do not price the call to roll into.
     """
-    name, start = decision.underlying, microseconds(decision.decision_time)
-    times, spots, gaps = market.times[name], market.spots[name], market.gaps[name]
-    place = bisect.bisect_right(times, start)
-    if gaps[last] > gaps[place - 1]:
-        return None
-    sold, spot, expiry = candidate, decision.spot, start + round(candidate.dte * DAY)
-    booked = open_call(spot, sold, options)
-    while True:
-        left = np.maximum(0, expiry - times[place:last]) / DAY
-        values = black_scholes_call(spots[place:last], sold.strike, left / DAYS_PER_YEAR, sold.iv)
-        ends = np.flatnonzero((left == 0) | (values <= (1 - options.take_profit) * premium_of(spot, sold)))
-        if not len(ends):
-            return booked - close_call(spots[last], sold, (expiry - start - round(life * DAY)) / DAY, options)
-        place += int(ends[0])
-        spot = spots[place]
-        booked -= close_call(spot, sold, left[ends[0]], options)
-        chain = market.chains.get((int(times[place]), name, decision.exit_style), ())
-        if left[ends[0]] == 0 or not chain:
-            return booked
-        sold = min(chain, key=lambda other: abs(other.delta - options.roll_delta))
-        if sold.iv is None:
-            return None
-        booked += open_call(spot, sold, options)
-        expiry = int(times[place]) + round(sold.dte * DAY)
-        place += 1
+    legs, end = legs_of(sales, last, market, options), sales.time + microseconds_of(life)
+    booked, rows = legs.income.copy(), np.arange(len(last))
+    while len(rows):  # those that have been rolled once more than in the turn before
+        open_still = legs.exit >= last[rows]
+        its, held = rows[open_still], pick(legs, open_still)
+        booked[its] -= close_calls(market.spot[last[its]], held, (held.expiry - end[its]) / DAY, options)
+        rows, legs = rows[~open_still], pick(legs, ~open_still)
+        left = np.maximum(0, legs.expiry - market.time[legs.exit]) / DAY
+        booked[rows] -= close_calls(market.spot[legs.exit], legs, left, options)
+        roll = np.where(left > 0, market.roll[legs.exit], -1)
+        rows, legs = rows[roll >= 0], pick(market.legs, roll[roll >= 0])
+        booked[rows] += legs.income
+    first = market.search(sales.underlying, sales.time, "right") - 1
+    booked[market.gaps[last] > market.gaps[first]] = np.nan
+    return booked
+
+
+@np.errstate(all="ignore")
+def legs_of(sales: Sales, limit: np.ndarray, market: Market, options: CoveredCallCandidatesConfig) -> Legs:
+    """``limit`` (C,) is the place from which no exit is looked for: an exit there means none before."""
+    premium, expiry = premium_of(sales), sales.time + microseconds_of(sales.dte)
+    begin = market.search(sales.underlying, sales.time, "right")
+    limit = np.minimum(limit, np.maximum(begin, market.search(sales.underlying, expiry, "left")))
+    enough = (1 - options.take_profit) * premium
+    exits = first_profits(sales, expiry, enough, begin, limit, market)
+    return Legs(sales.strike, sales.iv, expiry, open_calls(premium, sales, options), exits)
+
+
+def first_profits(sales: Sales, expiry, enough, begin, limit, market: Market) -> np.ndarray:
+    """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, else limit.
+
+    Whole windows of places are passed over: a call is worth no less at any of them than at the lowest spot of all and
+    the last time of all. Single places have their exact price.
+    """
+    exits, at, level = limit.copy(), begin.copy(), np.zeros(len(begin), np.int64)
+    rows = np.flatnonzero((at < limit) & ~np.isnan(enough))
+    while len(rows):
+        here, room = at[rows], limit[rows] - at[rows]
+        wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
+        spot, strike = market.low[wide, here], sales.strike[rows]
+        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
+        worth = black_scholes_call(spot, strike, years, sales.iv[rows])
+        # What floats round away is a thousandth of this at most; for the smallest of them it is not.
+        doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
+        found = (wide == 0) & (worth <= enough[rows])
+        passed = np.where(wide > 0, worth > enough[rows] + doubt, ~found)
+        exits[rows[found]] = here[found]
+        at[rows] = here + (passed << wide)
+        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
+        rows = rows[~found & (at[rows] < limit[rows])]
+    return exits
 
 
 class Net(NamedTuple):

@@ -1,70 +1,118 @@
 """Pairs of answers to one decision: the one that brought more, and one that brought less."""
 
-import collections
 import logging
+import math
 import random
-from typing import Any, NamedTuple
+import sys
+from typing import NamedTuple
 
-from covered_call.candidates.options import PreferenceConfig
-from covered_call.candidates.outcomes import recorded_outcome
-from covered_call.candidates.prompts import answer_of, present_in_order
-from covered_call.candidates.schema import LoggedDecision
+import numpy as np
+
+from covered_call.candidates.columns import COUNTERFACTUAL, Columns
+from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
+from covered_call.candidates.outcomes import as_recorded
+from covered_call.candidates.prompts import answer_of
 
 logger = logging.getLogger(__name__)
 
 
-class Pair(NamedTuple):
-    """Two answers to one decision (an index into the candidates, None for NO_TRADE) and their outcomes in USD.
+class Pairs(NamedTuple):
+    """Two answers to each of D decisions (a place among its candidates, -1 for NO_TRADE) and their outcomes in USD.
 
-    Both outcomes are of one ``source``: a teacher that settles otherwise than the formula of the counterfactuals would
-    make a recorded outcome minus a counterfactual look like skill.
+    Both outcomes of a pair are of one source: a teacher that settles otherwise than the formula of the counterfactuals
+    would make a recorded outcome minus a counterfactual look like skill.
     """
 
-    chosen: int | None
-    rejected: int | None
-    chosen_outcome: float
-    rejected_outcome: float
-    source: str
+    has: np.ndarray  # (D,) bool: whether there is a clear pair; if not, the rest says nothing
+    chosen: np.ndarray  # (D,) int32
+    rejected: np.ndarray  # (D,) int32
+    chosen_outcome: np.ndarray  # (D,) float64
+    rejected_outcome: np.ndarray  # (D,) float64
+    recorded: np.ndarray  # (D,) bool: whether the outcomes are those that the files record; else counterfactuals
 
 
-def preferred_pair(logged: LoggedDecision, options: PreferenceConfig) -> Pair | None:
-    """The answer that brought most against the teacher's, or against the worst; None where no pair is clear.
+def preferred_pairs(columns: Columns, options: PreferenceConfig) -> Pairs:
+    """The answer that brought most against the teacher's, or against the worst.
 
     Which is best is decided by the counterfactuals of all candidates or, where one is unknown, between the teacher's
     call and NO_TRADE. The pair's outcomes are the recorded ones where both have one.
     """
-    computed = {place: one.pnl_vs_hodl for place, one in enumerate(logged.counterfactuals)}
-    recorded = recorded_outcome(logged, options)
-    logged_ones: dict[int | None, Any] = {None: 0.0} if recorded is None else {None: 0.0, logged.chosen: recorded}
-    known: dict[int | None, Any] = logged_ones if None in computed.values() else {None: 0.0, **computed}
-    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
-    teachers = logged.chosen if logged.chosen in known else best
-    rejected = worst if options.rejected == "worst" or teachers == best else teachers
-    source = "recorded" if recorded is not None and {best, rejected} <= logged_ones.keys() else "counterfactual"
-    outcomes = logged_ones if source == "recorded" else known
-    pair = Pair(best, rejected, outcomes[best], outcomes[rejected], source)
-    min_gain = max(options.min_edge, options.min_edge_pct / 100 * logged.decision.spot)
-    return pair if pair.chosen_outcome - pair.rejected_outcome > min_gain else None
+    computed, sold = columns.numbers[COUNTERFACTUAL], columns.chosen
+    logged = recorded_outcomes(columns, options)
+    has_recorded = ~np.isnan(logged)
+    all_known = np.ones(len(columns), bool)
+    all_known[columns.decision_of[np.isnan(computed)]] = False
+    best = np.where(all_known, best_places(computed, columns), np.where(logged > 0, sold, -1))
+    worst = np.where(all_known, best_places(-computed, columns), np.where(logged < 0, sold, -1))
+    teachers = np.where(all_known | has_recorded, sold, best)
+    rejected = worst if options.rejected == "worst" else np.where(teachers == best, worst, teachers)
+    recorded = has_recorded & ((best == sold) | (best < 0)) & ((rejected == sold) | (rejected < 0))
+    outcomes = [np.where(recorded & (side >= 0), logged, at(side, computed, columns)) for side in (best, rejected)]
+    with np.errstate(over="ignore"):
+        gain, share = outcomes[0] - outcomes[1], options.min_edge_pct / 100 * columns.spot
+    clear = (gain > as_float(options.min_edge)) & (gain > share)
+    return Pairs(clear, best.astype(np.int32), rejected.astype(np.int32), *outcomes, recorded)
 
 
-def balance_pairs(entries: list[LoggedDecision], options: PreferenceConfig) -> list[LoggedDecision]:
-    """Decisions with a pair, the commonest chosen answer cut by lot to as many as the second: none dominates.
+def recorded_outcomes(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(D,) the recorded P&L vs HODL of the calls that were sold; NaN with costs or a horizon, of which it does not
+    know."""
+    if not as_recorded(options):
+        return np.full(len(columns), np.nan)
+    return at(columns.chosen, columns.numbers["pnl_vs_hodl"], columns, otherwise=np.nan)
 
-    Indices count in the prompt's order.
+
+def at(places: np.ndarray, values: np.ndarray, columns: Columns, otherwise: float = 0.0) -> np.ndarray:
+    """(D,) of (R,) values those at these (D,) places; where there is none, below 0, ``otherwise``."""
+    found, is_call = np.full(len(columns), otherwise), places >= 0
+    found[is_call] = values[columns.offsets[:-1][is_call] + places[is_call]]
+    return found
+
+
+def best_places(values: np.ndarray, columns: Columns) -> np.ndarray:
+    """(D,) int64: the place of the largest of (R,) values, -1 where none is above the 0 of NO_TRADE; of equals the
+    first."""
+    offered = np.diff(columns.offsets) > 0
+    most = np.zeros(len(columns))
+    most[offered] = np.fmax.reduceat(values, columns.offsets[:-1][offered]) if offered.any() else 0.0
+    found = np.flatnonzero(values == most[columns.decision_of])[::-1]  # backwards, so that the first is written last
+    best = np.full(len(columns), -1)
+    best[columns.decision_of[found]] = columns.place[found]
+    return np.where(most > 0, best, -1)
+
+
+def as_float(number: float) -> float:
+    """An integer beyond all floats as infinity."""
+    return float(number) if number <= sys.float_info.max else math.inf
+
+
+def balance_pairs(chosen: np.ndarray, options: PreferenceConfig) -> np.ndarray:
+    """Which pairs are kept when the commonest chosen answer is cut by lot to as many as the second: none dominates.
+
+    Args:
+        chosen: (K,) the places that the pairs prefer, as the prompts count them; -1 for NO_TRADE.
+
+    Returns:
+        (K,) bool.
     """
-    by_label = collections.defaultdict(list)
-    for place, entry in enumerate(entries):
-        pair = preferred_pair(present_in_order(entry, options), options)
-        if pair:
-            by_label[answer_of(pair.chosen)].append(place)
-    before = count_labels(by_label)
-    commonest = sorted(by_label, key=lambda label: -len(by_label[label]))[:2]
+    answers, first, counts = np.unique(chosen, return_index=True, return_counts=True)
+    kept, before = np.ones(len(chosen), bool), count_labels(chosen)
+    commonest = np.lexsort((first, -counts))[:2]
     if len(commonest) == 2:
-        most, second = (by_label[label] for label in commonest)
-        by_label[commonest[0]] = random.Random(int(options.seed)).sample(most, len(second))
-    logger.warning("Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(by_label), before)
-    return [entries[place] for place in sorted(place for places in by_label.values() for place in places)]
+        most, second = commonest
+        lot = random.Random(int(options.seed)).sample(range(counts[most]), int(counts[second]))
+        kept = chosen != answers[most]
+        kept[np.flatnonzero(~kept)[lot]] = True
+    logger.warning(
+        "Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(chosen[kept]), before
+    )
+    return kept
 
 
-def count_labels(by_label: dict[str, list[int]]) -> str:
-    return ", ".join(f"{label} {len(places)}" for label, places in sorted(by_label.items()))
+def count_labels(chosen: np.ndarray) -> str:
+    picks, counts = np.unique(chosen, return_counts=True)
+    by_label = {
+        answer_of(None if pick < 0 else pick): count
+        for pick, count in zip(picks.tolist(), counts.tolist(), strict=True)
+    }
+    return ", ".join(f"{label} {count}" for label, count in sorted(by_label.items()))

@@ -5,14 +5,12 @@ import datetime
 import logging
 import math
 import os
-import re
 from typing import Any, NamedTuple
 
 from datasets.utils import tqdm
 
 from covered_call.candidates.csv_rows import WIDTH, BadRow, Cells, read_cells
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import add_counterfactuals
 from covered_call.candidates.schema import (
     MAY_LACK,
     NO_CANDIDATES,
@@ -20,14 +18,11 @@ from covered_call.candidates.schema import (
     SELL_CALL,
     SKIP,
     Candidate,
-    CandidatesError,
     Decision,
     LoggedDecision,
     Outcome,
     contradicts_name,
     iso_time,
-    printable,
-    shown,
     utc,
     wrong_instrument,
     wrong_name,
@@ -47,97 +42,6 @@ class Row(NamedTuple):
     outcome: Outcome
     trade_executed: int
     chosen: int
-
-
-def read_candidates(paths: list[str], options: CoveredCallCandidatesConfig) -> list[LoggedDecision]:
-    """All decisions of the files that pass the filters, by decision time, ties in the order of the files.
-
-    Raises CandidatesError for files that cannot be read, and BadRow for rows that cannot be trusted.
-    """
-    decisions: dict[tuple, tuple[str, LoggedDecision]] = {}
-    repeated = collections.defaultdict(list)
-    present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
-    hashes = hashes_of(options.data_files)
-    skipped = 0
-    for path in paths:
-        logged, bad = read_file(path, options, present, hashes.get(path))
-        skipped += bad
-        for entry in logged:
-            key = entry.decision[:3]
-            if key in decisions:
-                repeated[decisions[key][0], path].append(entry.decision.decision_id)
-                if options.duplicates == "latest" and not is_later(path, decisions[key][0]):
-                    continue
-            decisions[key] = (path, entry)
-    check_repeated(repeated, options)
-    if skipped:
-        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", skipped)
-    if not decisions:
-        raise nothing_left(paths, options, present, skipped)
-    say_what_was_filtered(options, present)
-    return add_counterfactuals(
-        sorted((entry for _, entry in decisions.values()), key=lambda e: e.decision.decision_time), options
-    )
-
-
-def hashes_of(data_files: Any) -> dict[str, str]:
-    """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
-    found = (data_files or {}).get("train", ())
-    return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
-
-
-def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
-    for name, rows in present.items():
-        left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
-        if left:
-            values = ", ".join(f"{shown(value)} ({count:,} rows)" for value, count in sorted(left.items()))
-            logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
-
-
-def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
-    """``repeated`` holds, for two files, the ids of the decisions that both have."""
-    if not repeated:
-        return
-    if options.duplicates == "error":
-        (first, second), ids = next(iter(repeated.items()))
-        raise CandidatesError(
-            f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or keep "
-            'the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
-        )
-    count = sum(map(len, repeated.values()))
-    logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
-
-
-def is_later(path: str, other: str) -> bool:
-    if stamp(path) == stamp(other):
-        raise CandidatesError(
-            f"{path} and {other} hold the same decision and carry the same stamp, so neither is the later run. Give "
-            "one of the two."
-        )
-    return stamp(path) > stamp(other)
-
-
-def stamp(path: str) -> str:
-    """The YYYYMMDD_HHMMSS that ends a backtest's file name; it sorts by time."""
-    found = re.search(r"_(\d{8}_\d{6})\.csv(\.gz)?$", os.path.basename(path))
-    if not found:
-        raise CandidatesError(
-            f'{path}: duplicates="latest" needs a stamp such as _20251207_225615.csv at the end of the file name. '
-            "Rename the file, or leave it out."
-        )
-    return found.group(1)
-
-
-def nothing_left(
-    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
-) -> CandidatesError:
-    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
-    if skipped or not filters:
-        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
-    found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
-    return CandidatesError(
-        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
-    )
 
 
 def read_file(
@@ -199,7 +103,7 @@ def read_runs(
             runs[-1].spots.update([cells.values["spot"]] if "spot" in cells.values else [])
             continue
         if not offsets_checked and has_no_offset(cells):
-            logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, cells.line)
+            warn_of_no_offset(path, cells.line)
             offsets_checked = True
         if not runs or runs[-1].key != key:
             passes = all(getattr(options, name) in (None, cells.values[name]) for name in present)
@@ -208,6 +112,10 @@ def read_runs(
             values[cells.values[name]] += 1
         add_row(runs[-1], cells, options, complain)
     return runs
+
+
+def warn_of_no_offset(path: str, line: int) -> None:
+    logger.warning("%s, line %d: decision_time has no offset; such times are read as UTC.", path, line)
 
 
 def add_row(run: Run, cells: Cells, options: CoveredCallCandidatesConfig, complain) -> None:

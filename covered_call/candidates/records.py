@@ -1,111 +1,150 @@
 """Records: what stands in one row of a data set, and of which type it is."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from covered_call.candidates.columns import COUNTERFACTUAL, RECORDED, STATE, Columns, in_batches
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
-from covered_call.candidates.outcomes import net_outcomes
-from covered_call.candidates.preferences import preferred_pair
+from covered_call.candidates.preferences import preferred_pairs, recorded_outcomes
 from covered_call.candidates.prompts import (
-    answer_of,
-    candidate_hindsight,
-    candidate_messages,
-    present_in_order,
-    ranking_hindsight,
-    ranking_messages,
+    ROLES,
+    answers_of,
+    candidate_chats,
+    chats_of,
+    decision_ids,
+    ranking_chats,
 )
-from covered_call.candidates.schema import SELL_CALL, SKIP, Decision, LoggedDecision, Outcome
+from covered_call.candidates.schema import SELL_CALL, SKIP
 
 
-def candidate_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    decision = logged.decision
-    for index, (candidate, outcome) in enumerate(zip(decision.candidates, logged.outcomes, strict=True)):
-        label = SELL_CALL if index == logged.chosen else SKIP
-        hindsight = candidate_hindsight(outcome) if options.hindsight else ""
-        yield {
-            **shared_columns(decision, logged.chosen, candidate_messages(decision, candidate, hindsight), label),
-            **candidate_columns(logged, index),
-        }
+def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    sold = is_sold(columns)
+    labels = pc.if_else(pa.array(sold), SELL_CALL, SKIP)
+    traded = pa.array(columns.chosen >= 0)
+    rows = pa.array(columns.decision_of)
+    return table_of(
+        "per_candidate",
+        {
+            "messages": candidate_chats(columns, labels, options.hindsight),
+            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            "label": labels,
+            "trade_executed": traded.take(rows),
+            **candidate_columns(columns),
+        },
+    )
 
 
-def ranking_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    decision, chosen = logged.decision, logged.chosen
-    traded = chosen is not None
-    hindsight = ranking_hindsight(chosen + 1, logged.outcomes[chosen]) if options.hindsight and traded else ""
-    yield {
-        **shared_columns(decision, chosen, ranking_messages(decision, hindsight), answer_of(chosen)),
-        "candidates": [candidate_columns(logged, index) for index in range(len(decision.candidates))],
-        "chosen_index": chosen + 1 if traded else None,
-    }
+def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    labels, untraded = answers_of(columns.chosen), columns.chosen < 0
+    candidates = candidate_columns(columns)
+    return table_of(
+        "per_decision_ranking",
+        {
+            "messages": ranking_chats(columns, labels, options.hindsight),
+            **decision_columns(columns),
+            "label": labels,
+            "trade_executed": pa.array(~untraded),
+            "candidates": pa.ListArray.from_arrays(
+                pa.array(columns.offsets, pa.int32()),
+                pa.StructArray.from_arrays(list(candidates.values()), list(candidates)),
+            ),
+            "chosen_index": pa.array(columns.chosen + 1, pa.int32(), mask=untraded),
+        },
+    )
 
 
-def preference_records(logged: LoggedDecision, options: PreferenceConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    pair = preferred_pair(logged, options)
-    if pair is None:
-        return
-    decision, sides = logged.decision, {"chosen": pair.chosen, "rejected": pair.rejected}
-    yield {
-        "prompt": ranking_messages(decision),
-        **{name: [{"role": "assistant", "content": answer_of(pick)}] for name, pick in sides.items()},
-        **decision_columns(decision),
-        "spot": decision.spot,
-        **{f"{name}_label": answer_of(pick) for name, pick in sides.items()},
-        "teacher_label": answer_of(logged.chosen),
-        **{name: getattr(pair, name) for name in ("chosen_outcome", "rejected_outcome", "source")},
-    }
+def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
+    pairs = preferred_pairs(columns, options)
+    columns = columns.take(np.flatnonzero(pairs.has))
+    pairs = pairs._replace(**{name: values[pairs.has] for name, values in pairs._asdict().items()})
+    sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
+    return table_of(
+        "preference",
+        {
+            "prompt": ranking_chats(columns, None),
+            **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
+            **decision_columns(columns),
+            "spot": pa.array(columns.spot),
+            **{f"{name}_label": answers for name, answers in sides.items()},
+            "teacher_label": answers_of(columns.chosen),
+            "chosen_outcome": pa.array(pairs.chosen_outcome),
+            "rejected_outcome": pa.array(pairs.rejected_outcome),
+            "source": pc.if_else(pa.array(pairs.recorded), "recorded", "counterfactual"),
+        },
+    )
 
 
-def q_records(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> Iterator[dict]:
-    logged = present_in_order(logged, options)
-    for index, net in enumerate(net_outcomes(logged, options)):
-        columns = candidate_columns(logged, index)
-        for name in ("reward", "max_drawdown_pct"):
-            del columns[name]
-        yield {
-            **decision_columns(logged.decision),
-            **columns,
-            "sold": index == logged.chosen,
-            "q_hold": 0.0,
-            "q_sell": net.value,
-            "source": net.source,
-        }
+def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
+    """Of each candidate its counterfactual, or else what was recorded."""
+    rows, sold = pa.array(columns.decision_of), is_sold(columns)
+    computed = columns.numbers[COUNTERFACTUAL]
+    recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
+    is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
+    of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
+    return table_of(
+        "q_values",
+        {
+            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            **candidate_columns(columns),
+            "sold": pa.array(sold),
+            "q_hold": pa.array(np.zeros(len(sold))),
+            "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
+            "source": pc.if_else(is_computed, "counterfactual", of_recorded),
+        },
+    )
 
 
-def shared_columns(decision: Decision, chosen: int | None, messages: list[dict], label: str) -> dict:
+def is_sold(columns: Columns) -> np.ndarray:
+    """(R,) bool: whether the teacher sold this candidate."""
+    return columns.place == columns.chosen[columns.decision_of]
+
+
+def decision_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(D,) each."""
+    names = pa.array(columns.names, pa.string())
     return {
-        "messages": [*messages, {"role": "assistant", "content": label}],
-        **decision_columns(decision),
-        "label": label,
-        "trade_executed": chosen is not None,
+        "decision_id": decision_ids(columns),
+        "decision_time": pa.array(columns.time).view(pa.timestamp("us", tz="UTC")),
+        "underlying": names.take(pa.array(columns.underlying)),
+        "exit_style": names.take(pa.array(columns.exit_style)),
     }
 
 
-def decision_columns(decision: Decision) -> dict:
+def candidate_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(R,) each: the candidates' numbers; a recorded outcome is unknown, so null, unless the teacher sold the call."""
+    sold = is_sold(columns)
     return {
-        "decision_id": decision.decision_id,
-        "decision_time": decision.decision_time,
-        "underlying": decision.underlying,
-        "exit_style": decision.exit_style,
+        "instrument": columns.instrument,
+        **{name: nullable(columns.numbers[name]) for name in STATE},
+        "spot": pa.array(columns.spot[columns.decision_of]),
+        **{name: nullable(np.where(sold, columns.numbers[name], np.nan)) for name in RECORDED},
+        COUNTERFACTUAL: nullable(columns.numbers[COUNTERFACTUAL]),
     }
 
 
-def candidate_columns(logged: LoggedDecision, index: int) -> dict:
-    """The candidate's numbers; its recorded outcome is unknown, so null, unless the teacher sold it."""
-    known = logged.outcomes[index] if index == logged.chosen else Outcome(None, None, None)
-    return {
-        **logged.decision.candidates[index]._asdict(),
-        "spot": logged.decision.spot,
-        **known._asdict(),
-        "counterfactual_pnl_vs_hodl": logged.counterfactuals[index].pnl_vs_hodl,
-    }
+def nullable(values: np.ndarray) -> pa.Array:
+    """Floats, NaN as null."""
+    return pa.array(values, from_pandas=True)
 
 
-RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
+def table_of(name: str, arrays: dict[str, pa.Array]) -> pa.Table:
+    """The columns that a config's records have, of these."""
+    schema = schema_of(name)
+    return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
+
+
+@functools.cache
+def schema_of(name: str) -> pa.Schema:
+    return datasets.Features(FEATURES[name]).arrow_schema.remove_metadata()
+
+
+RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {
     "per_candidate": candidate_records,
     "per_decision_ranking": ranking_records,
     "preference": preference_records,
@@ -113,10 +152,10 @@ RECORDS: dict[str, Callable[[LoggedDecision, Any], Iterator[dict]]] = {
 }
 
 
-def makes_record(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> bool:
-    if isinstance(options, PreferenceConfig):
-        return preferred_pair(present_in_order(logged, options), options) is not None
-    return options.name == "per_decision_ranking" or bool(logged.decision.candidates)
+def batches(columns: Columns) -> Iterator[Columns]:
+    """The decisions in parts, in their order."""
+    for start, end in in_batches(np.diff(columns.offsets)):
+        yield columns.take(np.arange(start, end))
 
 
 MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]

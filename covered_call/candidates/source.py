@@ -5,8 +5,8 @@ from pathlib import Path
 
 # What makes a record, from the ground up: covered_call_candidates.py is made of these, in this order.
 MODULES = (
-    "schema", "options", "prompts", "csv_rows", "strays", "outcomes", "reading", "preferences", "splits", "records",
-    "builder",
+    "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
+    "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """Splits: chronological, a decision time never divided, and purged where options outlive the boundary."""
 
-import bisect
 import collections
-import datetime
 import logging
 
+import numpy as np
+
+from covered_call.candidates.columns import microseconds, time_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, parse_option_time
-from covered_call.candidates.schema import UTC, LoggedDecision
+from covered_call.candidates.schema import LoggedDecision
 
 logger = logging.getLogger(__name__)
 
@@ -15,35 +16,46 @@ def split_decisions(
     logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
 ) -> dict[str, list[LoggedDecision]]:
     """Decisions by split name. ``logged`` must be sorted by decision time."""
+    time = np.array([microseconds(entry.decision.decision_time) for entry in logged], np.int64)
+    label_end = np.array([microseconds(entry.label_end) for entry in logged], np.int64)
+    return {name: [logged[i] for i in places] for name, places in split_places(time, label_end, options).items()}
+
+
+def split_places(
+    time: np.ndarray, label_end: np.ndarray, options: CoveredCallCandidatesConfig
+) -> dict[str, np.ndarray]:
+    """Places of decisions by split name.
+
+    Args:
+        time: (D,) microseconds since 1970, sorted.
+        label_end: (D,) the same, of when the last of a decision's outcomes is known.
+    """
     if options.splits == "train":
-        return {"train": logged}
-    times = sorted({entry.decision.decision_time for entry in logged})
+        return {"train": np.arange(len(time))}
+    times = np.unique(time)
     starts = split_starts(times, options)
-    splits = {"train": [], "validation": [], "test": []}
-    names = list(splits)
-    purged = collections.Counter()
-    for entry in logged:
-        place = bisect.bisect_right(starts, entry.decision.decision_time)
-        following = bisect.bisect_left(times, starts[place]) if place < len(starts) else len(times)
-        # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-        if options.purge and following < len(times) and entry.label_end >= times[following]:
-            purged[names[place]] += 1
-        else:
-            splits[names[place]].append(entry)
-    for name, entries in splits.items():
-        first_last = [entries[i].decision.decision_time.date() for i in (0, -1)] if entries else []
-        logger.info("%s: %d decisions %s", name, len(entries), " to ".join(map(str, first_last)))
-    if purged:
-        counts = ", ".join(f"{count} from {name}" for name, count in purged.items())
+    split = np.searchsorted(starts, time, side="right")
+    # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+    following = np.append(np.searchsorted(times, starts), len(times))[split]
+    has_one = following < len(times)
+    late = has_one & (label_end >= times[np.where(has_one, following, 0)]) & bool(options.purge)
+    splits, purged = {}, collections.Counter()
+    for place, name in enumerate(("train", "validation", "test")):
+        splits[name] = np.flatnonzero((split == place) & ~late)
+        purged[name] = int(np.count_nonzero((split == place) & late))
+        first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
+        logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
+    if purged.total():
+        counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
     return splits
 
 
-def split_starts(times: list[datetime.datetime], options: CoveredCallCandidatesConfig) -> list[datetime.datetime]:
+def split_starts(times: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
-        return [parse_option_time(options, name) for name in ("validation_from", "test_from")]
+        return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
     train, validation, _ = map(float, options.splits)
     places = [round(len(times) * train), round(len(times) * (train + validation))]
-    never = datetime.datetime.max.replace(tzinfo=UTC)
-    return [times[place] if place < len(times) else never for place in places]
+    never = np.iinfo(np.int64).max
+    return [int(times[place]) if place < len(times) else never for place in places]

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 
 from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
+from covered_call.candidates.decisions import hashes_of
 from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.reading import hashes_of
 from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
 from covered_call.language_model.policy import best_temperature

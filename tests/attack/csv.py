@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import COLUMNS
+from conftest import COLUMNS, read_candidates
 
 from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.schema import CandidatesError
 
 from .second_reader import Faulty, Said, moment, understand

@@ -24,8 +24,8 @@ def path(tmp_path) -> str:
 @pytest.fixture
 def readings(monkeypatch) -> list[list[str]]:
     """The files of each reading."""
-    found, read = [], builder.read_candidates
-    monkeypatch.setattr(builder, "read_candidates", lambda files, options: found.append(files) or read(files, options))
+    found, read = [], builder.read_decisions
+    monkeypatch.setattr(builder, "read_decisions", lambda files, options: found.append(files) or read(files, options))
     return found
 
 

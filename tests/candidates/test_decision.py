@@ -5,10 +5,9 @@ import json
 import math
 
 import pytest
-from conftest import decision, write_csv
+from conftest import decision, read_candidates, write_csv
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.schema import Candidate, CandidatesError, Decision, check_decision, checked_decision
 
 # In UTC it lies before the first day of the calendar.

@@ -11,7 +11,7 @@ import time as clock
 from pathlib import Path
 
 import pytest
-from conftest import COLUMNS, decision, no_candidates, python, row, time, write_csv
+from conftest import COLUMNS, decision, messages, no_candidates, python, records, row, time, write_csv
 
 from covered_call.candidates.export import main
 
@@ -72,6 +72,16 @@ def test_lines_are_utf_8_and_not_ascii_escaped(tmp_path):
     assert "BTC-62000-C — Strike: 62000".encode() in text and "automated Đogé covered-call".encode() in text
     assert b"\\u" not in text and b"\r" not in text and text.endswith(b"}\n")
     assert all(list(json.loads(line)) == ["messages"] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["BTC", "A\\B", "\\n", "😀"])
+def test_each_line_is_what_json_makes_of_the_chat(tmp_path, name):
+    path = write_csv(tmp_path / "a.csv", [*decision(0, 1, underlying=name), no_candidates(1, exit_style=name)])
+    main(["--input", path, "--hindsight"])
+    for config in ("per_candidate", "per_decision_ranking"):
+        lines = (tmp_path / f"a_{config}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert lines == messages(records(path, config, hindsight=True))
+        assert any(f"Underlying: {name}\n" in chat[1]["content"] for chat in chats(tmp_path / f"a_{config}.jsonl"))
 
 
 @pytest.mark.parametrize("spelling", ["--output-dir", "--output_dir"])

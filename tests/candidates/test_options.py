@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_is_one_plain_error(csv_file, load, monke
     def fail(*_, **__):
         raise error
 
-    name = "download_and_prepare" if where == "before" else "_generate_examples"
+    name = "download_and_prepare" if where == "before" else "_generate_tables"
     monkeypatch.setattr(builder.CoveredCallCandidates, name, fail)
     with pytest.raises(CandidatesError, match=r"or the cache not be written: .*HF_HOME in the environment"):
         load(data_files=csv_file)

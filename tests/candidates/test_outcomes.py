@@ -2,20 +2,32 @@
 
 import datetime
 import math
-from collections import Counter
+from collections import Counter, namedtuple
 from datetime import date
 
+import numpy as np
 import pytest
-from conftest import REAL_DATA, SCRIPT, decision, import_script, needs_real_data, no_candidates, records, row, time
+from conftest import (
+    REAL_DATA,
+    SCRIPT,
+    decision,
+    import_script,
+    needs_real_data,
+    no_candidates,
+    read_candidates,
+    records,
+    row,
+    time,
+)
 from conftest import write_csv as write
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
 from covered_call.candidates.outcomes import black_scholes_call
-from covered_call.candidates.preferences import balance_pairs, preferred_pair
-from covered_call.candidates.prompts import admissible_answers
-from covered_call.candidates.reading import read_candidates
+from covered_call.candidates.preferences import Pairs, balance_pairs, preferred_pairs
+from covered_call.candidates.prompts import admissible_answers, present_in_order
 from covered_call.candidates.records import preference_records
 from covered_call.candidates.schema import COLUMNS, NO_TRADE, CandidatesError, LoggedDecision
 from covered_call.candidates.splits import split_decisions
@@ -218,6 +230,8 @@ def test_the_counterfactuals_of_the_simulated_teachers_trades_are_what_it_record
 
 # --- Preference pairs
 
+Pair = namedtuple("Pair", "chosen rejected chosen_outcome rejected_outcome source")
+
 
 def pair_of(tmp_path, values, recorded=None, chosen=None, spot=1000.0, **options):
     """The pair of one decision whose candidates have these outcomes, and its teacher's call this recorded one."""
@@ -230,7 +244,23 @@ def pair_of(tmp_path, values, recorded=None, chosen=None, spot=1000.0, **options
         counterfactual._replace(pnl_vs_hodl=value)
         for counterfactual, value in zip(entry.counterfactuals, values, strict=True)
     ]
-    return preferred_pair(entry._replace(counterfactuals=tuple(found)), options)
+    return only_pair([entry._replace(counterfactuals=tuple(found))], options)
+
+
+def only_pair(entries: list[LoggedDecision], options: PreferenceConfig):
+    """What is preferred to what (a place, None for NO_TRADE), their outcomes and their source; None for no pair."""
+    has, *sides, chosen_outcome, rejected_outcome, recorded = (one.item() for one in pairs_of(entries, options))
+    chosen, rejected = (None if side < 0 else side for side in sides)
+    source = "recorded" if recorded else "counterfactual"
+    return Pair(chosen, rejected, chosen_outcome, rejected_outcome, source) if has else None
+
+
+def pairs_of(entries: list[LoggedDecision], options: PreferenceConfig) -> Pairs:
+    return preferred_pairs(present_in_order(columns_of(entries), options), options)
+
+
+def preference_rows(entries: list[LoggedDecision], options: PreferenceConfig) -> list[dict]:
+    return preference_records(present_in_order(columns_of(entries), options), options).to_pylist()
 
 
 @pytest.mark.parametrize("values, chosen, recorded, options, expected", [
@@ -259,6 +289,7 @@ def pair_of(tmp_path, values, recorded=None, chosen=None, spot=1000.0, **options
     # edges
     ([5.0, 9.0], 0, None, {"min_edge": 3.9}, (1, 0, 9.0, 5.0, "counterfactual")),
     ([5.0, 9.0], 0, None, {"min_edge": 4.0}, None),
+    ([5.0, 9.0], 0, None, {"min_edge": 10**400}, None),
     ([5.0, 9.0], 0, None, {"min_edge_pct": 0.39}, (1, 0, 9.0, 5.0, "counterfactual")),
     ([5.0, 9.0], 0, None, {"min_edge_pct": 0.4}, None),
     ([0.0], None, None, {}, None),
@@ -316,12 +347,12 @@ def test_a_preference_record_is_the_rankings_prompt_with_two_answers(load, tmp_p
 def test_the_labels_of_a_pair_point_into_the_prompts_order(tmp_path, order):
     path = write(tmp_path / "a.csv", week(40, swinging, strikes=(105, 95, 100)))
     by_strike = {}
-    for index, strike in enumerate((105, 95, 100)):
-        for entry in read_candidates([path], CoveredCallCandidatesConfig()):
-            by_strike[entry.decision.decision_id, strike] = entry.counterfactuals[index].pnl_vs_hodl
+    for entry in read_candidates([path], CoveredCallCandidatesConfig()):
+        for candidate, counterfactual in zip(entry.decision.candidates, entry.counterfactuals, strict=True):
+            by_strike[entry.decision.decision_id, candidate.strike] = counterfactual.pnl_vs_hodl
     options = PreferenceConfig(name="preference", candidate_order=order)
     entries = read_candidates([path], options)
-    found = [record for e in entries for record in preference_records(e, options)]
+    found = preference_rows(entries, options)
     sold = [one for one in found if one["chosen_label"] != NO_TRADE and one["source"] == "counterfactual"]
     assert len(sold) > 5
     for one in sold:
@@ -348,14 +379,21 @@ def test_no_answer_is_preferred_more_often_than_any_other_in_training(load, tmp_
 
 def test_balancing_takes_from_the_commonest_answer_alone(tmp_path):
     options = PreferenceConfig(name="preference")
-    entries = [e for e in logged(tmp_path, week(120, swinging)) if preferred_pair(e, options)]
-    kept = balance_pairs(entries, options)
-    labels = [[preferred_pair(e, options).chosen for e in some] for some in (entries, kept)]
-    before, after = map(Counter, labels)
+    pairs = pairs_of(logged(tmp_path, week(120, swinging)), options)
+    chosen = pairs.chosen[pairs.has]
+    kept = balance_pairs(chosen, options)
+    before, after = Counter(chosen.tolist()), Counter(chosen[kept].tolist())
     (most, _), (_, second), *_ = before.most_common()
     assert after == before | {most: second} and before[most] > second
-    assert kept == [e for e in entries if e in kept]  # still by time
-    assert balance_pairs([], options) == []
+    assert kept[chosen != most].all()
+    assert balance_pairs(chosen[:0], options).tolist() == []
+
+
+def test_balancing_says_how_many_pairs_it_leaves_of_each_answer(caplog):
+    kept = balance_pairs(np.array([1, 1, -1, 9, 1, -1]), PreferenceConfig(name="preference"))
+    assert kept.tolist().count(True) == 5 and kept[[2, 3, 5]].all()
+    said = "Pairs of train by the chosen answer: 10 1, 2 2, NO_TRADE 2; before balancing: 10 1, 2 3, NO_TRADE 2."
+    assert said in caplog.text
 
 
 # --- Q-values
@@ -404,8 +442,8 @@ def test_no_later_price_can_change_a_prompt(tmp_path, one, other):
         rows = at(0, 100.0, **TP) + [r for day, spot in enumerate(future, start=1) for r in at(day, spot, **TP)]
         path = write(tmp_path / "a.csv", rows, COLUMNS)
         ranking = records(path, "per_decision_ranking")[0]["messages"][:2]
-        entry = read_candidates([path], PreferenceConfig(name="preference"))[0]
-        pairs = list(preference_records(entry, PreferenceConfig(name="preference")))
+        options = PreferenceConfig(name="preference")
+        pairs = preference_rows(read_candidates([path], options)[:1], options)
         assert [pair["prompt"] for pair in pairs] == [ranking] * len(pairs)
         found.append((ranking, [record["messages"][:2] for record in records(path)][:2]))
     assert found[0] == found[1]

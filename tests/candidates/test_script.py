@@ -68,7 +68,7 @@ def test_two_modules_with_one_name_are_not_made_into_a_script(tmp_path):
     shutil.copytree(ROOM, room)
     with open(room / "splits.py", "a", encoding="utf-8") as file:
         file.write("\n\ndef money(value):\n    return value\n")
-    with pytest.raises(ValueError, match="prompts.py and splits.py both define money"):
+    with pytest.raises(ValueError, match="number_texts.py and splits.py both define money"):
         script(room)
 
 

@@ -5,12 +5,11 @@ import datetime
 import random
 
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, records, time, write_csv
+from conftest import REAL_DATA, decision, needs_real_data, read_candidates, records, time, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.schema import CandidatesError
 
 RANKING = "per_decision_ranking"

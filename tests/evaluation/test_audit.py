@@ -2,6 +2,7 @@
 
 import re
 
+import pyarrow as pa
 import pytest
 from conftest import REAL_DATA, decision, needs_real_data, write_csv
 
@@ -27,15 +28,18 @@ def test_the_audit_fails_with_hindsight(backtest, capsys):
     assert status == 1
     assert len(re.findall(r"patterns of hindsight +1\.000 +1\.000 +1\.000", printed)) == 2
     assert "FAILED" in printed and "hold the block of hindsight" in printed
+    assert re.search(r"FAILED: (\d+) of \1 per_decision_ranking prompts change when labels and outcomes do", printed)
 
 
 def test_the_audit_finds_a_leak_in_words_it_does_not_know(backtest, capsys, monkeypatch):
     original = RECORDS["per_decision_ranking"]
 
-    def leaky(entry, options):
-        for record in original(entry, options):
-            record["messages"][1]["content"] += f" Psst: {record['label']}"
-            yield record
+    def leaky(columns, options):
+        records = original(columns, options)
+        rows = records.to_pylist()
+        for row in rows:
+            row["messages"][1]["content"] += f" Psst: {row['label']}"
+        return pa.Table.from_pylist(rows, records.schema)
 
     monkeypatch.setitem(RECORDS, "per_decision_ranking", leaky)
     status, printed = run(capsys, "--data_files", backtest)

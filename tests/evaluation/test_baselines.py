@@ -3,10 +3,9 @@
 import math
 
 import pytest
-from conftest import decision, no_candidates, write_csv
+from conftest import decision, no_candidates, read_candidates, write_csv
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.schema import CandidatesError
 from covered_call.evaluation.baselines import fit_baselines, fit_threshold, highest, scores
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import decision, no_candidates, write_csv
+from conftest import decision, no_candidates, read_candidates, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
 from covered_call.candidates.data_options import backtest_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
 from covered_call.evaluation.rows import model_row
@@ -170,7 +169,7 @@ def test_nothing_half_written_is_left_when_the_report_fails(backtest, tmp_path, 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded_or_a_file_read(backtest, tmp_path, capsys, monkeypatch):
     use(monkeypatch, lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(builder, "read_candidates", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(builder, "read_decisions", lambda *_: pytest.fail("read"))
     (tmp_path / "file").write_text("")
     (tmp_path / "broken.zip").write_text("no zip")
     for more, message in (

@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, write_csv
+from conftest import REAL_DATA, decision, needs_real_data, read_candidates, write_csv
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.reading import read_candidates
 from covered_call.evaluation.baselines import fit_baselines
 from covered_call.evaluation.money import (
     Case,

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import REAL_PHI3, SCRIPT, decision, no_candidates, write_csv
+from conftest import REAL_PHI3, SCRIPT, decision, no_candidates, read_candidates, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -25,7 +25,6 @@ from transformers import (
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import PROMPT_VERSION, ranking_messages
-from covered_call.candidates.reading import read_candidates
 from covered_call.candidates.schema import NO_TRADE, CandidatesError, LoggedDecision
 from covered_call.language_model.loading import (
     ADAPTER,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import decision, load_candidates, write_csv
@@ -298,10 +299,12 @@ def test_prompts_that_name_their_answers_are_shared_only_when_that_is_allowed(da
 def test_the_audit_finds_a_leak_in_words_it_does_not_know(data, monkeypatch):
     original = RECORDS["per_candidate"]
 
-    def leaky(entry, options):
-        for record in original(entry, options):
-            record["messages"][1]["content"] += f" Psst: {record['label']}"
-            yield record
+    def leaky(columns, options):
+        records = original(columns, options)
+        rows = records.to_pylist()
+        for row in rows:
+            row["messages"][1]["content"] += f" Psst: {row['label']}"
+        return pa.Table.from_pylist(rows, records.schema)
 
     monkeypatch.setitem(RECORDS, "per_candidate", leaky)
     assert "per_candidate prompts change when labels" in error_of(DATA, *data, "--private", "--dry-run")
@@ -315,14 +318,16 @@ def pairs(monkeypatch):
     """Adds a config that holds pairs, whose prompts name the answer if told so; gives the options that publish it."""
 
     def added(leaky: bool) -> list[str]:
-        def records_of_pairs(logged, options):
-            [record] = records.ranking_records(logged, options)
-            if record["label"] != "NO_TRADE":
-                system, user, _ = record["messages"]
-                if leaky:
-                    user = user | {"content": user["content"] + record["label"]}
-                names = {"decision_id": record["decision_id"]}
-                yield names | {"prompt": [system, user], "chosen": record["label"], "rejected": "NO_TRADE"}
+        def records_of_pairs(columns, options):
+            pairs = []
+            for record in records.ranking_records(columns, options).to_pylist():
+                if record["label"] != "NO_TRADE":
+                    system, user, _ = record["messages"]
+                    if leaky:
+                        user = user | {"content": user["content"] + record["label"]}
+                    names = {"decision_id": record["decision_id"]}
+                    pairs.append(names | {"prompt": [system, user], "chosen": record["label"], "rejected": "NO_TRADE"})
+            return pa.Table.from_pylist(pairs, datasets.Features(features).arrow_schema)
 
         text = datasets.Value("string")
         features = {"decision_id": text, "prompt": [{"role": text, "content": text}], "chosen": text, "rejected": text}

@@ -82,7 +82,7 @@ def test_an_epochs_shuffle_is_that_of_load_candidates_though_nothing_is_read_aga
         load_candidates("per_decision_ranking", candidate_order="shuffle", seed=seed + epoch, **options)["train"]
         for epoch in range(3)
     ]
-    monkeypatch.setattr(builder, "read_candidates", lambda *_: pytest.fail("it read the files"))
+    monkeypatch.setattr(builder, "read_decisions", lambda *_: pytest.fail("it read the files"))
     shuffled = shuffle_epochs(train, seed, copies=3)
     assert list(shuffled) == [record for epoch in ordered for record in epoch]
     assert shuffled.features == ordered[0].features and shown(ordered[0]) != shown(ordered[1])
@@ -98,8 +98,8 @@ def test_an_epochs_shuffle_is_that_of_load_candidates_though_nothing_is_read_aga
 def test_a_training_reads_its_files_once_and_not_at_all_where_the_cache_is_warm(
     stage, recipe, more, pair_corpus, pair_base, tmp_path, monkeypatch
 ):
-    read, original = [], builder.read_candidates
-    monkeypatch.setattr(builder, "read_candidates", lambda *given: read.append(given) or original(*given))
+    read, original = [], builder.read_decisions
+    monkeypatch.setattr(builder, "read_decisions", lambda *given: read.append(given) or original(*given))
     copied = shutil.copy(pair_corpus, tmp_path / "copied.csv")  # whose path no cache knows
     words = ["--config", recipe, "--dry_run", "--tiny_base_steps", "0", "--max_steps", "30", *more]
     words += paths(pair_base, copied, tmp_path / "out")

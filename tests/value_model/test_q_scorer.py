@@ -101,7 +101,7 @@ def test_a_grid_never_lies_beside_the_scorer_of_another_run(backtest, tmp_path):
 
 
 def test_a_folder_that_another_process_writes_is_refused_at_once(backtest, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "read_candidates", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(builder, "read_decisions", lambda *_: pytest.fail("read"))
     with atomic.locked(tmp_path / "out"):
         for command, more in ((q_scorer.main, []), (evaluate.main, ["--baselines-only"])):
             with pytest.raises(SystemExit, match=f"error: .*is being written by process {os.getpid()}"):
@@ -109,7 +109,7 @@ def test_a_folder_that_another_process_writes_is_refused_at_once(backtest, tmp_p
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(backtest, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "read_candidates", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(builder, "read_decisions", lambda *_: pytest.fail("read"))
     monkeypatch.setattr(atomic.os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match=f"error: {tmp_path}: Permission denied"):
         run("--data_files", backtest, "--output_dir", tmp_path)

@@ -1,0 +1,174 @@
+"""Decisions in columns: what a million of them is kept in, where one alone is a LoggedDecision."""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision, Outcome
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
+STATE, RECORDED = Candidate._fields[1:], Outcome._fields
+COUNTERFACTUAL = "counterfactual_pnl_vs_hodl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """D decisions and their R candidates; those of decision i are the rows offsets[i] to offsets[i + 1].
+
+    Money is in USD; a number that is not known is NaN.
+    """
+
+    names: tuple[str, ...]  # of underlyings and exit styles: the next two are places in it
+    underlying: np.ndarray  # (D,) int32
+    exit_style: np.ndarray  # (D,) int32
+    time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
+    spot: np.ndarray  # (D,) float64
+    chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
+    offsets: np.ndarray  # (D + 1,) int64
+    instrument: pa.StringArray  # (R,)
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED and COUNTERFACTUAL
+    label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @functools.cached_property
+    def decision_of(self) -> np.ndarray:
+        """(R,) int64: the decision of each candidate."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @functools.cached_property
+    def place(self) -> np.ndarray:
+        """(R,) int64: the place of each candidate among those of its decision, from 0."""
+        return np.arange(len(self.decision_of)) - self.offsets[self.decision_of]
+
+    def renamed(self, names: list[str]) -> "Columns":
+        """The same with the names of others, to which those that they lack are added."""
+        names += [name for name in self.names if name not in names]
+        places = np.array([names.index(name) for name in self.names], np.int32)
+        return dataclasses.replace(
+            self, names=tuple(names), underlying=places[self.underlying], exit_style=places[self.exit_style]
+        )
+
+    def take(self, places: np.ndarray) -> "Columns":
+        """The decisions at these places."""
+        sizes = np.diff(self.offsets)[places]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        rows = np.repeat(self.offsets[places] - offsets[:-1], sizes) + np.arange(offsets[-1])
+        by_decision = {name: getattr(self, name)[places] for name in BY_DECISION}
+        return dataclasses.replace(self, **by_decision, offsets=offsets).with_rows(rows, self)
+
+    def with_rows(self, rows: np.ndarray, of: "Columns") -> "Columns":
+        """The same decisions with the candidates that stand at these rows of another."""
+        numbers = {name: values[rows] for name, values in of.numbers.items()}
+        return dataclasses.replace(
+            self, instrument=of.instrument.take(pa.array(rows)), numbers=numbers, label_end=of.label_end[rows]
+        )
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """The decisions of all parts, which have the same names."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([part.offsets[-1] for part in parts])
+    offsets = [part.offsets[1:] + end - part.offsets[-1] for part, end in zip(parts, ends, strict=True)]
+    return Columns(
+        parts[0].names,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in BY_DECISION},
+        offsets=np.concatenate([[0], *offsets]),
+        instrument=pa.concat_arrays([part.instrument for part in parts]),
+        numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
+        label_end=np.concatenate([part.label_end for part in parts]),
+    )
+
+
+ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
+
+
+def in_batches(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
+    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    starts = np.flatnonzero(np.diff(ends // ROWS, prepend=-1)).tolist()
+    return list(itertools.pairwise([*starts, len(sizes)]))
+
+
+BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")
+
+
+def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
+    """Decisions as columns; what has no counterfactual gets one that is unknown."""
+    names = tuple(dict.fromkeys(name for entry in logged for name in entry.decision[1:3]))
+    codes = {name: place for place, name in enumerate(names)}
+    decisions = [entry.decision for entry in logged]
+    candidates = [candidate for decision in decisions for candidate in decision.candidates]
+    outcomes = [outcome for entry in logged for outcome in entry.outcomes]
+    found = [
+        entry.counterfactuals or [Counterfactual(None, EPOCH)] * len(entry.decision.candidates) for entry in logged
+    ]
+    counterfactuals = [one for its in found for one in its]
+    numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
+    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
+    numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
+    return Columns(
+        names,
+        np.array([codes[decision.underlying] for decision in decisions], np.int32),
+        np.array([codes[decision.exit_style] for decision in decisions], np.int32),
+        np.array([microseconds(decision.decision_time) for decision in decisions], np.int64),
+        floats(decision.spot for decision in decisions),
+        np.array([-1 if entry.chosen is None else entry.chosen for entry in logged], np.int32),
+        np.cumsum([0, *(len(decision.candidates) for decision in decisions)], dtype=np.int64),
+        pa.array([candidate.instrument for candidate in candidates], pa.string()),
+        numbers,
+        np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
+    )
+
+
+def logged_of(columns: Columns) -> list[LoggedDecision]:
+    """The decisions one by one."""
+    rows = zip(columns.instrument.to_pylist(), *(known(columns.numbers[name]) for name in STATE), strict=True)
+    candidates = [Candidate(*row) for row in rows]
+    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
+    ends = map(time_of, columns.label_end.tolist())
+    counterfactuals = [Counterfactual(*row) for row in zip(known(columns.numbers[COUNTERFACTUAL]), ends, strict=True)]
+    offsets = columns.offsets.tolist()
+    names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
+    logged = []
+    for place, (underlying, exit_style, time, spot, chosen) in enumerate(zip(*fields, strict=True)):
+        its = slice(offsets[place], offsets[place + 1])
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]))
+        sold = None if chosen < 0 else chosen
+        logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
+    return logged
+
+
+def floats(values) -> np.ndarray:
+    """Numbers as float64, None as NaN."""
+    return np.array(list(values), dtype=np.float64)
+
+
+def known(values: np.ndarray) -> list:
+    """Floats as Python has them, NaN as None."""
+    return np.where(np.isnan(values), None, values).tolist() if np.isnan(values).any() else values.tolist()
+
+
+def microseconds(time: datetime.datetime) -> int:
+    return (time - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def timedelta_of(days: np.ndarray) -> np.ndarray:
+    """Microseconds as datetime.timedelta(days=...) has them, which rounds the fraction of a day alone."""
+    fraction, whole = np.modf(days)
+    return whole.astype(np.int64) * DAY + np.rint(fraction * DAY).astype(np.int64)
+
+
+DAY = 86_400_000_000  # microseconds
+
+
+@functools.lru_cache(maxsize=65_536)
+def time_of(time: int) -> datetime.datetime:
+    return EPOCH + datetime.timedelta(microseconds=time)

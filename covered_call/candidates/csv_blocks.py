@@ -1,0 +1,188 @@
+"""Files as columns of text and numbers, a block at a time. What the csv module might read otherwise is doubted."""
+
+import codecs
+import contextlib
+import csv
+import datetime
+import gzip
+import io
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+from datasets.utils import tqdm
+
+from covered_call.candidates.columns import RECORDED, STATE, microseconds
+from covered_call.candidates.csv_rows import GZIP, Hashed
+from covered_call.candidates.schema import KEY, OPTIONAL_COLUMNS, iso_time, utc, wrong_name
+
+BLOCK = 1 << 22  # bytes that are parsed at once
+LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
+WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
+READ_NUMBERS = (*STATE, *RECORDED)
+QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
+
+
+class Doubt(Exception):
+    """What a file holds is not certainly good; the text says what, for whoever wonders why a file is read slowly."""
+
+
+class Rows(NamedTuple):
+    """The rows of a block, R of them in D decisions; texts as places among the distinct ones."""
+
+    time: np.ndarray  # (R,) int64
+    codes: dict[str, np.ndarray]  # (R,) of WORDS
+    words: dict[str, list[str]]  # the distinct texts of each
+    numbers: dict[str, np.ndarray]  # (R,) float64, NaN where blank
+    spot: np.ndarray  # (R,) float64
+    starts: np.ndarray  # (D,) the first row of each decision
+    no_offset: np.ndarray  # (R,) bool: a time that is taken for UTC
+
+
+def blocks_of(path: str, expected: str | None) -> Iterator[bytes]:
+    """The first line, and then the rest in blocks."""
+    with contextlib.ExitStack() as stack:
+        content = stack.enter_context(Hashed(path))
+        raw = stack.enter_context(io.BufferedReader(content, BLOCK))
+        file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP else raw
+        yield file.readline(LONGEST)
+        bar = tqdm(desc=os.path.basename(path), unit="B", unit_scale=True, disable=None, leave=False)
+        stack.enter_context(bar)
+        while block := file.read(BLOCK):
+            bar.update(len(block))
+            yield block
+        while raw.read(BLOCK):  # what follows the end of a gzip archive counts too
+            pass
+        if expected not in (None, content.sha256.hexdigest()):
+            raise Doubt("the file has changed")
+
+
+def whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = b""
+        rest += block[end:]
+        if len(rest) > LONGEST:
+            raise Doubt("a long line")
+    if rest:
+        yield rest
+
+
+def header_of(line: bytes) -> list[str]:
+    if not line.endswith(b"\n"):
+        raise Doubt("the header")
+    certain_lines(line.removeprefix(codecs.BOM_UTF8))
+    text = line.decode("utf-8-sig")
+    header = [name.strip() for name in next(csv.reader([text]))]
+    needed = [*KEY, *WORDS, *READ_NUMBERS]
+    if len(set(header)) < len(header) or any(name not in header for name in needed if name not in OPTIONAL_COLUMNS):
+        raise Doubt("the header")
+    return header
+
+
+def certain_lines(block: bytes) -> None:
+    """Raises Doubt unless all parsers agree on where cells of these lines begin and end."""
+    if b"\0" in block or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
+        raise Doubt("a line end")
+    if not block.isascii():
+        block.decode("utf-8")
+    if b'"' in block and block.count(b'"') != 2 * sum(1 for _ in QUOTED_CELL.finditer(block)):
+        raise Doubt("a quote")
+    half = LONGEST // 2
+    if any(block.find(b"\n", start, start + half) < 0 for start in range(0, len(block) - half, half)):
+        raise Doubt("a long line")
+
+
+def parse(block: bytes, header: list[str]) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
+    certain_lines(block)
+    words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
+    read = [name for name in READ_NUMBERS if name in header]
+    return pacsv.read_csv(
+        pa.BufferReader(block),
+        pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
+        pacsv.ParseOptions(newlines_in_values=False),
+        pacsv.ConvertOptions(
+            column_types=words | dict.fromkeys(read, pa.float64()),
+            include_columns=[*WORDS, *read],
+            null_values=["", "nan", "NaN"],
+        ),
+    )
+
+
+def rows_of(table: pa.Table) -> Rows:
+    read = [name for name in READ_NUMBERS if name in table.column_names]
+    columns = {name: table.column(name).combine_chunks() for name in (*WORDS, *read)}
+    codes = {name: columns[name].indices.to_numpy() for name in WORDS}
+    texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
+    for name in WORDS:
+        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+            raise Doubt(f"{name}: blank, or spaces around it")
+    numbers = {name: floats_of(columns[name], name) for name in read}
+    numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
+    times = [time_in(text) for text in texts["decision_time"]]
+    no_offset = np.array([time.tzinfo is None for time in times])[codes["decision_time"]]
+    time = np.array([microseconds(utc(time)) for time in times], np.int64)[codes["decision_time"]]
+    spot = floats_of(columns["spot"].dictionary.cast(pa.float64()), "spot")[codes["spot"]]
+    for name in ("underlying", "exit_style"):
+        if any(wrong_name(text) for text in texts[name]):
+            raise Doubt(f"{name}: no name")
+    parts = (time, codes["underlying"], codes["exit_style"])
+    new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
+    return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def time_in(text: str) -> datetime.datetime:
+    time = iso_time(text)
+    if time is None:
+        raise Doubt("decision_time: no time")
+    return time
+
+
+def floats_of(column: pa.Array, name: str) -> np.ndarray:
+    """(R,) float64, NaN where blank. Arrow takes more words for NaN than Python does: those that are left are one."""
+    values = column.to_numpy(zero_copy_only=False)
+    if np.count_nonzero(np.isnan(values)) != column.null_count:
+        raise Doubt(f"{name}: NaN")
+    return values
+
+
+def chosen_rows(rows: Rows, mask: np.ndarray, sizes: np.ndarray) -> Rows:
+    """Those of a mask, or at these places, in decisions of these sizes."""
+    return Rows(
+        rows.time[mask],
+        {name: codes[mask] for name, codes in rows.codes.items()},
+        rows.words,
+        {name: values[mask] for name, values in rows.numbers.items()},
+        rows.spot[mask],
+        np.cumsum(sizes) - sizes,
+        rows.no_offset[mask],
+    )
+
+
+def first_rows(rows: Rows, count: int) -> Rows:
+    return chosen_rows(rows, np.arange(len(rows.time)) < count, np.diff(rows.starts))
+
+
+def start_of_last(block: bytes, rows: int) -> int:
+    """Where the last so many rows of a block begin; blank lines are none."""
+    place = len(block)
+    for _ in range(rows):
+        while True:
+            end, place = place, block.rfind(b"\n", 0, place - 1) + 1
+            if block[place:end].strip(b"\r\n"):
+                break
+    return place
+
+
+def line_of(block: bytes, row: int) -> int:
+    """The number of a row's line among the block's, from 1."""
+    full = (number for number, line in enumerate(block.split(b"\n"), start=1) if line.strip(b"\r"))
+    return next(number for place, number in enumerate(full) if place == row)

@@ -1,0 +1,252 @@
+"""All decisions of some files: read, each of them once, in order of time, with their outcomes."""
+
+import collections
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
+from covered_call.candidates.columns import Columns, columns_of, in_batches, time_of
+from covered_call.candidates.csv_rows import check_header
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.outcomes import TP_AND_ROLL, Calls, Market, counterfactuals, roll_places
+from covered_call.candidates.prompts import present_in_order
+from covered_call.candidates.reading import read_file, warn_of_no_offset
+from covered_call.candidates.schema import CandidatesError, Decision, printable, shown
+from covered_call.candidates.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+
+class Decisions(NamedTuple):
+    """D decisions by time, ties in the order of the files; the number of one is its place here.
+
+    What tells them apart is in memory; their candidates are in the spool, in the order that prompts show.
+    """
+
+    spool: Spool
+    place: np.ndarray  # (D,) int64, in the spool
+    underlying: np.ndarray  # (D,) int32, a place among the spool's names
+    exit_style: np.ndarray  # (D,) int32, the same
+    time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
+    spot: np.ndarray  # (D,) float64
+    size: np.ndarray  # (D,) int32, its candidates
+    roll: np.ndarray  # (D, 3) float64: strike, dte and iv of the candidate that a roll would sell, NaN without one
+    label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
+
+    def at(self, numbers: np.ndarray) -> "Decisions":
+        return Decisions(self.spool, *(column[numbers] for column in self[1:]))
+
+    def columns(self) -> Columns:
+        """All of them, in memory."""
+        return self.spool.take(self.place)
+
+    def batches(self) -> Iterator["Decisions"]:
+        """In parts, in their order."""
+        for start, end in in_batches(self.size):
+            yield self.at(np.arange(start, end))
+
+    def id_of(self, number: int) -> str:
+        names = self.spool.names
+        key = (time_of(int(self.time[number])), names[self.underlying[number]], names[self.exit_style[number]])
+        return Decision(*key, spot=0.0, candidates=()).decision_id
+
+
+def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> Decisions:
+    """All decisions of the files that pass the filters.
+
+    Raises:
+        CandidatesError: for files that cannot be read, or contradict each other; BadRow for rows that cannot be
+            trusted.
+    """
+    reader, hashes = Reader(options), hashes_of(options.data_files)
+    ends = [reader.read(path, hashes.get(path)) for path in paths]
+    decisions = once(reader.decisions(), paths, ends, options)
+    if reader.dropped:
+        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", reader.dropped)
+    if not len(decisions.place):
+        raise nothing_left(paths, options, reader.present, reader.dropped)
+    say_what_was_filtered(options, reader.present)
+    return with_outcomes(decisions, options)
+
+
+class Reader:
+    """Files, one after the other, into a spool."""
+
+    def __init__(self, options: CoveredCallCandidatesConfig):
+        self.options, self.spool = options, Spool()
+        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to roll
+        self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
+        self.dropped = 0
+
+    def read(self, path: str, expected: str | None) -> int:
+        """Takes in a file's good decisions that pass the filters; returns how many decisions there are now.
+
+        Args:
+            expected: the hash that the file's content must have; None if any will do.
+        """
+        said = self.scan(scan, path, expected)
+        if isinstance(said, InPieces):
+            said = self.scan(scan_in_pieces, path, expected)
+        if isinstance(said, Doubt):
+            logger.debug("%s is read row by row: %s.", path, said)
+            logged, bad = read_file(path, self.options, self.present, expected)
+            self.dropped += bad
+            if logged:
+                with self.spool.part() as append:
+                    self.keep(columns_of(logged), append)
+        else:
+            check_header(path, said.header)
+            if said.no_offset:
+                warn_of_no_offset(path, said.no_offset)
+            for name, rows in said.rows.items():
+                self.present[name].update(rows)
+        return len(self.spool)
+
+    def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
+        """Takes the file in as columns, or leaves all as it was and says why."""
+        before = len(self.kept)
+        try:
+            with self.spool.part() as append:
+                return how(path, self.options, expected, lambda columns: self.keep(columns, append))
+        except Doubt as doubt:
+            del self.kept[before:]
+            return doubt
+
+    def keep(self, columns: Columns, append) -> None:
+        """Takes in decisions whose candidates stand in the file's order."""
+        columns = columns.renamed(self.spool.names)
+        by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
+        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32), self.rolls(columns)))
+        append(present_in_order(columns, self.options))
+
+    def rolls(self, columns: Columns) -> np.ndarray:
+        if TP_AND_ROLL not in columns.names:
+            return np.broadcast_to(np.nan, (len(columns), 3))  # which takes no memory
+        places = roll_places(columns, self.options)
+        quoted = np.flatnonzero(places >= 0)
+        found = np.full((len(columns), 3), np.nan)
+        for column, name in enumerate(Calls._fields):
+            found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
+        return found
+
+    def decisions(self) -> Decisions:
+        """All that were read, in the order of the files."""
+        *columns, rolls = (list(parts) for parts in zip(*self.kept, strict=True)) if self.kept else [[]] * 6
+        count = len(self.spool)
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        none = TP_AND_ROLL not in self.spool.names
+        roll = np.broadcast_to(np.nan, (count, 3)) if none else np.concatenate([np.zeros((0, 3)), *rolls])
+        return Decisions(self.spool, np.arange(count), *joined, roll, label_end=joined[2])
+
+
+def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
+    """By time, and of a decision that stands in several files the one that the option ``duplicates`` says, in the
+    place of the first.
+
+    Args:
+        ends: of each file, how many decisions it and those before it have.
+    """
+    key = (decisions.exit_style, decisions.underlying, decisions.time)
+    order = np.lexsort(key)
+    again = np.zeros(len(order), bool)
+    again[order[1:]] = np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key])
+    if not again.any():
+        return decisions.at(np.argsort(decisions.time, kind="stable"))
+    first = np.empty(len(order), np.int64)  # of each decision the number of its first appearance
+    first[order] = np.maximum.accumulate(np.where(again[order], 0, np.arange(len(order))))
+    first[order] = order[first[order]]
+    held, repeated = np.arange(len(order)), collections.defaultdict(list)
+    for number in np.flatnonzero(again).tolist():
+        holder = held[first[number]]
+        path, other = (paths[np.searchsorted(ends, one, side="right")] for one in (number, holder))
+        repeated[other, path].append(decisions.id_of(number))
+        if options.duplicates == "error" or is_later(path, other):
+            held[first[number]] = number
+    check_repeated(repeated, options)
+    firsts = np.flatnonzero(~again)
+    return decisions.at(held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+
+
+def with_outcomes(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Decisions:
+    """Computes the outcome of each candidate, into the spool."""
+    key = (decisions.underlying, decisions.exit_style, decisions.time)
+    names, roll = tuple(decisions.spool.names), Calls(*decisions.roll.T)
+    market = Market(names, *key, decisions.spot, decisions.size, roll, options)
+    label_ends = []
+
+    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        pnl, label_end = counterfactuals(columns, market, options)
+        last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
+        if has_one.any():
+            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
+        label_ends.append(last)
+        return pnl, label_end
+
+    decisions.spool.compute(outcomes)
+    return decisions._replace(label_end=np.concatenate(label_ends)[decisions.place])
+
+
+def hashes_of(data_files: Any) -> dict[str, str]:
+    """From a path to its content's hash, as ``fingerprint`` noted it; empty where it has not."""
+    found = (data_files or {}).get("train", ())
+    return {path: digest for path, (digest,) in zip(found, getattr(found, "origin_metadata", ()), strict=False)}
+
+
+def say_what_was_filtered(options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter]) -> None:
+    for name, rows in present.items():
+        left = {value: count for value, count in rows.items() if getattr(options, name) not in (None, value)}
+        if left:
+            values = ", ".join(f"{shown(value)} ({count:,} rows)" for value, count in sorted(left.items()))
+            logger.warning("Left out by %s=%r: %s.", name, getattr(options, name), printable(values))
+
+
+def check_repeated(repeated: dict[tuple[str, str], list[str]], options: CoveredCallCandidatesConfig) -> None:
+    """``repeated`` holds, for two files, the ids of the decisions that both have."""
+    if not repeated:
+        return
+    if options.duplicates == "error":
+        (first, second), ids = next(iter(repeated.items()))
+        raise CandidatesError(
+            f"{first} and {second} both hold decision {ids[0]!r} ({len(ids)} in common). Give one of the two, or keep "
+            'the later run of each decision with duplicates="latest" (by the stamp that ends the file name).'
+        )
+    count = sum(map(len, repeated.values()))
+    logger.warning("%d decision(s) stood in two files; the later file's were kept.", count)
+
+
+def is_later(path: str, other: str) -> bool:
+    if stamp(path) == stamp(other):
+        raise CandidatesError(
+            f"{path} and {other} hold the same decision and carry the same stamp, so neither is the later run. Give "
+            "one of the two."
+        )
+    return stamp(path) > stamp(other)
+
+
+def stamp(path: str) -> str:
+    """The YYYYMMDD_HHMMSS that ends a backtest's file name; it sorts by time."""
+    found = re.search(r"_(\d{8}_\d{6})\.csv(\.gz)?$", os.path.basename(path))
+    if not found:
+        raise CandidatesError(
+            f'{path}: duplicates="latest" needs a stamp such as _20251207_225615.csv at the end of the file name. '
+            "Rename the file, or leave it out."
+        )
+    return found.group(1)
+
+
+def nothing_left(
+    paths: list[str], options: CoveredCallCandidatesConfig, present: dict[str, collections.Counter], skipped: int
+) -> CandidatesError:
+    filters = [f"{name}={shown(getattr(options, name))}" for name in present if getattr(options, name)]
+    if skipped or not filters:
+        return CandidatesError(f"{', '.join(paths)}: every decision has a bad row. See them with on_bad_rows='error'.")
+    found = [f"{name} {shown(', '.join(sorted(values)))[1:-1]}" for name, values in present.items()]
+    return CandidatesError(
+        f"{', '.join(paths)}: no row is left with {' and '.join(filters)}. The files hold {'; '.join(found)}."
+    )

@@ -1,0 +1,143 @@
+"""Decisions on disk in blocks, of which a few are in memory at a time, however many there are."""
+
+import collections
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from covered_call.candidates.columns import BY_DECISION, COUNTERFACTUAL, RECORDED, STATE, Columns, join
+from covered_call.candidates.schema import CandidatesError
+
+READ = (*STATE, *RECORDED)  # of a candidate, from the files; what is computed of it is added later
+CANDIDATE = pa.struct([("instrument", pa.string()), *((name, pa.float64()) for name in READ)])
+SPOOLED = pa.schema(
+    [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
+    + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
+)
+COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
+
+
+class Spool:
+    """Blocks of decisions in a folder that goes when its owner does; a pickled one reads what is there.
+
+    The place of a decision is its number, from 0, in the order in which they were added.
+    """
+
+    def __init__(self):
+        with writing():
+            self.folder = tempfile.mkdtemp(prefix="covered_call_")
+        weakref.finalize(self, remove, self.folder, os.getpid())
+        self.names: list[str] = []  # of underlyings and exit styles, in all blocks
+        self.blocks: list[tuple[str, int]] = []  # the file and its batch
+        self.starts = [0]  # the place of each block's first decision; at the end the number of all
+        self.computed = False  # whether the outcomes are there, too
+        self.recent = collections.OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"recent": collections.OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Callable[[Columns], None]]:
+        """Takes blocks in; if an error ends it, none of them is kept."""
+        name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
+        try:
+            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, SPOOLED) as writer:
+
+                def append(columns: Columns) -> None:
+                    writer.write_batch(self.batch_of(columns))
+                    self.blocks.append((name, self.blocks[-1][1] + 1 if len(self.blocks) > before[0] else 0))
+                    self.starts.append(self.starts[-1] + len(columns))
+
+                yield append
+        except BaseException:
+            del self.blocks[before[0] :], self.starts[before[1] :]
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
+            raise
+
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray]]) -> None:
+        """Adds to each block the outcome of each candidate and its label end."""
+        with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
+            with pa.ipc.new_file(file, COMPUTED) as writer:
+                for number in range(len(self.blocks)):
+                    arrays = map(pa.array, outcomes(self.block(number)))
+                    writer.write_batch(pa.record_batch(list(arrays), schema=COMPUTED))
+        self.computed = True
+        self.recent.clear()
+
+    def take(self, places: np.ndarray) -> Columns:
+        """The decisions at these places, in their order."""
+        numbers = np.searchsorted(self.starts, places, side="right") - 1
+        parts, rank = [], np.empty(len(places), np.int64)
+        found = 0
+        for number in np.unique(numbers):
+            its = np.flatnonzero(numbers == number)
+            parts.append(self.block(number).take(places[its] - self.starts[number]))
+            rank[its] = found + np.arange(len(its))
+            found += len(its)
+        joined = join(parts)
+        return joined if len(parts) == 1 else joined.take(rank)
+
+    def block(self, number: int) -> Columns:
+        if number not in self.recent:
+            self.recent[number] = self.read_block(number)
+            if len(self.recent) > IN_MEMORY:
+                self.recent.popitem(last=False)
+        self.recent.move_to_end(number)
+        return self.recent[number]
+
+    def read_block(self, number: int) -> Columns:
+        batch = self.read_batch(*self.blocks[number])
+        candidates = batch.column("candidates")
+        rows = candidates.values
+        numbers = {name: rows.field(name).to_numpy() for name in READ}
+        label_end = np.zeros(len(rows), np.int64)
+        if self.computed:
+            computed = self.read_batch("outcomes.arrow", number)
+            numbers[COUNTERFACTUAL], label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+        by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
+        offsets = candidates.offsets.to_numpy().astype(np.int64)
+        return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
+            numbers=numbers, label_end=label_end)  # fmt: skip
+
+    def read_batch(self, name: str, index: int) -> pa.RecordBatch:
+        with pa.OSFile(self.path(name)) as file:
+            return pa.ipc.open_file(file).get_batch(index)
+
+    def batch_of(self, columns: Columns) -> pa.RecordBatch:
+        rows = pa.StructArray.from_arrays(
+            [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
+        )
+        arrays = [pa.array(getattr(columns, name)) for name in BY_DECISION]
+        lists = pa.ListArray.from_arrays(pa.array(columns.offsets.astype(np.int32)), rows)
+        return pa.record_batch([*arrays, lists], schema=SPOOLED)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Says where it was written to when the disk is full, or the folder not to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CandidatesError(
+            f"What was read of the files cannot be kept in {tempfile.gettempdir()}: {error}. Make room there, or set "
+            "TMPDIR in the environment to a folder with room; it takes about as much as the files unpacked."
+        ) from error
+
+
+def remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked from it
+        shutil.rmtree(folder, ignore_errors=True)
