@@ -42,6 +42,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
     "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "ca124dc22af54d465a35e86913e8e8c761c0557805c64bd36810a156237690c4"  # their SHA-256
+MADE_FROM = "401d68c5349f0876e9d3871bb5d4e795534445400bbfcb027f5fe7437bf17f8b"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -543,7 +544,10 @@ def floats(values) -> np.ndarray:
 
 def known(values: np.ndarray) -> list:
     """Floats as Python has them, NaN as None."""
-    return np.where(np.isnan(values), None, values).tolist() if np.isnan(values).any() else values.tolist()
+    unknown, found = np.flatnonzero(np.isnan(values)), values.tolist()
+    for place in unknown.tolist():
+        found[place] = None
+    return found
 
 
 def microseconds(time: datetime.datetime) -> int:
@@ -779,7 +783,7 @@ def parse_option_time(options: "CoveredCallCandidatesConfig", name: str) -> date
 # ---------------------------------------------------------------------------------------------------------------------
 # number_texts
 #
-# Numbers as prompts write them: one of a live decision, or a whole column at once, with the same text.
+# Numbers and times as prompts write them: one of a live decision, or a whole column at once, with the same text.
 
 
 UNKNOWN = "n/a"
@@ -810,6 +814,13 @@ def each_distinct(values: np.ndarray, text: Callable[..., str]) -> pa.StringArra
     bits = pa.array(values.view(np.int64)).dictionary_encode()
     distinct = known(bits.dictionary.to_numpy().view(values.dtype))
     return pa.array([text(value) for value in distinct], pa.string()).take(bits.indices)
+
+
+def iso_times(times: np.ndarray) -> pa.StringArray:
+    """What datetime.isoformat says of (K,) microseconds since 1970, UTC."""
+    day, rest = np.divmod(times, DAY)
+    dates = each_distinct(day, lambda day: time_of(day * DAY).date().isoformat())
+    return pc.binary_join_element_wise(dates, each_distinct(rest, lambda rest: time_of(rest).isoformat()[10:]), "")
 
 
 def ratios(values: np.ndarray) -> pa.StringArray:
@@ -1023,25 +1034,24 @@ def by_instrument(columns: Columns) -> np.ndarray:
 
 def shuffled_places(columns: Columns, seed: int) -> np.ndarray:
     """(R,) int64: each decision's rows by lot; a lot of its own, whatever other decisions there are."""
-    rows = np.arange(len(columns.instrument)).tolist()
+    rows, ends = np.arange(len(columns.instrument)).tolist(), itertools.pairwise(columns.offsets.tolist())
     shuffled = []
-    for key, start, end in zip(
-        decision_ids(columns).to_pylist(), columns.offsets[:-1].tolist(), columns.offsets[1:].tolist(), strict=True
-    ):
+    for key, (start, end) in zip(decision_ids(texts_of_market(columns)).to_pylist(), ends, strict=True):
         its_rows = rows[start:end]
         random.Random(f"{seed}|{key}").shuffle(its_rows)
         shuffled += its_rows
     return np.array(shuffled, np.int64)
 
 
-def decision_ids(columns: Columns) -> pa.StringArray:
+def decision_ids(market: dict[str, pa.StringArray]) -> pa.StringArray:
     """What Decision.decision_id is, of each."""
-    return filled("{underlying}|{decision_time}|{exit_style}", texts_of_market(columns))
+    return filled("{underlying}|{decision_time}|{exit_style}", market)
 
 
-def candidate_chats(columns: Columns, answers: pa.StringArray, hindsight: bool) -> pa.ListArray:
+def candidate_chats(
+    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray, hindsight: bool
+) -> pa.ListArray:
     """(R,) the messages of candidate_messages, and the answer to each."""
-    market = texts_of_market(columns)
     rows = pa.array(columns.decision_of)
     heads = filled(CANDIDATE_SYSTEM + CANDIDATE_MARKET, market).take(rows)
     blocks = filled(CANDIDATE_HINDSIGHT, texts_of_outcomes(columns.numbers)) if hindsight else ""
@@ -1051,14 +1061,16 @@ def candidate_chats(columns: Columns, answers: pa.StringArray, hindsight: bool) 
     return cut_chats(texts, system, lengths(answers))
 
 
-def ranking_chats(columns: Columns, answers: pa.StringArray | None, hindsight: bool = False) -> pa.ListArray:
+def ranking_chats(
+    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray | None, hindsight: bool = False
+) -> pa.ListArray:
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
     lines = filled(RANKING_LINE, texts_of_state(columns, "delta", "score") | {"index": answers_of(columns.place)})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
     sizes = np.diff(columns.offsets)
-    fields = texts_of_market(columns) | {
+    fields = market | {
         "lines": pc.if_else(pa.array(sizes > 0), lines, NO_LINES),
         "count": pa.array(sizes).cast(pa.string()),
         "hindsight": ranking_blocks(columns) if hindsight else "",
@@ -1083,7 +1095,7 @@ def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
     """(D,) each: what fields_of_market gives for one."""
     names = pa.array(columns.names, pa.string())
     return {
-        "decision_time": each_distinct(columns.time, lambda time: time_of(time).isoformat()),
+        "decision_time": iso_times(columns.time),
         "underlying": names.take(pa.array(columns.underlying)),
         "spot": each_distinct(columns.spot, money),
         "exit_style": names.take(pa.array(columns.exit_style)),
@@ -1591,6 +1603,7 @@ BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *RECORDED)
+PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
@@ -1694,9 +1707,8 @@ def rows_of(table: pa.Table) -> Rows:
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
-    times = [time_in(text) for text in texts["decision_time"]]
-    no_offset = np.array([time.tzinfo is None for time in times])[codes["decision_time"]]
-    time = np.array([microseconds(utc(time)) for time in times], np.int64)[codes["decision_time"]]
+    times, local = times_in(columns["decision_time"].dictionary)
+    time, no_offset = times[codes["decision_time"]], local[codes["decision_time"]]
     spot = floats_of(columns["spot"].dictionary.cast(pa.float64()), "spot")[codes["spot"]]
     for name in ("underlying", "exit_style"):
         if any(wrong_name(text) for text in texts[name]):
@@ -1704,6 +1716,18 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) int64 microseconds since 1970, UTC, and (K,) bool: which of them have no offset."""
+    if pc.all(pc.match_substring_regex(texts, PLAIN_TIME)).as_py() and len(texts):
+        times = pc.utf8_slice_codeunits(texts, 0, 19).cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+        for place in (times.argmin(), times.argmax()):  # at the ends of the calendar
+            time_in(texts[place].as_py())
+        return times, np.zeros(len(times), bool)
+    found = [time_in(text) for text in texts.to_pylist()]
+    local = [time.tzinfo is None for time in found]
+    return np.array([microseconds(utc(time)) for time in found], np.int64), np.array(local, bool)
 
 
 def time_in(text: str) -> datetime.datetime:
@@ -1753,6 +1777,10 @@ def line_of(block: bytes, row: int) -> int:
     """The number of a row's line among the block's, from 1."""
     full = (number for number, line in enumerate(block.split(b"\n"), start=1) if line.strip(b"\r"))
     return next(number for place, number in enumerate(full) if place == row)
+
+
+def lines_in(block: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1812,10 +1840,10 @@ def scan_in_pieces(
         blocks = blocks_of(path, expected)
         state, tables = State(options, header_of(next(blocks))), []
         for block in whole_lines(blocks):
-            if block.strip():
+            if block and not block.isspace():
                 tables.append(parse(block, state.header))
                 state.look_at_offsets(block, rows_of(tables[-1]))
-            state.lines += block.count(b"\n")
+            state.lines += lines_in(block)
         if not tables:
             raise Doubt("no row")
         rows = together(rows_of(pa.concat_tables(tables).unify_dictionaries()))
@@ -1828,7 +1856,7 @@ def scan_in_pieces(
 
 
 @contextlib.contextmanager
-def doubted() -> Iterator[None]:
+def doubted() -> Generator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowInvalid, UnicodeDecodeError) as error:
@@ -1846,14 +1874,14 @@ class State:
         self.names: dict[str, int] = {}
         self.keys: list[tuple[np.ndarray, ...]] = []
         self.named = self.misnamed = 0  # rows whose instrument's name says what it is, and those that contradict it
-        self.last: tuple[str, int] | None = None  # the spot and the size of the last decision
+        self.last: tuple[str, int, bool] | None = None  # of the last decision its spot, its size, and if it is alone
         self.runs = self.sharing = 0  # decisions, and pairs of neighbours with one spot
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
         """Takes in whole lines, but for a last decision that may go on: its lines are left, and returned."""
-        if not block.strip():
-            self.lines += block.count(b"\n")
+        if not block or block.isspace():
+            self.lines += lines_in(block)
             return b""
         rows, left = rows_of(parse(block, self.header)), b""
         if not last:
@@ -1869,7 +1897,7 @@ class State:
             columns = self.columns(rows)
             if len(columns):
                 take(columns)
-        self.lines += block.count(b"\n")
+        self.lines += lines_in(block)
         return left
 
     def look_at_offsets(self, block: bytes, rows: Rows) -> None:
@@ -2676,7 +2704,7 @@ class Spool:
         return self.starts[-1]
 
     @contextlib.contextmanager
-    def part(self) -> Iterator[Callable[[Columns], None]]:
+    def part(self) -> Generator[Callable[[Columns], None]]:
         """Takes blocks in; if an error ends it, none of them is kept."""
         name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
         try:
@@ -2756,7 +2784,7 @@ class Spool:
 
 
 @contextlib.contextmanager
-def writing() -> Iterator[None]:
+def writing() -> Generator[None]:
     """Says where it was written to when the disk is full, or the folder not to be written."""
     try:
         yield
@@ -2795,7 +2823,7 @@ class Decisions(NamedTuple):
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
 
     def at(self, numbers: np.ndarray) -> "Decisions":
-        return Decisions(self.spool, *(column[numbers] for column in self[1:]))
+        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[1:]})
 
     def columns(self) -> Columns:
         """All of them, in memory."""
@@ -3178,15 +3206,15 @@ def split_starts(times: np.ndarray, options: CoveredCallCandidatesConfig) -> lis
 
 
 def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
-    sold = is_sold(columns)
+    sold, market = is_sold(columns), texts_of_market(columns)
     labels = pc.if_else(pa.array(sold), SELL_CALL, SKIP)
     traded = pa.array(columns.chosen >= 0)
     rows = pa.array(columns.decision_of)
     return table_of(
         "per_candidate",
         {
-            "messages": candidate_chats(columns, labels, options.hindsight),
-            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            "messages": candidate_chats(columns, market, labels, options.hindsight),
+            **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
             **candidate_columns(columns),
@@ -3196,12 +3224,12 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
 
 def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
     labels, untraded = answers_of(columns.chosen), columns.chosen < 0
-    candidates = candidate_columns(columns)
+    market, candidates = texts_of_market(columns), candidate_columns(columns)
     return table_of(
         "per_decision_ranking",
         {
-            "messages": ranking_chats(columns, labels, options.hindsight),
-            **decision_columns(columns),
+            "messages": ranking_chats(columns, market, labels, options.hindsight),
+            **decision_columns(columns, market),
             "label": labels,
             "trade_executed": pa.array(~untraded),
             "candidates": pa.ListArray.from_arrays(
@@ -3217,13 +3245,14 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
     pairs = preferred_pairs(columns, options)
     columns = columns.take(np.flatnonzero(pairs.has))
     pairs = pairs._replace(**{name: values[pairs.has] for name, values in pairs._asdict().items()})
+    market = texts_of_market(columns)
     sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
     return table_of(
         "preference",
         {
-            "prompt": ranking_chats(columns, None),
+            "prompt": ranking_chats(columns, market, None),
             **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
-            **decision_columns(columns),
+            **decision_columns(columns, market),
             "spot": pa.array(columns.spot),
             **{f"{name}_label": answers for name, answers in sides.items()},
             "teacher_label": answers_of(columns.chosen),
@@ -3237,14 +3266,14 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
 def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
     """Of each candidate its counterfactual, or else what was recorded."""
     rows, sold = pa.array(columns.decision_of), is_sold(columns)
-    computed = columns.numbers[COUNTERFACTUAL]
+    market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
         {
-            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             **candidate_columns(columns),
             "sold": pa.array(sold),
             "q_hold": pa.array(np.zeros(len(sold))),
@@ -3259,14 +3288,13 @@ def is_sold(columns: Columns) -> np.ndarray:
     return columns.place == columns.chosen[columns.decision_of]
 
 
-def decision_columns(columns: Columns) -> dict[str, pa.Array]:
+def decision_columns(columns: Columns, market: dict[str, pa.StringArray]) -> dict[str, pa.Array]:
     """(D,) each."""
-    names = pa.array(columns.names, pa.string())
     return {
-        "decision_id": decision_ids(columns),
+        "decision_id": decision_ids(market),
         "decision_time": pa.array(columns.time).view(pa.timestamp("us", tz="UTC")),
-        "underlying": names.take(pa.array(columns.underlying)),
-        "exit_style": names.take(pa.array(columns.exit_style)),
+        "underlying": market["underlying"],
+        "exit_style": market["exit_style"],
     }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 from attack import __main__ as attack
-from attack import csv, hub, options
+from attack import columns, csv, hub, options
 from conftest import SCRIPT, python
 
 SOUND = {"unclear": 0, "wrong": 0}
@@ -20,6 +20,10 @@ def found_by(run, count: int, seed: int = 1) -> list[str]:
 def test_mutated_files_are_read_right_or_refused(monkeypatch):
     monkeypatch.setattr(csv, "BOMBS", csv.BOMBS[:1])
     assert found_by(csv.run, 600) == []
+
+
+def test_mutated_files_are_read_alike_as_columns_and_row_by_row():
+    assert found_by(columns.run, 400) == []
 
 
 def test_values_of_options_are_meant_or_refused():
@@ -71,6 +75,12 @@ def test_a_reader_that_loses_a_decision_is_found_out(monkeypatch):
     clean = csv.read_candidates
     monkeypatch.setattr(csv, "read_candidates", lambda paths, config: clean(paths, config)["mutant" in paths[0] :])
     assert any("decisions lost, 0 counted" in finding for finding in found_by(csv.run, 40))
+
+
+@pytest.mark.parametrize("check", ["check_numbers", "State.check_whole_file", "State.check_neighbours"])
+def test_columns_that_are_not_checked_are_found_out(monkeypatch, check):
+    monkeypatch.setattr(f"covered_call.candidates.columnar.{check}", lambda *_: None)
+    assert any(finding.startswith("columns: wrong") for finding in found_by(columns.run, 400))
 
 
 def test_an_option_that_takes_anything_is_found_out(monkeypatch):

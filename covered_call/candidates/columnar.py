@@ -9,7 +9,7 @@ import contextlib
 import csv
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from covered_call.candidates.csv_blocks import (
     first_rows,
     header_of,
     line_of,
+    lines_in,
     parse,
     rows_of,
     start_of_last,
@@ -93,10 +94,10 @@ def scan_in_pieces(
         blocks = blocks_of(path, expected)
         state, tables = State(options, header_of(next(blocks))), []
         for block in whole_lines(blocks):
-            if block.strip():
+            if block and not block.isspace():
                 tables.append(parse(block, state.header))
                 state.look_at_offsets(block, rows_of(tables[-1]))
-            state.lines += block.count(b"\n")
+            state.lines += lines_in(block)
         if not tables:
             raise Doubt("no row")
         rows = together(rows_of(pa.concat_tables(tables).unify_dictionaries()))
@@ -109,7 +110,7 @@ def scan_in_pieces(
 
 
 @contextlib.contextmanager
-def doubted() -> Iterator[None]:
+def doubted() -> Generator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowInvalid, UnicodeDecodeError) as error:
@@ -127,14 +128,14 @@ class State:
         self.names: dict[str, int] = {}
         self.keys: list[tuple[np.ndarray, ...]] = []
         self.named = self.misnamed = 0  # rows whose instrument's name says what it is, and those that contradict it
-        self.last: tuple[str, int] | None = None  # the spot and the size of the last decision
+        self.last: tuple[str, int, bool] | None = None  # of the last decision its spot, its size, and if it is alone
         self.runs = self.sharing = 0  # decisions, and pairs of neighbours with one spot
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
         """Takes in whole lines, but for a last decision that may go on: its lines are left, and returned."""
-        if not block.strip():
-            self.lines += block.count(b"\n")
+        if not block or block.isspace():
+            self.lines += lines_in(block)
             return b""
         rows, left = rows_of(parse(block, self.header)), b""
         if not last:
@@ -150,7 +151,7 @@ class State:
             columns = self.columns(rows)
             if len(columns):
                 take(columns)
-        self.lines += block.count(b"\n")
+        self.lines += lines_in(block)
         return left
 
     def look_at_offsets(self, block: bytes, rows: Rows) -> None:

@@ -153,7 +153,10 @@ def floats(values) -> np.ndarray:
 
 def known(values: np.ndarray) -> list:
     """Floats as Python has them, NaN as None."""
-    return np.where(np.isnan(values), None, values).tolist() if np.isnan(values).any() else values.tolist()
+    unknown, found = np.flatnonzero(np.isnan(values)), values.tolist()
+    for place in unknown.tolist():
+        found[place] = None
+    return found
 
 
 def microseconds(time: datetime.datetime) -> int:

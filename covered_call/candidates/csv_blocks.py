@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from datasets.utils import tqdm
 
@@ -24,6 +25,7 @@ BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *RECORDED)
+PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
@@ -127,9 +129,8 @@ def rows_of(table: pa.Table) -> Rows:
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
-    times = [time_in(text) for text in texts["decision_time"]]
-    no_offset = np.array([time.tzinfo is None for time in times])[codes["decision_time"]]
-    time = np.array([microseconds(utc(time)) for time in times], np.int64)[codes["decision_time"]]
+    times, local = times_in(columns["decision_time"].dictionary)
+    time, no_offset = times[codes["decision_time"]], local[codes["decision_time"]]
     spot = floats_of(columns["spot"].dictionary.cast(pa.float64()), "spot")[codes["spot"]]
     for name in ("underlying", "exit_style"):
         if any(wrong_name(text) for text in texts[name]):
@@ -137,6 +138,18 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) int64 microseconds since 1970, UTC, and (K,) bool: which of them have no offset."""
+    if pc.all(pc.match_substring_regex(texts, PLAIN_TIME)).as_py() and len(texts):
+        times = pc.utf8_slice_codeunits(texts, 0, 19).cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+        for place in (times.argmin(), times.argmax()):  # at the ends of the calendar
+            time_in(texts[place].as_py())
+        return times, np.zeros(len(times), bool)
+    found = [time_in(text) for text in texts.to_pylist()]
+    local = [time.tzinfo is None for time in found]
+    return np.array([microseconds(utc(time)) for time in found], np.int64), np.array(local, bool)
 
 
 def time_in(text: str) -> datetime.datetime:
@@ -186,3 +199,7 @@ def line_of(block: bytes, row: int) -> int:
     """The number of a row's line among the block's, from 1."""
     full = (number for number, line in enumerate(block.split(b"\n"), start=1) if line.strip(b"\r"))
     return next(number for place, number in enumerate(full) if place == row)
+
+
+def lines_in(block: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))

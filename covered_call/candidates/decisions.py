@@ -39,7 +39,7 @@ class Decisions(NamedTuple):
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
 
     def at(self, numbers: np.ndarray) -> "Decisions":
-        return Decisions(self.spool, *(column[numbers] for column in self[1:]))
+        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[1:]})
 
     def columns(self) -> Columns:
         """All of them, in memory."""

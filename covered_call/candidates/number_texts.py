@@ -1,4 +1,4 @@
-"""Numbers as prompts write them: one of a live decision, or a whole column at once, with the same text."""
+"""Numbers and times as prompts write them: one of a live decision, or a whole column at once, with the same text."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import known
+from covered_call.candidates.columns import DAY, known, time_of
 
 UNKNOWN = "n/a"
 TABLED = 100_000  # 0.0000 to 9.9999: nearly all ratios
@@ -37,6 +37,13 @@ def each_distinct(values: np.ndarray, text: Callable[..., str]) -> pa.StringArra
     bits = pa.array(values.view(np.int64)).dictionary_encode()
     distinct = known(bits.dictionary.to_numpy().view(values.dtype))
     return pa.array([text(value) for value in distinct], pa.string()).take(bits.indices)
+
+
+def iso_times(times: np.ndarray) -> pa.StringArray:
+    """What datetime.isoformat says of (K,) microseconds since 1970, UTC."""
+    day, rest = np.divmod(times, DAY)
+    dates = each_distinct(day, lambda day: time_of(day * DAY).date().isoformat())
+    return pc.binary_join_element_wise(dates, each_distinct(rest, lambda rest: time_of(rest).isoformat()[10:]), "")
 
 
 def ratios(values: np.ndarray) -> pa.StringArray:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -14,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import RECORDED, Columns, time_of
-from covered_call.candidates.number_texts import days, each_distinct, exact, money, ratio, ratios
+from covered_call.candidates.columns import RECORDED, Columns
+from covered_call.candidates.number_texts import days, each_distinct, exact, iso_times, money, ratio, ratios
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, UTC, Candidate, Decision
 
@@ -185,25 +186,24 @@ def by_instrument(columns: Columns) -> np.ndarray:
 
 def shuffled_places(columns: Columns, seed: int) -> np.ndarray:
     """(R,) int64: each decision's rows by lot; a lot of its own, whatever other decisions there are."""
-    rows = np.arange(len(columns.instrument)).tolist()
+    rows, ends = np.arange(len(columns.instrument)).tolist(), itertools.pairwise(columns.offsets.tolist())
     shuffled = []
-    for key, start, end in zip(
-        decision_ids(columns).to_pylist(), columns.offsets[:-1].tolist(), columns.offsets[1:].tolist(), strict=True
-    ):
+    for key, (start, end) in zip(decision_ids(texts_of_market(columns)).to_pylist(), ends, strict=True):
         its_rows = rows[start:end]
         random.Random(f"{seed}|{key}").shuffle(its_rows)
         shuffled += its_rows
     return np.array(shuffled, np.int64)
 
 
-def decision_ids(columns: Columns) -> pa.StringArray:
+def decision_ids(market: dict[str, pa.StringArray]) -> pa.StringArray:
     """What Decision.decision_id is, of each."""
-    return filled("{underlying}|{decision_time}|{exit_style}", texts_of_market(columns))
+    return filled("{underlying}|{decision_time}|{exit_style}", market)
 
 
-def candidate_chats(columns: Columns, answers: pa.StringArray, hindsight: bool) -> pa.ListArray:
+def candidate_chats(
+    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray, hindsight: bool
+) -> pa.ListArray:
     """(R,) the messages of candidate_messages, and the answer to each."""
-    market = texts_of_market(columns)
     rows = pa.array(columns.decision_of)
     heads = filled(CANDIDATE_SYSTEM + CANDIDATE_MARKET, market).take(rows)
     blocks = filled(CANDIDATE_HINDSIGHT, texts_of_outcomes(columns.numbers)) if hindsight else ""
@@ -213,14 +213,16 @@ def candidate_chats(columns: Columns, answers: pa.StringArray, hindsight: bool) 
     return cut_chats(texts, system, lengths(answers))
 
 
-def ranking_chats(columns: Columns, answers: pa.StringArray | None, hindsight: bool = False) -> pa.ListArray:
+def ranking_chats(
+    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray | None, hindsight: bool = False
+) -> pa.ListArray:
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
     lines = filled(RANKING_LINE, texts_of_state(columns, "delta", "score") | {"index": answers_of(columns.place)})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
     sizes = np.diff(columns.offsets)
-    fields = texts_of_market(columns) | {
+    fields = market | {
         "lines": pc.if_else(pa.array(sizes > 0), lines, NO_LINES),
         "count": pa.array(sizes).cast(pa.string()),
         "hindsight": ranking_blocks(columns) if hindsight else "",
@@ -245,7 +247,7 @@ def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
     """(D,) each: what fields_of_market gives for one."""
     names = pa.array(columns.names, pa.string())
     return {
-        "decision_time": each_distinct(columns.time, lambda time: time_of(time).isoformat()),
+        "decision_time": iso_times(columns.time),
         "underlying": names.take(pa.array(columns.underlying)),
         "spot": each_distinct(columns.spot, money),
         "exit_style": names.take(pa.array(columns.exit_style)),

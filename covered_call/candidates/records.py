@@ -19,20 +19,21 @@ from covered_call.candidates.prompts import (
     chats_of,
     decision_ids,
     ranking_chats,
+    texts_of_market,
 )
 from covered_call.candidates.schema import SELL_CALL, SKIP
 
 
 def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
-    sold = is_sold(columns)
+    sold, market = is_sold(columns), texts_of_market(columns)
     labels = pc.if_else(pa.array(sold), SELL_CALL, SKIP)
     traded = pa.array(columns.chosen >= 0)
     rows = pa.array(columns.decision_of)
     return table_of(
         "per_candidate",
         {
-            "messages": candidate_chats(columns, labels, options.hindsight),
-            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            "messages": candidate_chats(columns, market, labels, options.hindsight),
+            **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
             **candidate_columns(columns),
@@ -42,12 +43,12 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
 
 def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
     labels, untraded = answers_of(columns.chosen), columns.chosen < 0
-    candidates = candidate_columns(columns)
+    market, candidates = texts_of_market(columns), candidate_columns(columns)
     return table_of(
         "per_decision_ranking",
         {
-            "messages": ranking_chats(columns, labels, options.hindsight),
-            **decision_columns(columns),
+            "messages": ranking_chats(columns, market, labels, options.hindsight),
+            **decision_columns(columns, market),
             "label": labels,
             "trade_executed": pa.array(~untraded),
             "candidates": pa.ListArray.from_arrays(
@@ -63,13 +64,14 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
     pairs = preferred_pairs(columns, options)
     columns = columns.take(np.flatnonzero(pairs.has))
     pairs = pairs._replace(**{name: values[pairs.has] for name, values in pairs._asdict().items()})
+    market = texts_of_market(columns)
     sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
     return table_of(
         "preference",
         {
-            "prompt": ranking_chats(columns, None),
+            "prompt": ranking_chats(columns, market, None),
             **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
-            **decision_columns(columns),
+            **decision_columns(columns, market),
             "spot": pa.array(columns.spot),
             **{f"{name}_label": answers for name, answers in sides.items()},
             "teacher_label": answers_of(columns.chosen),
@@ -83,14 +85,14 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
 def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
     """Of each candidate its counterfactual, or else what was recorded."""
     rows, sold = pa.array(columns.decision_of), is_sold(columns)
-    computed = columns.numbers[COUNTERFACTUAL]
+    market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
         {
-            **{name: values.take(rows) for name, values in decision_columns(columns).items()},
+            **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             **candidate_columns(columns),
             "sold": pa.array(sold),
             "q_hold": pa.array(np.zeros(len(sold))),
@@ -105,14 +107,13 @@ def is_sold(columns: Columns) -> np.ndarray:
     return columns.place == columns.chosen[columns.decision_of]
 
 
-def decision_columns(columns: Columns) -> dict[str, pa.Array]:
+def decision_columns(columns: Columns, market: dict[str, pa.StringArray]) -> dict[str, pa.Array]:
     """(D,) each."""
-    names = pa.array(columns.names, pa.string())
     return {
-        "decision_id": decision_ids(columns),
+        "decision_id": decision_ids(market),
         "decision_time": pa.array(columns.time).view(pa.timestamp("us", tz="UTC")),
-        "underlying": names.take(pa.array(columns.underlying)),
-        "exit_style": names.take(pa.array(columns.exit_style)),
+        "underlying": market["underlying"],
+        "exit_style": market["exit_style"],
     }
 
 

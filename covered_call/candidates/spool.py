@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +47,7 @@ class Spool:
         return self.starts[-1]
 
     @contextlib.contextmanager
-    def part(self) -> Iterator[Callable[[Columns], None]]:
+    def part(self) -> Generator[Callable[[Columns], None]]:
         """Takes blocks in; if an error ends it, none of them is kept."""
         name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
         try:
@@ -127,7 +127,7 @@ class Spool:
 
 
 @contextlib.contextmanager
-def writing() -> Iterator[None]:
+def writing() -> Generator[None]:
     """Says where it was written to when the disk is full, or the folder not to be written."""
     try:
         yield

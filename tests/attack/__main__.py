@@ -25,9 +25,10 @@ import datasets
 
 from . import TESTS
 
-COUNTS = {"csv": 20_000, "options": 3_000, "kills": 30, "hub": 300}  # kills: of each writer
+COUNTS = {"csv": 20_000, "columns": 20_000, "options": 3_000, "kills": 30, "hub": 300}  # kills: of each writer
 WHAT = {
     "csv": 'mutated CSVs, read by default and with on_bad_rows="skip", with and without filters',
+    "columns": "mutated CSVs, read as columns against row by row",
     "options": "values of options, and words of command lines",
     "hub": "faults of a Hub while datasets and models are pushed",
 }

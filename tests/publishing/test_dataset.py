@@ -13,7 +13,7 @@ from conftest import decision, load_candidates, write_csv
 from datasets import load_dataset
 
 from covered_call import atomic
-from covered_call.candidates import reading, records
+from covered_call.candidates import decisions, records
 from covered_call.candidates.builder import CoveredCallCandidates
 from covered_call.candidates.leaks import PROMPTED
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
@@ -27,8 +27,8 @@ from .conftest import CARD, DATA, error_of, files, filled, local, run
 
 
 def test_the_files_are_read_once_for_the_audit_all_configs_and_the_card(data, tmp_path, monkeypatch):
-    read, opened = reading.read_file, []
-    monkeypatch.setattr(reading, "read_file", lambda path, *more: opened.append(path) or read(path, *more))
+    read, opened = decisions.scan, []
+    monkeypatch.setattr(decisions, "scan", lambda path, *more: opened.append(path) or read(path, *more))
     local("--to", tmp_path / "out", *data, "--configs", *RECORDS)
     assert opened == [data[1]]
 
