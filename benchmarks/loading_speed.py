@@ -75,11 +75,9 @@ def stream(path: str, folder: str) -> int:
     return sum(1 for _ in load_candidates(data_files=path, cache_dir=folder, streaming=True, splits="train")["train"])
 
 
-def run_verb(*words: str) -> int:
-    from covered_call.__main__ import main
-
+def run_verb(verb: str, *words: str) -> int:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main(list(words))
+        importlib.import_module(VERBS[verb]).main(list(words))
     return 0
 
 
