@@ -61,6 +61,8 @@ from datasets.data_files import DataFilesDict
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
+from filelock import FileLock
+from filelock import Timeout
 from scipy.special import ndtr
 
 logger = logging.getLogger("covered_call_candidates")
@@ -69,7 +71,7 @@ MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
     "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "401d68c5349f0876e9d3871bb5d4e795534445400bbfcb027f5fe7437bf17f8b"  # their SHA-256
+MADE_FROM = "bdf6853a9cfe2cc5d6d64325a76711723e6702b7cada1167b943e24f49bddfe7"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2678,6 +2680,7 @@ SPOOLED = pa.schema(
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
 COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
 
@@ -2689,7 +2692,8 @@ class Spool:
 
     def __init__(self):
         with writing():
-            self.folder = tempfile.mkdtemp(prefix="covered_call_")
+            remove_those_of_the_killed()
+            self.folder, self.lock = locked_folder()
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -2698,7 +2702,7 @@ class Spool:
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"recent": collections.OrderedDict()}
+        return self.__dict__ | {"recent": collections.OrderedDict(), "lock": None}
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -2795,6 +2799,23 @@ def writing() -> Generator[None]:
         ) from error
 
 
+def locked_folder() -> tuple[str, FileLock]:
+    """A new folder, and the lock on it that goes with this process, however that ends."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
+        lock.acquire()
+        if os.path.exists(lock.lock_file):  # or another process took it for a dead one's, before it was locked
+            return folder, lock
+        lock.release()
+
+
+def remove_those_of_the_killed() -> None:
+    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{PREFIX}*", LOCK)):
+        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
 def remove(folder: str, owner: int) -> None:
     if os.getpid() == owner:  # not a process that was forked from it
         shutil.rmtree(folder, ignore_errors=True)
@@ -2819,10 +2840,9 @@ class Decisions(NamedTuple):
     time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
     spot: np.ndarray  # (D,) float64
     size: np.ndarray  # (D,) int32, its candidates
-    roll: np.ndarray  # (D, 3) float64: strike, dte and iv of the candidate that a roll would sell, NaN without one
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
 
-    def at(self, numbers: np.ndarray) -> "Decisions":
+    def at(self, numbers: np.ndarray | slice) -> "Decisions":
         return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[1:]})
 
     def columns(self) -> Columns:
@@ -2832,7 +2852,7 @@ class Decisions(NamedTuple):
     def batches(self) -> Iterator["Decisions"]:
         """In parts, in their order."""
         for start, end in in_batches(self.size):
-            yield self.at(np.arange(start, end))
+            yield self.at(slice(start, end))
 
     def id_of(self, number: int) -> str:
         names = self.spool.names
@@ -2855,7 +2875,7 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     if not len(decisions.place):
         raise nothing_left(paths, options, reader.present, reader.dropped)
     say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, options)
+    return with_outcomes(decisions, reader.rolls(), options)
 
 
 class Reader:
@@ -2863,7 +2883,8 @@ class Reader:
 
     def __init__(self, options: CoveredCallCandidatesConfig):
         self.options, self.spool = options, Spool()
-        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to roll
+        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
+        self.sold_next: list[np.ndarray] = []  # (D, 3) of the same: see rolls
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
 
@@ -2898,35 +2919,42 @@ class Reader:
             with self.spool.part() as append:
                 return how(path, self.options, expected, lambda columns: self.keep(columns, append))
         except Doubt as doubt:
-            del self.kept[before:]
+            del self.kept[before:], self.sold_next[before:]
             return doubt
 
     def keep(self, columns: Columns, append) -> None:
         """Takes in decisions whose candidates stand in the file's order."""
         columns = columns.renamed(self.spool.names)
         by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
-        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32), self.rolls(columns)))
+        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
+        self.sold_next.append(sold_next(columns, self.options))
         append(present_in_order(columns, self.options))
-
-    def rolls(self, columns: Columns) -> np.ndarray:
-        if TP_AND_ROLL not in columns.names:
-            return np.broadcast_to(np.nan, (len(columns), 3))  # which takes no memory
-        places = roll_places(columns, self.options)
-        quoted = np.flatnonzero(places >= 0)
-        found = np.full((len(columns), 3), np.nan)
-        for column, name in enumerate(Calls._fields):
-            found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-        return found
 
     def decisions(self) -> Decisions:
         """All that were read, in the order of the files."""
-        *columns, rolls = (list(parts) for parts in zip(*self.kept, strict=True)) if self.kept else [[]] * 6
-        count = len(self.spool)
         kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
         joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        none = TP_AND_ROLL not in self.spool.names
-        roll = np.broadcast_to(np.nan, (count, 3)) if none else np.concatenate([np.zeros((0, 3)), *rolls])
-        return Decisions(self.spool, np.arange(count), *joined, roll, label_end=joined[2])
+        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+
+    def rolls(self) -> np.ndarray:
+        """(D, 3) float64, in the order of the files: strike, dte and iv of the candidate of each that a roll would
+        sell, NaN without one."""
+        if TP_AND_ROLL not in self.spool.names:
+            return np.broadcast_to(np.nan, (len(self.spool), 3))  # which takes no memory
+        return np.concatenate(self.sold_next)
+
+
+def sold_next(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """Reader.rolls of some decisions, whose candidates stand in the file's order."""
+    if TP_AND_ROLL not in columns.names:
+        return np.broadcast_to(np.nan, (len(columns), 3))
+    places = roll_places(columns, options)
+    quoted = np.flatnonzero(places >= 0)
+    found = np.full((len(columns), 3), np.nan)
+    for column, name in enumerate(Calls._fields):
+        found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
+    return found
 
 
 def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -2957,10 +2985,11 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
     return decisions.at(held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
 
 
-def with_outcomes(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Decisions:
+def with_outcomes(decisions: Decisions, rolls: np.ndarray, options: CoveredCallCandidatesConfig) -> Decisions:
     """Computes the outcome of each candidate, into the spool."""
     key = (decisions.underlying, decisions.exit_style, decisions.time)
-    names, roll = tuple(decisions.spool.names), Calls(*decisions.roll.T)
+    names = tuple(decisions.spool.names)
+    roll = Calls(*(rolls[decisions.place].T if TP_AND_ROLL in names else rolls[: len(decisions.place)].T))
     market = Market(names, *key, decisions.spot, decisions.size, roll, options)
     label_ends = []
 

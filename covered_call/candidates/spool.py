@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from covered_call.candidates.columns import BY_DECISION, COUNTERFACTUAL, RECORDED, STATE, Columns, join
 from covered_call.candidates.schema import CandidatesError
@@ -21,6 +23,7 @@ SPOOLED = pa.schema(
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
 COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
 
@@ -32,7 +35,8 @@ class Spool:
 
     def __init__(self):
         with writing():
-            self.folder = tempfile.mkdtemp(prefix="covered_call_")
+            remove_those_of_the_killed()
+            self.folder, self.lock = locked_folder()
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -41,7 +45,7 @@ class Spool:
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"recent": collections.OrderedDict()}
+        return self.__dict__ | {"recent": collections.OrderedDict(), "lock": None}
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -136,6 +140,23 @@ def writing() -> Generator[None]:
             f"What was read of the files cannot be kept in {tempfile.gettempdir()}: {error}. Make room there, or set "
             "TMPDIR in the environment to a folder with room; it takes about as much as the files unpacked."
         ) from error
+
+
+def locked_folder() -> tuple[str, FileLock]:
+    """A new folder, and the lock on it that goes with this process, however that ends."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
+        lock.acquire()
+        if os.path.exists(lock.lock_file):  # or another process took it for a dead one's, before it was locked
+            return folder, lock
+        lock.release()
+
+
+def remove_those_of_the_killed() -> None:
+    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{PREFIX}*", LOCK)):
+        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 def remove(folder: str, owner: int) -> None:

@@ -51,11 +51,14 @@ def make_cases(logged: list[LoggedDecision]) -> list[Case]:
         if recorded_pnl(entry) is not None:
             for market in markets(entry.decision):
                 recorded[market].append(recorded_pnl(entry))
+    extremes = {market: (min(outcomes), max(outcomes)) for market, outcomes in recorded.items()}
     cases = []
     for entry in logged:
-        outcomes = next((recorded[market] for market in markets(entry.decision) if market in recorded), [math.nan])
+        found = (extremes[market] for market in markets(entry.decision) if market in extremes)
         computed = tuple(counterfactual.pnl_vs_hodl for counterfactual in entry.counterfactuals)
-        cases.append(Case(entry.decision, entry.chosen, recorded_pnl(entry), computed, min(outcomes), max(outcomes)))
+        cases.append(
+            Case(entry.decision, entry.chosen, recorded_pnl(entry), computed, *next(found, (math.nan, math.nan)))
+        )
     return cases
 
 

@@ -5,6 +5,8 @@ import errno
 import gc
 import gzip
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -202,6 +204,23 @@ def test_a_forked_process_leaves_what_its_parent_reads(csv_file, temporary):
         os._exit(0)
     os.waitpid(child, 0)
     assert len(kept_in(temporary)) == 1 and backtest.logged
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one_and_nothing_else_does(csv_file, temporary):
+    code = (
+        "import os, signal, sys; from covered_call.candidates.spool import Spool; spool = Spool(); "
+        "print(spool.folder, flush=True); sys.stdin.readline(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(SCRIPT.parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        folder = process.stdout.readline().strip()
+        mine = Spool()
+        assert os.path.isdir(folder)  # of a process that lives
+        process.communicate("go on\n")
+    assert os.path.isdir(folder)
+    assert Spool().folder != folder and not os.path.exists(folder) and os.path.isdir(mine.folder)
 
 
 def test_a_full_disk_is_one_clear_error_that_leaves_nothing(csv_file, load, temporary, monkeypatch, tmp_path):
