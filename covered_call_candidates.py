@@ -71,7 +71,7 @@ MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
     "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "bdf6853a9cfe2cc5d6d64325a76711723e6702b7cada1167b943e24f49bddfe7"  # their SHA-256
+MADE_FROM = "e22cd5d2ee8361c72e90cb488948622be045b2fd0e34a92ca35fb0b05ceeeebb"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2842,17 +2842,18 @@ class Decisions(NamedTuple):
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
 
-    def at(self, numbers: np.ndarray | slice) -> "Decisions":
-        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[1:]})
+    def columns(self, numbers: np.ndarray | None = None) -> Columns:
+        """Those of these numbers, or all, in memory."""
+        return self.spool.take(self.place if numbers is None else self.place[numbers])
 
-    def columns(self) -> Columns:
-        """All of them, in memory."""
-        return self.spool.take(self.place)
+    def batches(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """The numbers in parts, in their order, each of about so many candidates as fit into memory as texts."""
+        for start, end in in_batches(self.size[numbers]):
+            yield numbers[start:end]
 
-    def batches(self) -> Iterator["Decisions"]:
-        """In parts, in their order."""
-        for start, end in in_batches(self.size):
-            yield self.at(slice(start, end))
+    @property
+    def numbers(self) -> np.ndarray:
+        return np.arange(len(self.place))
 
     def id_of(self, number: int) -> str:
         names = self.spool.names
@@ -2935,6 +2936,7 @@ class Reader:
         kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
         columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
         joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
         return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
 
     def rolls(self) -> np.ndarray:
@@ -2964,12 +2966,14 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
     Args:
         ends: of each file, how many decisions it and those before it have.
     """
+    if (np.diff(decisions.time) > 0).all():
+        return decisions
     key = (decisions.exit_style, decisions.underlying, decisions.time)
     order = np.lexsort(key)
     again = np.zeros(len(order), bool)
     again[order[1:]] = np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key])
     if not again.any():
-        return decisions.at(np.argsort(decisions.time, kind="stable"))
+        return taken(decisions, np.argsort(decisions.time, kind="stable"))
     first = np.empty(len(order), np.int64)  # of each decision the number of its first appearance
     first[order] = np.maximum.accumulate(np.where(again[order], 0, np.arange(len(order))))
     first[order] = order[first[order]]
@@ -2982,7 +2986,11 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
             held[first[number]] = number
     check_repeated(repeated, options)
     firsts = np.flatnonzero(~again)
-    return decisions.at(held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+    return taken(decisions, held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+
+
+def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
 
 
 def with_outcomes(decisions: Decisions, rolls: np.ndarray, options: CoveredCallCandidatesConfig) -> Decisions:
@@ -3199,33 +3207,32 @@ def split_places(
     """
     if options.splits == "train":
         return {"train": np.arange(len(time))}
-    times = np.unique(time)
-    starts = split_starts(times, options)
-    split = np.searchsorted(starts, time, side="right")
-    # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-    following = np.append(np.searchsorted(times, starts), len(times))[split]
-    has_one = following < len(times)
-    late = has_one & (label_end >= times[np.where(has_one, following, 0)]) & bool(options.purge)
-    splits, purged = {}, collections.Counter()
-    for place, name in enumerate(("train", "validation", "test")):
-        splits[name] = np.flatnonzero((split == place) & ~late)
-        purged[name] = int(np.count_nonzero((split == place) & late))
+    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
+    splits, purged, begin = {}, collections.Counter(), 0
+    for name, end in zip(("train", "validation", "test"), ends, strict=True):
+        splits[name] = np.arange(begin, end)
+        if options.purge and end < len(time):
+            # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+            splits[name] = splits[name][label_end[begin:end] < time[end]]
+            purged[name] = end - begin - len(splits[name])
         first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
         logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
+        begin = end
     if purged.total():
         counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
     return splits
 
 
-def split_starts(times: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
+def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
+    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
     train, validation, _ = map(float, options.splits)
-    places = [round(len(times) * train), round(len(times) * (train + validation))]
+    places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
     never = np.iinfo(np.int64).max
-    return [int(times[place]) if place < len(times) else never for place in places]
+    return [int(time[firsts[place]]) if place < len(firsts) else never for place in places]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3541,10 +3548,12 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
-        for name, places in backtest.places.items():
-            decisions = with_record(backtest.decisions.at(places), self.config, balanced=name == "train")
-            if len(decisions.place):
-                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards_of(decisions)}))
+        decisions = backtest.decisions
+        for name, numbers in backtest.numbers.items():
+            numbers = with_record(decisions, numbers, self.config, balanced=name == "train")
+            if len(numbers):
+                shards = shards_of(decisions, numbers)
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
             else:  # datasets cannot hold a split without rows
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
@@ -3586,29 +3595,29 @@ class Shard(NamedTuple):
         return map(self.spool.take, self.batches)
 
 
-def shards_of(decisions: Decisions) -> list[Shard]:
+def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
     """At most SHARDS pieces, one after the other, of nearly equal length."""
-    count = len(decisions.place)
-    size = math.ceil(count / SHARDS)
-    pieces = [decisions.at(np.arange(start, min(start + size, count))) for start in range(0, count, size)]
-    return [Shard(decisions.spool, [batch.place for batch in piece.batches()]) for piece in pieces]
+    size = math.ceil(len(numbers) / SHARDS)
+    pieces = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return [Shard(decisions.spool, [decisions.place[its] for its in decisions.batches(piece)]) for piece in pieces]
 
 
-def with_record(decisions: Decisions, options: CoveredCallCandidatesConfig, balanced: bool) -> Decisions:
-    """Those of which the config has a record.
+def with_record(
+    decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig, balanced: bool
+) -> np.ndarray:
+    """The numbers of those decisions of which the config has a record.
 
     Args:
         balanced: of the pairs leave some of the commonest answer out.
     """
-    if isinstance(options, PreferenceConfig):
-        pairs = [preferred_pairs(batch.columns(), options) for batch in decisions.batches()]
-        has, chosen = (np.concatenate([[], *(getattr(pair, name) for pair in pairs)]) for name in ("has", "chosen"))
-        has = has.astype(bool)
-        if balanced:
-            has[has] = balance_pairs(chosen[has].astype(np.int32), options)
-    else:
-        has = (decisions.size > 0) | (options.name == "per_decision_ranking")
-    return decisions.at(np.flatnonzero(has))
+    if not isinstance(options, PreferenceConfig):
+        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+    pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
+    has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
+    if balanced:
+        chosen = np.concatenate([np.zeros(0, np.int32), *(pair.chosen for pair in pairs)])
+        has[has] = balance_pairs(chosen[has], options)
+    return numbers[has]
 
 
 class Backtest:
@@ -3642,8 +3651,8 @@ class Backtest:
         return read_decisions(self.files, dataclasses.replace(self.options, data_files=self.data_files))
 
     @functools.cached_property
-    def places(self) -> dict[str, np.ndarray]:
-        """The places among them of those of each split; see split_places."""
+    def numbers(self) -> dict[str, np.ndarray]:
+        """Of those of each split, by time; see split_places."""
         return split_places(self.decisions.time, self.decisions.label_end, self.options)
 
     @functools.cached_property
@@ -3654,7 +3663,7 @@ class Backtest:
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
         """Those of each split."""
-        return {name: [self.logged[place] for place in places] for name, places in self.places.items()}
+        return {name: [self.logged[number] for number in numbers] for name, numbers in self.numbers.items()}
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
         """A config as load_candidates gives it, without reading the files again.

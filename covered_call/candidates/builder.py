@@ -153,10 +153,12 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         backtest = self.backtest or Backtest(list(self.config.data_files["train"]), self.config)
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
-        for name, places in backtest.places.items():
-            decisions = with_record(backtest.decisions.at(places), self.config, balanced=name == "train")
-            if len(decisions.place):
-                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards_of(decisions)}))
+        decisions = backtest.decisions
+        for name, numbers in backtest.numbers.items():
+            numbers = with_record(decisions, numbers, self.config, balanced=name == "train")
+            if len(numbers):
+                shards = shards_of(decisions, numbers)
+                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
             else:  # datasets cannot hold a split without rows
                 logger.warning("Split %s is empty, and left out.", name)
         if not generators:
@@ -198,29 +200,29 @@ class Shard(NamedTuple):
         return map(self.spool.take, self.batches)
 
 
-def shards_of(decisions: Decisions) -> list[Shard]:
+def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
     """At most SHARDS pieces, one after the other, of nearly equal length."""
-    count = len(decisions.place)
-    size = math.ceil(count / SHARDS)
-    pieces = [decisions.at(np.arange(start, min(start + size, count))) for start in range(0, count, size)]
-    return [Shard(decisions.spool, [batch.place for batch in piece.batches()]) for piece in pieces]
+    size = math.ceil(len(numbers) / SHARDS)
+    pieces = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return [Shard(decisions.spool, [decisions.place[its] for its in decisions.batches(piece)]) for piece in pieces]
 
 
-def with_record(decisions: Decisions, options: CoveredCallCandidatesConfig, balanced: bool) -> Decisions:
-    """Those of which the config has a record.
+def with_record(
+    decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig, balanced: bool
+) -> np.ndarray:
+    """The numbers of those decisions of which the config has a record.
 
     Args:
         balanced: of the pairs leave some of the commonest answer out.
     """
-    if isinstance(options, PreferenceConfig):
-        pairs = [preferred_pairs(batch.columns(), options) for batch in decisions.batches()]
-        has, chosen = (np.concatenate([[], *(getattr(pair, name) for pair in pairs)]) for name in ("has", "chosen"))
-        has = has.astype(bool)
-        if balanced:
-            has[has] = balance_pairs(chosen[has].astype(np.int32), options)
-    else:
-        has = (decisions.size > 0) | (options.name == "per_decision_ranking")
-    return decisions.at(np.flatnonzero(has))
+    if not isinstance(options, PreferenceConfig):
+        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+    pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
+    has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
+    if balanced:
+        chosen = np.concatenate([np.zeros(0, np.int32), *(pair.chosen for pair in pairs)])
+        has[has] = balance_pairs(chosen[has], options)
+    return numbers[has]
 
 
 class Backtest:
@@ -254,8 +256,8 @@ class Backtest:
         return read_decisions(self.files, dataclasses.replace(self.options, data_files=self.data_files))
 
     @functools.cached_property
-    def places(self) -> dict[str, np.ndarray]:
-        """The places among them of those of each split; see split_places."""
+    def numbers(self) -> dict[str, np.ndarray]:
+        """Of those of each split, by time; see split_places."""
         return split_places(self.decisions.time, self.decisions.label_end, self.options)
 
     @functools.cached_property
@@ -266,7 +268,7 @@ class Backtest:
     @functools.cached_property
     def splits(self) -> dict[str, list[LoggedDecision]]:
         """Those of each split."""
-        return {name: [self.logged[place] for place in places] for name, places in self.places.items()}
+        return {name: [self.logged[number] for number in numbers] for name, numbers in self.numbers.items()}
 
     def load(self, name: str, cache_dir: str | None = None, num_proc: int | None = None, **options):
         """A config as load_candidates gives it, without reading the files again.

@@ -37,17 +37,18 @@ class Decisions(NamedTuple):
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
 
-    def at(self, numbers: np.ndarray | slice) -> "Decisions":
-        return self._replace(**{name: getattr(self, name)[numbers] for name in self._fields[1:]})
+    def columns(self, numbers: np.ndarray | None = None) -> Columns:
+        """Those of these numbers, or all, in memory."""
+        return self.spool.take(self.place if numbers is None else self.place[numbers])
 
-    def columns(self) -> Columns:
-        """All of them, in memory."""
-        return self.spool.take(self.place)
+    def batches(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """The numbers in parts, in their order, each of about so many candidates as fit into memory as texts."""
+        for start, end in in_batches(self.size[numbers]):
+            yield numbers[start:end]
 
-    def batches(self) -> Iterator["Decisions"]:
-        """In parts, in their order."""
-        for start, end in in_batches(self.size):
-            yield self.at(slice(start, end))
+    @property
+    def numbers(self) -> np.ndarray:
+        return np.arange(len(self.place))
 
     def id_of(self, number: int) -> str:
         names = self.spool.names
@@ -130,6 +131,7 @@ class Reader:
         kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
         columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
         joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
         return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
 
     def rolls(self) -> np.ndarray:
@@ -159,12 +161,14 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
     Args:
         ends: of each file, how many decisions it and those before it have.
     """
+    if (np.diff(decisions.time) > 0).all():
+        return decisions
     key = (decisions.exit_style, decisions.underlying, decisions.time)
     order = np.lexsort(key)
     again = np.zeros(len(order), bool)
     again[order[1:]] = np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key])
     if not again.any():
-        return decisions.at(np.argsort(decisions.time, kind="stable"))
+        return taken(decisions, np.argsort(decisions.time, kind="stable"))
     first = np.empty(len(order), np.int64)  # of each decision the number of its first appearance
     first[order] = np.maximum.accumulate(np.where(again[order], 0, np.arange(len(order))))
     first[order] = order[first[order]]
@@ -177,7 +181,11 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
             held[first[number]] = number
     check_repeated(repeated, options)
     firsts = np.flatnonzero(~again)
-    return decisions.at(held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+    return taken(decisions, held[firsts[np.argsort(decisions.time[firsts], kind="stable")]])
+
+
+def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
 
 
 def with_outcomes(decisions: Decisions, rolls: np.ndarray, options: CoveredCallCandidatesConfig) -> Decisions:

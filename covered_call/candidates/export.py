@@ -44,11 +44,11 @@ def write_jsonl(path: str, decisions: Decisions, config: CoveredCallCandidatesCo
     labels = collections.Counter()
     bar = tqdm(total=len(decisions.place), desc=os.path.basename(path), unit=" decisions", disable=None)
     with atomic.replacing(path) as file, bar:
-        for batch in decisions.batches():
-            records = RECORDS[config.name](batch.columns(), config)
+        for batch in decisions.batches(decisions.numbers):
+            records = RECORDS[config.name](decisions.columns(batch), config)
             file.write(json_lines(records["messages"].combine_chunks()))
             labels.update(records["label"].to_pylist())
-            bar.update(len(batch.place))
+            bar.update(len(batch))
     return labels
 
 

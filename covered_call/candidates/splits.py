@@ -32,30 +32,29 @@ def split_places(
     """
     if options.splits == "train":
         return {"train": np.arange(len(time))}
-    times = np.unique(time)
-    starts = split_starts(times, options)
-    split = np.searchsorted(starts, time, side="right")
-    # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-    following = np.append(np.searchsorted(times, starts), len(times))[split]
-    has_one = following < len(times)
-    late = has_one & (label_end >= times[np.where(has_one, following, 0)]) & bool(options.purge)
-    splits, purged = {}, collections.Counter()
-    for place, name in enumerate(("train", "validation", "test")):
-        splits[name] = np.flatnonzero((split == place) & ~late)
-        purged[name] = int(np.count_nonzero((split == place) & late))
+    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
+    splits, purged, begin = {}, collections.Counter(), 0
+    for name, end in zip(("train", "validation", "test"), ends, strict=True):
+        splits[name] = np.arange(begin, end)
+        if options.purge and end < len(time):
+            # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+            splits[name] = splits[name][label_end[begin:end] < time[end]]
+            purged[name] = end - begin - len(splits[name])
         first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
         logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
+        begin = end
     if purged.total():
         counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
     return splits
 
 
-def split_starts(times: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
+def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
+    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
     train, validation, _ = map(float, options.splits)
-    places = [round(len(times) * train), round(len(times) * (train + validation))]
+    places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
     never = np.iinfo(np.int64).max
-    return [int(times[place]) if place < len(times) else never for place in places]
+    return [int(time[firsts[place]]) if place < len(firsts) else never for place in places]
