@@ -71,7 +71,7 @@ MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
     "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "e22cd5d2ee8361c72e90cb488948622be045b2fd0e34a92ca35fb0b05ceeeebb"  # their SHA-256
+MADE_FROM = "b68365a99b170bd14ba1177ed684363ed75cd07339d8730a888fe1a35a5c3e0a"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1822,9 +1822,8 @@ def scan(
     with doubted():
         blocks = blocks_of(path, expected)
         state, left = State(options, header_of(next(blocks))), b""
-        for block in whole_lines(blocks):
-            left = state.take_in(left + block, take, last=False)
-        state.take_in(left, take, last=True)
+        for block, following in itertools.pairwise(itertools.chain(whole_lines(blocks), [b""])):
+            left = state.take_in(left + block, take, last=not following)
         state.check_whole_file()
         state.check_neighbours()
     return Said(state.header, state.no_offset, state.rows)
@@ -2716,12 +2715,14 @@ class Spool:
 
                 def append(columns: Columns) -> None:
                     writer.write_batch(self.batch_of(columns))
-                    self.blocks.append((name, self.blocks[-1][1] + 1 if len(self.blocks) > before[0] else 0))
+                    self.keep(len(self.blocks), columns)
+                    self.blocks.append((name, len(self.blocks) - before[0]))
                     self.starts.append(self.starts[-1] + len(columns))
 
                 yield append
         except BaseException:
             del self.blocks[before[0] :], self.starts[before[1] :]
+            self.recent.clear()
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
             raise
@@ -2731,10 +2732,12 @@ class Spool:
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
             with pa.ipc.new_file(file, COMPUTED) as writer:
                 for number in range(len(self.blocks)):
-                    arrays = map(pa.array, outcomes(self.block(number)))
-                    writer.write_batch(pa.record_batch(list(arrays), schema=COMPUTED))
+                    block = self.block(number)
+                    values, label_end = outcomes(block)
+                    writer.write_batch(pa.record_batch([pa.array(values), pa.array(label_end)], schema=COMPUTED))
+                    numbers = block.numbers | {COUNTERFACTUAL: values}
+                    self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
         self.computed = True
-        self.recent.clear()
 
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
@@ -2750,12 +2753,14 @@ class Spool:
         return joined if len(parts) == 1 else joined.take(rank)
 
     def block(self, number: int) -> Columns:
-        if number not in self.recent:
-            self.recent[number] = self.read_block(number)
-            if len(self.recent) > IN_MEMORY:
-                self.recent.popitem(last=False)
-        self.recent.move_to_end(number)
-        return self.recent[number]
+        known = self.recent.pop(number, None)
+        self.keep(number, self.read_block(number) if known is None else known)
+        return dataclasses.replace(self.recent[number], names=tuple(self.names))  # some may have come since
+
+    def keep(self, number: int, block: Columns) -> None:
+        self.recent[number] = block
+        if len(self.recent) > IN_MEMORY:
+            self.recent.popitem(last=False)
 
     def read_block(self, number: int) -> Columns:
         batch = self.read_batch(*self.blocks[number])
@@ -2811,9 +2816,11 @@ def locked_folder() -> tuple[str, FileLock]:
 
 
 def remove_those_of_the_killed() -> None:
-    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{PREFIX}*", LOCK)):
-        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
-            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    for name in os.listdir(tempfile.gettempdir()):
+        path = name.startswith(PREFIX) and os.path.join(tempfile.gettempdir(), name, LOCK)
+        if path and os.path.exists(path):
+            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 def remove(folder: str, owner: int) -> None:

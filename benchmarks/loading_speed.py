@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("per_candidate", "per_decision_ranking", "q_values", "preference")
 TP_AND_ROLL = ("tp_and_roll",)  # per_candidate of a file of that exit style
 WORKS = (*LOADED, *TP_AND_ROLL, "export", "stream", "evaluate")
@@ -173,10 +173,10 @@ def cpu_seconds() -> float:
 
 def measure(work: str, contender: str, path: str, args: argparse.Namespace) -> dict:
     checkout = args.beside if contender == "beside" else ROOT
-    command = [sys.executable, "-W", "ignore", __file__, "--work", work, "--contender", contender, "--csv", path]
+    command = [sys.executable, "-W", "ignore", Path(__file__).resolve(), "--work", work, "--contender", contender]
     environment = os.environ | {"PYTHONPATH": str(Path(checkout).resolve()), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:  # of another checkout the lock files are its own
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+        done = subprocess.run([*command, "--csv", path], capture_output=True, text=True, env=environment, cwd=folder)
     if done.returncode:
         sys.exit(f"{contender}, {work}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import csv
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Generator
 from typing import NamedTuple
@@ -74,9 +75,8 @@ def scan(
     with doubted():
         blocks = blocks_of(path, expected)
         state, left = State(options, header_of(next(blocks))), b""
-        for block in whole_lines(blocks):
-            left = state.take_in(left + block, take, last=False)
-        state.take_in(left, take, last=True)
+        for block, following in itertools.pairwise(itertools.chain(whole_lines(blocks), [b""])):
+            left = state.take_in(left + block, take, last=not following)
         state.check_whole_file()
         state.check_neighbours()
     return Said(state.header, state.no_offset, state.rows)

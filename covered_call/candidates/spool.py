@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import glob
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -59,12 +59,14 @@ class Spool:
 
                 def append(columns: Columns) -> None:
                     writer.write_batch(self.batch_of(columns))
-                    self.blocks.append((name, self.blocks[-1][1] + 1 if len(self.blocks) > before[0] else 0))
+                    self.keep(len(self.blocks), columns)
+                    self.blocks.append((name, len(self.blocks) - before[0]))
                     self.starts.append(self.starts[-1] + len(columns))
 
                 yield append
         except BaseException:
             del self.blocks[before[0] :], self.starts[before[1] :]
+            self.recent.clear()
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
             raise
@@ -74,10 +76,12 @@ class Spool:
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
             with pa.ipc.new_file(file, COMPUTED) as writer:
                 for number in range(len(self.blocks)):
-                    arrays = map(pa.array, outcomes(self.block(number)))
-                    writer.write_batch(pa.record_batch(list(arrays), schema=COMPUTED))
+                    block = self.block(number)
+                    values, label_end = outcomes(block)
+                    writer.write_batch(pa.record_batch([pa.array(values), pa.array(label_end)], schema=COMPUTED))
+                    numbers = block.numbers | {COUNTERFACTUAL: values}
+                    self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
         self.computed = True
-        self.recent.clear()
 
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
@@ -93,12 +97,14 @@ class Spool:
         return joined if len(parts) == 1 else joined.take(rank)
 
     def block(self, number: int) -> Columns:
-        if number not in self.recent:
-            self.recent[number] = self.read_block(number)
-            if len(self.recent) > IN_MEMORY:
-                self.recent.popitem(last=False)
-        self.recent.move_to_end(number)
-        return self.recent[number]
+        known = self.recent.pop(number, None)
+        self.keep(number, self.read_block(number) if known is None else known)
+        return dataclasses.replace(self.recent[number], names=tuple(self.names))  # some may have come since
+
+    def keep(self, number: int, block: Columns) -> None:
+        self.recent[number] = block
+        if len(self.recent) > IN_MEMORY:
+            self.recent.popitem(last=False)
 
     def read_block(self, number: int) -> Columns:
         batch = self.read_batch(*self.blocks[number])
@@ -154,9 +160,11 @@ def locked_folder() -> tuple[str, FileLock]:
 
 
 def remove_those_of_the_killed() -> None:
-    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{PREFIX}*", LOCK)):
-        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
-            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+    for name in os.listdir(tempfile.gettempdir()):
+        path = name.startswith(PREFIX) and os.path.join(tempfile.gettempdir(), name, LOCK)
+        if path and os.path.exists(path):
+            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 def remove(folder: str, owner: int) -> None:
