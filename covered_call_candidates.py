@@ -71,7 +71,7 @@ MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
     "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
 )
-MADE_FROM = "b68365a99b170bd14ba1177ed684363ed75cd07339d8730a888fe1a35a5c3e0a"  # their SHA-256
+MADE_FROM = "d268ce4fb617fc747eefce433fc61db9383a7ea53c250529a0965833d482ab94"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -114,6 +114,7 @@ MAX_DTE = 36_500  # days; a hundred years keeps the expiry a valid date
 MAX_IV = 5.0  # a fraction a year; above it an iv is taken for a percentage
 MAX_NAME = 100  # characters of an instrument, an underlying or an exit style
 UTC = datetime.UTC
+FLAGS = {"0": 0, "0.0": 0, "False": 0, "1": 1, "1.0": 1, "True": 1}  # what a cell of trade_executed and chosen means
 
 
 class Candidate(NamedTuple):
@@ -281,18 +282,25 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
     A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
     from it, for dte may be rounded.
     """
-    parts = DERIBIT_NAME.fullmatch(name)
-    named = parts and expiry_of(parts[2])
-    if not named:
+    named = named_call(name)
+    if named is None:
         return None
-    if parts[1] != underlying.upper():
+    if named[0] != underlying.upper():
         return "underlying"
-    if float(parts[3].replace("d", ".")) != strike:
+    if named[1] != strike:
         return "strike"
-    return "" if abs(named - expiry) <= ONE_DAY else "decision_time"
+    return "" if abs(named[2] - expiry) <= ONE_DAY else "decision_time"
 
 
 ONE_DAY = datetime.timedelta(days=1)
+
+
+@functools.lru_cache(maxsize=65_536)
+def named_call(name: str) -> tuple[str, float, datetime.datetime] | None:
+    """Underlying, strike and expiry, as an instrument's own name says them; None where it does not."""
+    parts = DERIBIT_NAME.fullmatch(name)
+    expiry = parts and expiry_of(parts[2])
+    return (parts[1], float(parts[3].replace("d", ".")), expiry) if parts and expiry else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1459,8 +1467,12 @@ def are_scattered(runs: list[Run]) -> bool:
             last = run.key
     split = sum(count > 1 for count in times.values())
     whole = sum(count == 1 and rows[key] > 1 for key, count in times.items())
-    few = whole >= max(3, 2 * split) and times.total() - len(times) <= max(2, RARE * len(times))
-    return split > 0 and not few
+    return split > 0 and not is_together(split, whole, times.total(), len(times))
+
+
+def is_together(split: int, whole: int, runs: int, decisions: int) -> bool:
+    """Whether so many decisions in pieces are exceptions beside those of several rows that are whole."""
+    return whole >= max(3, 2 * split) and runs - decisions <= max(2, RARE * decisions)
 
 
 def beside_a_bad_row(runs: list[Run]) -> set[tuple]:
@@ -1543,14 +1555,18 @@ MISNAMED = "does not go with the instrument {}, whose name says underlying, expi
 
 def misnamed(runs: list[Run]) -> list[Stray]:
     """Rows that contradict their instrument's name, in a file where names and rows agree."""
-    wrong = sum(len(run.misnamed) for run in runs)
-    if not 0 < wrong <= max(1, RARE * sum(run.named for run in runs)) or sum(run.named for run in runs) < BESIDE_ONE:
+    if not are_slips(sum(len(run.misnamed) for run in runs), sum(run.named for run in runs)):
         return []
     return [
         Stray(place, owners(runs, place) if column in KEY else [], column, MISNAMED.format(name), line, value)
         for place, run in enumerate(runs)
         for line, column, value, name in run.misnamed
     ]
+
+
+def are_slips(wrong: int, named: int) -> bool:
+    """Whether so many rows that contradict a name are exceptions among all whose names say something."""
+    return named >= BESIDE_ONE and 0 < wrong <= max(1, RARE * named)
 
 
 def intruders(runs: list[Run]) -> list[Stray]:
@@ -1794,9 +1810,6 @@ def lines_in(block: bytes) -> int:
 # and the file is read again row by row.
 
 
-FLAGS = {"0": 0, "0.0": 0, "False": 0, "1": 1, "1.0": 1, "True": 1}
-
-
 class InPieces(Doubt):
     """Rows of one decision stand apart."""
 
@@ -1974,11 +1987,11 @@ class State:
                 raise Doubt("instrument: no name of a call")
 
     def count_misnamed(self, rows: Rows, candidates: np.ndarray) -> None:
-        parts = [named(text) for text in rows.words["instrument"]]
+        parts = [named_call(text) for text in rows.words["instrument"]]
         codes, upper = rows.codes["instrument"][candidates], [text.upper() for text in rows.words["underlying"]]
         says = np.array([part is not None for part in parts])[codes]
         strikes = np.array([part[1] if part else np.nan for part in parts])[codes]
-        expiries = np.array([part[2] if part else 0 for part in parts], np.int64)[codes]
+        expiries = np.array([microseconds(part[2]) if part else 0 for part in parts], np.int64)[codes]
         owner = np.array([upper.index(part[0]) if part and part[0] in upper else -1 for part in parts])[codes]
         # Two names may differ in their case alone: the first of them stands for both.
         whose = np.array([upper.index(text) for text in upper])[rows.codes["underlying"][candidates]]
@@ -1995,7 +2008,7 @@ class State:
         for counts in self.rows.values():
             if max(counts.values()) >= BESIDE_ONE and min(counts.values()) == 1:
                 raise Doubt("a name on one row alone")
-        if self.named >= BESIDE_ONE and 0 < self.misnamed <= max(1, RARE * self.named):
+        if are_slips(self.misnamed, self.named):
             raise Doubt("a row that contradicts its instrument's name")
 
     def check_neighbours(self) -> None:
@@ -2028,8 +2041,8 @@ def together(rows: Rows) -> Rows:
     its[order] = first[np.cumsum(new) - 1]  # of each row its decision's first
     runs = np.flatnonzero(np.diff(its, prepend=-1))
     pieces, sizes = np.bincount(its[runs]), np.bincount(its)
-    split, whole = np.count_nonzero(pieces > 1), np.count_nonzero((pieces == 1) & (sizes > 1))
-    if whole >= max(3, 2 * split) and len(runs) - len(first) <= max(2, RARE * len(first)):
+    split, whole = int((pieces > 1).sum()), int(((pieces == 1) & (sizes > 1)).sum())
+    if is_together(split, whole, len(runs), len(first)):
         raise Doubt("some decisions in pieces, where others are not")
     starts = np.flatnonzero(np.diff(np.sort(its), prepend=-1))
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
@@ -2087,14 +2100,6 @@ def flags_of(rows: Rows, name: str) -> np.ndarray:
     if -1 in values:
         raise Doubt(f"{name}: neither 0 nor 1")
     return np.array(values)[rows.codes[name]]
-
-
-@functools.lru_cache(maxsize=65_536)
-def named(instrument: str) -> tuple[str, float, int] | None:
-    """What an instrument's own name says: underlying, strike and expiry."""
-    parts = DERIBIT_NAME.fullmatch(instrument)
-    expiry = parts and expiry_of(parts[2])
-    return (parts[1], float(parts[3].replace("d", ".")), microseconds(expiry)) if parts and expiry else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2183,7 +2188,7 @@ class Market:
 
         Args:
             sizes: (D,) int, how many candidates each has.
-            roll: (D,) of each the candidate that roll_places finds; not read where there is none.
+            roll: (D,) those of rolls_of; not read where there is none.
         """
         self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
         priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
@@ -2253,20 +2258,16 @@ def parts_of(count: int) -> list[slice]:
     return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
 
 
-def add_counterfactuals(columns: Columns, options: CoveredCallCandidatesConfig) -> Columns:
-    """The same decisions with a counterfactual for each candidate.
-
-    They must be all there are, by time, ties in the order of the files, and their candidates in the files' order.
-    """
-    places = roll_places(columns, options)
+def rolls_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Calls:
+    """(D,) the candidate of each decision that roll_places finds, NaN where there is none, or where nothing rolls."""
+    rolls = Calls(*(np.broadcast_to(np.nan, len(columns)) for _ in Calls._fields))  # which takes no memory
+    if TP_AND_ROLL not in columns.names:
+        return rolls
+    places, rolls = roll_places(columns, options), Calls(*map(np.array, rolls))
     quoted = np.flatnonzero(places >= 0)
-    roll = Calls(*(np.full(len(columns), np.nan) for _ in Calls._fields))
-    for name, values in roll._asdict().items():
+    for name, values in rolls._asdict().items():
         values[quoted] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-    by_decision = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
-    market = Market(*by_decision, np.diff(columns.offsets), roll, options)
-    values, label_end = counterfactuals(columns, market, options)
-    return dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: values}, label_end=label_end)
+    return rolls
 
 
 def roll_places(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
@@ -2607,10 +2608,10 @@ def parse_name(cells: Cells, column: str) -> str:
 
 
 def parse_flag(cells: Cells, column: str) -> int:
-    text = cells.values[column]
-    if text not in ("0", "1", "0.0", "1.0", "False", "True"):
+    value = FLAGS.get(cells.values[column])
+    if value is None:
         raise cells.bad(column, "is neither 0 nor 1")
-    return int(text in ("1", "1.0", "True"))
+    return value
 
 
 def parse_number(
@@ -2691,8 +2692,8 @@ class Spool:
 
     def __init__(self):
         with writing():
-            remove_those_of_the_killed()
             self.folder, self.lock = locked_folder()
+            remove_those_of_the_killed(os.stat(self.folder).st_uid)
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -2815,12 +2816,15 @@ def locked_folder() -> tuple[str, FileLock]:
         lock.release()
 
 
-def remove_those_of_the_killed() -> None:
-    for name in os.listdir(tempfile.gettempdir()):
-        path = name.startswith(PREFIX) and os.path.join(tempfile.gettempdir(), name, LOCK)
-        if path and os.path.exists(path):
-            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+def remove_those_of_the_killed(owner: int) -> None:
+    """Of folders that are this user's alone: another's may be a link to anywhere."""
+    for entry in os.scandir(tempfile.gettempdir()):
+        if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+            lock = os.path.join(entry.path, LOCK)
+            with contextlib.suppress(Timeout, OSError):  # in use, or gone by now
+                if entry.stat(follow_symlinks=False).st_uid == owner and os.path.exists(lock):
+                    with FileLock(lock, timeout=0, thread_local=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def remove(folder: str, owner: int) -> None:
@@ -2883,7 +2887,7 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     if not len(decisions.place):
         raise nothing_left(paths, options, reader.present, reader.dropped)
     say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.rolls(), options)
+    return with_outcomes(decisions, reader.sold_next, options)
 
 
 class Reader:
@@ -2892,7 +2896,7 @@ class Reader:
     def __init__(self, options: CoveredCallCandidatesConfig):
         self.options, self.spool = options, Spool()
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
-        self.sold_next: list[np.ndarray] = []  # (D, 3) of the same: see rolls
+        self.sold_next: list[Calls] = []  # those of rolls_of
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
 
@@ -2935,7 +2939,7 @@ class Reader:
         columns = columns.renamed(self.spool.names)
         by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
         self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
-        self.sold_next.append(sold_next(columns, self.options))
+        self.sold_next.append(rolls_of(columns, self.options))
         append(present_in_order(columns, self.options))
 
     def decisions(self) -> Decisions:
@@ -2945,25 +2949,6 @@ class Reader:
         joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
         self.kept = []  # or all would be in memory twice
         return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
-
-    def rolls(self) -> np.ndarray:
-        """(D, 3) float64, in the order of the files: strike, dte and iv of the candidate of each that a roll would
-        sell, NaN without one."""
-        if TP_AND_ROLL not in self.spool.names:
-            return np.broadcast_to(np.nan, (len(self.spool), 3))  # which takes no memory
-        return np.concatenate(self.sold_next)
-
-
-def sold_next(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """Reader.rolls of some decisions, whose candidates stand in the file's order."""
-    if TP_AND_ROLL not in columns.names:
-        return np.broadcast_to(np.nan, (len(columns), 3))
-    places = roll_places(columns, options)
-    quoted = np.flatnonzero(places >= 0)
-    found = np.full((len(columns), 3), np.nan)
-    for column, name in enumerate(Calls._fields):
-        found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-    return found
 
 
 def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -3000,11 +2985,17 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
     return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
 
 
-def with_outcomes(decisions: Decisions, rolls: np.ndarray, options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, into the spool."""
+def with_outcomes(decisions: Decisions, rolls: list[Calls], options: CoveredCallCandidatesConfig) -> Decisions:
+    """Computes the outcome of each candidate, into the spool.
+
+    Args:
+        rolls: those of rolls_of, of the decisions in the spool's order.
+    """
     key = (decisions.underlying, decisions.exit_style, decisions.time)
     names = tuple(decisions.spool.names)
-    roll = Calls(*(rolls[decisions.place].T if TP_AND_ROLL in names else rolls[: len(decisions.place)].T))
+    roll = rolls[0]  # without such decisions none is looked up, and together they would take memory
+    if TP_AND_ROLL in names:
+        roll = Calls(*(np.concatenate(parts)[decisions.place] for parts in zip(*rolls, strict=True)))
     market = Market(names, *key, decisions.spot, decisions.size, roll, options)
     label_ends = []
 

@@ -7,7 +7,6 @@ and the file is read again row by row.
 import collections
 import contextlib
 import csv
-import functools
 import itertools
 import zlib
 from collections.abc import Callable, Generator
@@ -35,19 +34,17 @@ from covered_call.candidates.csv_blocks import (
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import (
     ABOVE_ZERO,
-    DERIBIT_NAME,
+    FLAGS,
     MAY_LACK,
     NO_CANDIDATES,
     NUMBERS,
     SELL_CALL,
     SKIP,
-    expiry_of,
+    named_call,
     wrong_instrument,
     wrong_name,
 )
-from covered_call.candidates.strays import BESIDE_ONE, RARE
-
-FLAGS = {"0": 0, "0.0": 0, "False": 0, "1": 1, "1.0": 1, "True": 1}
+from covered_call.candidates.strays import BESIDE_ONE, are_slips, is_together
 
 
 class InPieces(Doubt):
@@ -227,11 +224,11 @@ class State:
                 raise Doubt("instrument: no name of a call")
 
     def count_misnamed(self, rows: Rows, candidates: np.ndarray) -> None:
-        parts = [named(text) for text in rows.words["instrument"]]
+        parts = [named_call(text) for text in rows.words["instrument"]]
         codes, upper = rows.codes["instrument"][candidates], [text.upper() for text in rows.words["underlying"]]
         says = np.array([part is not None for part in parts])[codes]
         strikes = np.array([part[1] if part else np.nan for part in parts])[codes]
-        expiries = np.array([part[2] if part else 0 for part in parts], np.int64)[codes]
+        expiries = np.array([microseconds(part[2]) if part else 0 for part in parts], np.int64)[codes]
         owner = np.array([upper.index(part[0]) if part and part[0] in upper else -1 for part in parts])[codes]
         # Two names may differ in their case alone: the first of them stands for both.
         whose = np.array([upper.index(text) for text in upper])[rows.codes["underlying"][candidates]]
@@ -248,7 +245,7 @@ class State:
         for counts in self.rows.values():
             if max(counts.values()) >= BESIDE_ONE and min(counts.values()) == 1:
                 raise Doubt("a name on one row alone")
-        if self.named >= BESIDE_ONE and 0 < self.misnamed <= max(1, RARE * self.named):
+        if are_slips(self.misnamed, self.named):
             raise Doubt("a row that contradicts its instrument's name")
 
     def check_neighbours(self) -> None:
@@ -281,8 +278,8 @@ def together(rows: Rows) -> Rows:
     its[order] = first[np.cumsum(new) - 1]  # of each row its decision's first
     runs = np.flatnonzero(np.diff(its, prepend=-1))
     pieces, sizes = np.bincount(its[runs]), np.bincount(its)
-    split, whole = np.count_nonzero(pieces > 1), np.count_nonzero((pieces == 1) & (sizes > 1))
-    if whole >= max(3, 2 * split) and len(runs) - len(first) <= max(2, RARE * len(first)):
+    split, whole = int((pieces > 1).sum()), int(((pieces == 1) & (sizes > 1)).sum())
+    if is_together(split, whole, len(runs), len(first)):
         raise Doubt("some decisions in pieces, where others are not")
     starts = np.flatnonzero(np.diff(np.sort(its), prepend=-1))
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
@@ -340,11 +337,3 @@ def flags_of(rows: Rows, name: str) -> np.ndarray:
     if -1 in values:
         raise Doubt(f"{name}: neither 0 nor 1")
     return np.array(values)[rows.codes[name]]
-
-
-@functools.lru_cache(maxsize=65_536)
-def named(instrument: str) -> tuple[str, float, int] | None:
-    """What an instrument's own name says: underlying, strike and expiry."""
-    parts = DERIBIT_NAME.fullmatch(instrument)
-    expiry = parts and expiry_of(parts[2])
-    return (parts[1], float(parts[3].replace("d", ".")), microseconds(expiry)) if parts and expiry else None

@@ -13,7 +13,7 @@ from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_i
 from covered_call.candidates.columns import Columns, columns_of, in_batches, time_of
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import TP_AND_ROLL, Calls, Market, counterfactuals, roll_places
+from covered_call.candidates.outcomes import TP_AND_ROLL, Calls, Market, counterfactuals, rolls_of
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.reading import read_file, warn_of_no_offset
 from covered_call.candidates.schema import CandidatesError, Decision, printable, shown
@@ -71,7 +71,7 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     if not len(decisions.place):
         raise nothing_left(paths, options, reader.present, reader.dropped)
     say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.rolls(), options)
+    return with_outcomes(decisions, reader.sold_next, options)
 
 
 class Reader:
@@ -80,7 +80,7 @@ class Reader:
     def __init__(self, options: CoveredCallCandidatesConfig):
         self.options, self.spool = options, Spool()
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
-        self.sold_next: list[np.ndarray] = []  # (D, 3) of the same: see rolls
+        self.sold_next: list[Calls] = []  # those of rolls_of
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
 
@@ -123,7 +123,7 @@ class Reader:
         columns = columns.renamed(self.spool.names)
         by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
         self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
-        self.sold_next.append(sold_next(columns, self.options))
+        self.sold_next.append(rolls_of(columns, self.options))
         append(present_in_order(columns, self.options))
 
     def decisions(self) -> Decisions:
@@ -133,25 +133,6 @@ class Reader:
         joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
         self.kept = []  # or all would be in memory twice
         return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
-
-    def rolls(self) -> np.ndarray:
-        """(D, 3) float64, in the order of the files: strike, dte and iv of the candidate of each that a roll would
-        sell, NaN without one."""
-        if TP_AND_ROLL not in self.spool.names:
-            return np.broadcast_to(np.nan, (len(self.spool), 3))  # which takes no memory
-        return np.concatenate(self.sold_next)
-
-
-def sold_next(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """Reader.rolls of some decisions, whose candidates stand in the file's order."""
-    if TP_AND_ROLL not in columns.names:
-        return np.broadcast_to(np.nan, (len(columns), 3))
-    places = roll_places(columns, options)
-    quoted = np.flatnonzero(places >= 0)
-    found = np.full((len(columns), 3), np.nan)
-    for column, name in enumerate(Calls._fields):
-        found[quoted, column] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-    return found
 
 
 def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -188,11 +169,17 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
     return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
 
 
-def with_outcomes(decisions: Decisions, rolls: np.ndarray, options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, into the spool."""
+def with_outcomes(decisions: Decisions, rolls: list[Calls], options: CoveredCallCandidatesConfig) -> Decisions:
+    """Computes the outcome of each candidate, into the spool.
+
+    Args:
+        rolls: those of rolls_of, of the decisions in the spool's order.
+    """
     key = (decisions.underlying, decisions.exit_style, decisions.time)
     names = tuple(decisions.spool.names)
-    roll = Calls(*(rolls[decisions.place].T if TP_AND_ROLL in names else rolls[: len(decisions.place)].T))
+    roll = rolls[0]  # without such decisions none is looked up, and together they would take memory
+    if TP_AND_ROLL in names:
+        roll = Calls(*(np.concatenate(parts)[decisions.place] for parts in zip(*rolls, strict=True)))
     market = Market(names, *key, decisions.spot, decisions.size, roll, options)
     label_ends = []
 

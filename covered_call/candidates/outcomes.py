@@ -3,14 +3,13 @@
 They are labels and stand in columns; no prompt is rendered from them. NO_TRADE brings 0: the coin is held either way.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
 
-from covered_call.candidates.columns import COUNTERFACTUAL, DAY, Columns, timedelta_of
+from covered_call.candidates.columns import DAY, Columns, timedelta_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import LoggedDecision
 
@@ -92,7 +91,7 @@ class Market:
 
         Args:
             sizes: (D,) int, how many candidates each has.
-            roll: (D,) of each the candidate that roll_places finds; not read where there is none.
+            roll: (D,) those of rolls_of; not read where there is none.
         """
         self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
         priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
@@ -162,20 +161,16 @@ def parts_of(count: int) -> list[slice]:
     return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
 
 
-def add_counterfactuals(columns: Columns, options: CoveredCallCandidatesConfig) -> Columns:
-    """The same decisions with a counterfactual for each candidate.
-
-    They must be all there are, by time, ties in the order of the files, and their candidates in the files' order.
-    """
-    places = roll_places(columns, options)
+def rolls_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Calls:
+    """(D,) the candidate of each decision that roll_places finds, NaN where there is none, or where nothing rolls."""
+    rolls = Calls(*(np.broadcast_to(np.nan, len(columns)) for _ in Calls._fields))  # which takes no memory
+    if TP_AND_ROLL not in columns.names:
+        return rolls
+    places, rolls = roll_places(columns, options), Calls(*map(np.array, rolls))
     quoted = np.flatnonzero(places >= 0)
-    roll = Calls(*(np.full(len(columns), np.nan) for _ in Calls._fields))
-    for name, values in roll._asdict().items():
+    for name, values in rolls._asdict().items():
         values[quoted] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-    by_decision = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
-    market = Market(*by_decision, np.diff(columns.offsets), roll, options)
-    values, label_end = counterfactuals(columns, market, options)
-    return dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: values}, label_end=label_end)
+    return rolls
 
 
 def roll_places(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:

@@ -12,6 +12,7 @@ from datasets.utils import tqdm
 from covered_call.candidates.csv_rows import WIDTH, BadRow, Cells, read_cells
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import (
+    FLAGS,
     MAY_LACK,
     NO_CANDIDATES,
     NO_TIME,
@@ -200,10 +201,10 @@ def parse_name(cells: Cells, column: str) -> str:
 
 
 def parse_flag(cells: Cells, column: str) -> int:
-    text = cells.values[column]
-    if text not in ("0", "1", "0.0", "1.0", "False", "True"):
+    value = FLAGS.get(cells.values[column])
+    if value is None:
         raise cells.bad(column, "is neither 0 nor 1")
-    return int(text in ("1", "1.0", "True"))
+    return value
 
 
 def parse_number(

@@ -25,6 +25,7 @@ MAX_DTE = 36_500  # days; a hundred years keeps the expiry a valid date
 MAX_IV = 5.0  # a fraction a year; above it an iv is taken for a percentage
 MAX_NAME = 100  # characters of an instrument, an underlying or an exit style
 UTC = datetime.UTC
+FLAGS = {"0": 0, "0.0": 0, "False": 0, "1": 1, "1.0": 1, "True": 1}  # what a cell of trade_executed and chosen means
 
 
 class Candidate(NamedTuple):
@@ -192,18 +193,25 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
     A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
     from it, for dte may be rounded.
     """
-    parts = DERIBIT_NAME.fullmatch(name)
-    named = parts and expiry_of(parts[2])
-    if not named:
+    named = named_call(name)
+    if named is None:
         return None
-    if parts[1] != underlying.upper():
+    if named[0] != underlying.upper():
         return "underlying"
-    if float(parts[3].replace("d", ".")) != strike:
+    if named[1] != strike:
         return "strike"
-    return "" if abs(named - expiry) <= ONE_DAY else "decision_time"
+    return "" if abs(named[2] - expiry) <= ONE_DAY else "decision_time"
 
 
 ONE_DAY = datetime.timedelta(days=1)
+
+
+@functools.lru_cache(maxsize=65_536)
+def named_call(name: str) -> tuple[str, float, datetime.datetime] | None:
+    """Underlying, strike and expiry, as an instrument's own name says them; None where it does not."""
+    parts = DERIBIT_NAME.fullmatch(name)
+    expiry = parts and expiry_of(parts[2])
+    return (parts[1], float(parts[3].replace("d", ".")), expiry) if parts and expiry else None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -35,8 +35,8 @@ class Spool:
 
     def __init__(self):
         with writing():
-            remove_those_of_the_killed()
             self.folder, self.lock = locked_folder()
+            remove_those_of_the_killed(os.stat(self.folder).st_uid)
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -159,12 +159,15 @@ def locked_folder() -> tuple[str, FileLock]:
         lock.release()
 
 
-def remove_those_of_the_killed() -> None:
-    for name in os.listdir(tempfile.gettempdir()):
-        path = name.startswith(PREFIX) and os.path.join(tempfile.gettempdir(), name, LOCK)
-        if path and os.path.exists(path):
-            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+def remove_those_of_the_killed(owner: int) -> None:
+    """Of folders that are this user's alone: another's may be a link to anywhere."""
+    for entry in os.scandir(tempfile.gettempdir()):
+        if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+            lock = os.path.join(entry.path, LOCK)
+            with contextlib.suppress(Timeout, OSError):  # in use, or gone by now
+                if entry.stat(follow_symlinks=False).st_uid == owner and os.path.exists(lock):
+                    with FileLock(lock, timeout=0, thread_local=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def remove(folder: str, owner: int) -> None:

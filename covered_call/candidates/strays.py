@@ -114,8 +114,12 @@ def are_scattered(runs: list[Run]) -> bool:
             last = run.key
     split = sum(count > 1 for count in times.values())
     whole = sum(count == 1 and rows[key] > 1 for key, count in times.items())
-    few = whole >= max(3, 2 * split) and times.total() - len(times) <= max(2, RARE * len(times))
-    return split > 0 and not few
+    return split > 0 and not is_together(split, whole, times.total(), len(times))
+
+
+def is_together(split: int, whole: int, runs: int, decisions: int) -> bool:
+    """Whether so many decisions in pieces are exceptions beside those of several rows that are whole."""
+    return whole >= max(3, 2 * split) and runs - decisions <= max(2, RARE * decisions)
 
 
 def beside_a_bad_row(runs: list[Run]) -> set[tuple]:
@@ -198,14 +202,18 @@ MISNAMED = "does not go with the instrument {}, whose name says underlying, expi
 
 def misnamed(runs: list[Run]) -> list[Stray]:
     """Rows that contradict their instrument's name, in a file where names and rows agree."""
-    wrong = sum(len(run.misnamed) for run in runs)
-    if not 0 < wrong <= max(1, RARE * sum(run.named for run in runs)) or sum(run.named for run in runs) < BESIDE_ONE:
+    if not are_slips(sum(len(run.misnamed) for run in runs), sum(run.named for run in runs)):
         return []
     return [
         Stray(place, owners(runs, place) if column in KEY else [], column, MISNAMED.format(name), line, value)
         for place, run in enumerate(runs)
         for line, column, value, name in run.misnamed
     ]
+
+
+def are_slips(wrong: int, named: int) -> bool:
+    """Whether so many rows that contradict a name are exceptions among all whose names say something."""
+    return named >= BESIDE_ONE and 0 < wrong <= max(1, RARE * named)
 
 
 def intruders(runs: list[Run]) -> list[Stray]:

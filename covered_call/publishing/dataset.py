@@ -27,7 +27,7 @@ from covered_call.candidates.leaks import PROMPTED, find_leaks, render_splits
 from covered_call.candidates.options import CoveredCallCandidatesConfig, names_of
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.source import HOME
-from covered_call.candidates.splits import split_decisions
+from covered_call.candidates.splits import split_places
 from covered_call.publishing.hub import PublishError
 from covered_call.tables import align, markdown
 
@@ -310,10 +310,11 @@ def describe_purge(backtest: Backtest) -> str:
         return ""
     if not backtest.options.purge:
         return "Nothing is purged: options of one split may still be alive when the next begins."
-    whole = split_decisions(backtest.logged, dataclasses.replace(backtest.options, purge=False))
-    purged = {name: len(entries) - len(backtest.splits[name]) for name, entries in whole.items()}
+    decisions, unpurged = backtest.decisions, dataclasses.replace(backtest.options, purge=False)
+    whole = split_places(decisions.time, decisions.label_end, unpurged)
+    purged = {name: len(places) - len(backtest.numbers[name]) for name, places in whole.items()}
     counts = " and ".join(f"{count:,} from {name}" for name, count in purged.items() if count)
-    total = f"{sum(purged.values()):,} of {len(backtest.logged):,}"
+    total = f"{sum(purged.values()):,} of {len(decisions.place):,}"
     return (
         f"Purged decisions: {', '.join(filter(None, [total, counts]))}. A decision "
         "is left out if one of its options is still alive when the next split begins, because its outcome lies there."

@@ -223,6 +223,15 @@ def test_what_a_killed_process_left_goes_with_the_next_one_and_nothing_else_does
     assert Spool().folder != folder and not os.path.exists(folder) and os.path.isdir(mine.folder)
 
 
+def test_a_link_to_another_folder_is_left_alone(temporary, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "lock").write_text("mine")
+    (temporary / "covered_call_x").symlink_to(other)
+    spool = Spool()
+    assert os.path.isdir(spool.folder) and (other / "lock").read_text() == "mine"
+
+
 def test_a_full_disk_is_one_clear_error_that_leaves_nothing(csv_file, load, temporary, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,5 +1,6 @@
 """Counterfactuals are worked out for all candidates at once: here for each alone, as their definition reads."""
 
+import dataclasses
 import datetime
 import math
 
@@ -9,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covered_call.candidates import outcomes
-from covered_call.candidates.columns import columns_of, logged_of
+from covered_call.candidates.columns import COUNTERFACTUAL, Columns, columns_of, logged_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import add_counterfactuals, black_scholes_call, roll_places
+from covered_call.candidates.outcomes import Market, black_scholes_call, counterfactuals, roll_places, rolls_of
 from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision, Outcome
 
 DAY = datetime.timedelta(days=1)
@@ -89,6 +90,14 @@ def market_of(steps) -> list[LoggedDecision]:
         decision = Decision(time, underlying, exit_style, spot or 100.0 * bool(candidates), tuple(candidates))
         logged.append(LoggedDecision(decision, None, (Outcome(None, None, None),) * len(candidates)))
     return logged
+
+
+def add_counterfactuals(columns: Columns, options) -> Columns:
+    """The same decisions, which are all there are, with a counterfactual for each candidate."""
+    key = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
+    market = Market(*key, np.diff(columns.offsets), rolls_of(columns, options), options)
+    values, label_end = counterfactuals(columns, market, options)
+    return dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: values}, label_end=label_end)
 
 
 def assert_as_one_by_one(logged: list[LoggedDecision], options, of=slice(None)):
