@@ -63,15 +63,17 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from filelock import FileLock
 from filelock import Timeout
+from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
-    "outcomes", "reading", "spool", "decisions", "preferences", "splits", "records", "builder",
+    "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
+    "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "d268ce4fb617fc747eefce433fc61db9383a7ea53c250529a0965833d482ab94"  # their SHA-256
+MADE_FROM = "73803c11ae7f9f3ac4dfba0aa75d9dafd701f68c46dd15c5e4e18fef88dc6ea9"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -187,10 +189,12 @@ class Outcome(NamedTuple):
 
 class Counterfactual(NamedTuple):
     """What selling a candidate would have brought, sold or not: P&L vs HODL in USD a unit of underlying, net of the
-    costs that are set. None where unknown; ``label_end`` is the time of the last price it rests on."""
+    costs that are set; and these costs. None where unknown; ``label_end`` is the time of the last price it rests on.
+    """
 
     pnl_vs_hodl: float | None
     label_end: datetime.datetime
+    costs: float | None = 0.0
 
 
 class LoggedDecision(NamedTuple):
@@ -414,7 +418,7 @@ def utc(time: datetime.datetime) -> datetime.datetime:
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 STATE, RECORDED = Candidate._fields[1:], Outcome._fields
-COUNTERFACTUAL = "counterfactual_pnl_vs_hodl"
+COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,7 +436,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED and COUNTERFACTUAL
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
 
     def __len__(self) -> int:
@@ -515,6 +519,7 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
     numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
+    numbers[COSTS] = floats(one.costs for one in counterfactuals)
     return Columns(
         names,
         np.array([codes[decision.underlying] for decision in decisions], np.int32),
@@ -535,7 +540,8 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     candidates = [Candidate(*row) for row in rows]
     outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
     ends = map(time_of, columns.label_end.tolist())
-    counterfactuals = [Counterfactual(*row) for row in zip(known(columns.numbers[COUNTERFACTUAL]), ends, strict=True)]
+    computed = (known(columns.numbers[COUNTERFACTUAL]), ends, known(columns.numbers[COSTS]))
+    counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
     logged = []
@@ -586,12 +592,14 @@ def time_of(time: int) -> datetime.datetime:
 # To add one, add a field: nothing else lists them.
 
 
+FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
+AS_SETTLED = "as settlement has it"
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 
 
-def option(default, group: str, placeholder: str, text: str, *, otherwise: str = "", choices=(), most=None):
+def option(default, group: str, placeholder: str, text: str, *, otherwise="", choices=(), most=None, least=0.0):
     """A field for an option.
 
     Args:
@@ -599,10 +607,10 @@ def option(default, group: str, placeholder: str, text: str, *, otherwise: str =
         text: what it does.
         otherwise: what happens without it, where the default alone would not say.
         choices: what may be chosen from.
-        most: the largest value of one that is a number from 0.
+        most, least: the largest and the least value of one that is a number.
     """
     said = {"group": group, "placeholder": placeholder, "text": text, "otherwise": otherwise}
-    return dataclasses.field(default=default, metadata=said | {"choices": choices, "most": most})
+    return dataclasses.field(default=default, metadata=said | {"choices": choices, "most": most, "least": least})
 
 
 @dataclass
@@ -678,6 +686,14 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
     slippage: float = option(
         0.0, OUTCOMES, "SHARE", "lost beside it at each trade, as a share of the underlying's price", most=1
     )
+    delivery_fee: float = option(
+        0.0,
+        OUTCOMES,
+        "SHARE",
+        "of a call that is settled in the money, as a share of the underlying's price, capped as fee is; Deribit: "
+        "0.00015",
+        most=1,
+    )
     # Half a day: in a daily file without gaps no expiry is farther from a decision, and more would add noise of its
     # own to a week's outcome.
     expiry_tolerance: float = option(
@@ -691,12 +707,74 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         otherwise="hold it to its expiry",
         most=MAX_DTE,
     )
-    take_profit: float = option(
-        0.70, OUTCOMES, "SHARE", "of tp_and_roll: buy back once this share of the premium is earned", most=1
+    settlement: str = option(
+        "auto",
+        OUTCOMES,
+        "RULE",
+        "when a call is taken for settled, bought back and rolled: teacher (16 hours before expiry; 80 % of the "
+        "premium taken as profit, defended at 98 % of the strike, at most 3 rolls by score), intrinsic (the same, "
+        "settled at expiry, as a holder of the real contracts is), simulated (as data/simulate_backtest.py has it), "
+        "or auto (the one that gives back the recorded trades of an exit style best)",
+        choices=("auto", "teacher", "intrinsic", "simulated"),
+    )
+    settle_hours: float | None = option(
+        None, OUTCOMES, "HOURS", "of time value left in an outcome", otherwise=AS_SETTLED, most=24 * MAX_DTE
+    )
+    take_profit: float | None = option(
+        None,
+        OUTCOMES,
+        "SHARE",
+        "of tp_and_roll: buy back once this share of the premium is earned",
+        otherwise=AS_SETTLED,
+        most=1,
+    )
+    defend: float | None = option(
+        None, OUTCOMES, "SHARE", "of tp_and_roll: buy back once spot / strike is so high", otherwise=AS_SETTLED,
+        most=math.inf,
+    )  # fmt: skip
+    min_dte_to_roll: float | None = option(
+        None, OUTCOMES, "DAYS", "of tp_and_roll: buy back only while more are left", otherwise=AS_SETTLED, most=MAX_DTE
+    )
+    max_rolls: float | None = option(
+        None, OUTCOMES, "N", "of tp_and_roll: calls that are sold after the first", otherwise=AS_SETTLED, most=math.inf
+    )
+    roll_min_score: float | None = option(
+        None,
+        OUTCOMES,
+        "SCORE",
+        "of tp_and_roll: sell next the best score of another instrument, if it is as high as this",
+        otherwise=AS_SETTLED,
+        most=math.inf,
+        least=-math.inf,
     )
     roll_delta: float = option(
-        0.25, OUTCOMES, "DELTA", "of tp_and_roll: the delta of the call that is sold next", most=1
+        0.25, OUTCOMES, "DELTA", "of tp_and_roll as simulated: the delta of the call that is sold next", most=1
     )
+    keep_cut: bool = option(
+        False,
+        OUTCOMES,
+        "BOOL",
+        "of tp_and_roll: keep the mark of a trade that the end of the files cuts off, in place of an unknown outcome",
+    )
+    pricing_iv: float | str | None = option(
+        None,
+        OUTCOMES,
+        "VOL",
+        "price premiums and buy-backs at this vol (0.7 is 70 % a year), or fit: at what the recorded trades were paid",
+        otherwise="the files' iv",
+    )
+    iv_file: str | None = option(
+        None,
+        OUTCOMES,
+        "CSV",
+        "price them at the market's vol as it was known at each sale: a CSV of times and vols, {underlying} in its "
+        "name for one each; an index has no skew, see iv_shift",
+        otherwise="the files' iv",
+    )
+    iv_lag: float = option(
+        24.0, OUTCOMES, "HOURS", "after its time at which a vol of iv_file is known; a day's close: 24", most=24 * 365
+    )
+    iv_shift: float = option(0.0, OUTCOMES, "VOL", "added to the vol of premiums and buy-backs", most=5, least=-5)
 
     def check(self) -> None:
         """Raises CandidatesError for a value that no option takes."""
@@ -708,6 +786,16 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 raise CandidatesError(f"{name}={shown(value)}: give a name as the files have it, or leave it out.")
         if not is_number(self.seed) or isinstance(self.seed, (float, np.floating)):
             raise CandidatesError(f"seed={shown(self.seed)}: give a whole number.")
+        fits = isinstance(self.pricing_iv, str) and self.pricing_iv == FIT
+        if self.pricing_iv is not None and not fits and not 0 < (constant_vol(self.pricing_iv) or 0) <= MAX_IV:
+            raise CandidatesError(
+                f"pricing_iv={shown(self.pricing_iv)}: give a vol above 0 and up to {MAX_IV:g} (0.7 is 70 % a year), "
+                f"or {FIT}."
+            )
+        if self.iv_file is not None and (not isinstance(self.iv_file, str) or not self.iv_file.strip()):
+            raise CandidatesError(f"iv_file={shown(self.iv_file)}: give the path of a CSV, or leave it out.")
+        if self.iv_file is not None and self.pricing_iv is not None:
+            raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
@@ -765,15 +853,23 @@ def kind_of(name: str) -> type[CoveredCallCandidatesConfig]:
 
 def check_value(field: dataclasses.Field, value) -> None:
     """Raises CandidatesError unless the value is of the choices, the type and the limits of its option."""
-    name, choices, most = field.name, field.metadata["choices"], field.metadata["most"]
+    name, choices, most, least = field.name, *(field.metadata[key] for key in ("choices", "most", "least"))
     if choices and (not isinstance(value, str) or value not in choices):
         raise CandidatesError(f"{name}={shown(value)}: choose one of {', '.join(choices)}.")
     if isinstance(field.default, bool) and not isinstance(value, bool):
         raise CandidatesError(f"{name}={shown(value)}: give True or False.")
     if most is None or (value is None and field.default is None):
         return
-    if not is_number(value) or not 0 <= value <= most:
-        raise CandidatesError(f"{name}={shown(value)}: give a number from 0 to {most:g}.")
+    if not is_number(value) or not least <= value <= most:
+        raise CandidatesError(f"{name}={shown(value)}: give a number from {least:g} to {most:g}.")
+
+
+def constant_vol(given) -> float | None:
+    """The option pricing_iv as a number, also of a text; None where it is none."""
+    try:
+        return float(given) if isinstance(given, str) or is_number(given) else None
+    except ValueError:
+        return None
 
 
 def check_options(name: str, options: dict) -> None:
@@ -2103,339 +2199,6 @@ def flags_of(rows: Rows, name: str) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# outcomes
-#
-# Counterfactual outcomes: of every candidate, sold or not, from the prices of the files' own later decisions.
-#
-# They are labels and stand in columns; no prompt is rendered from them. NO_TRADE brings 0: the coin is held either way.
-
-
-HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
-DAYS_PER_YEAR = 365
-SECOND = 1_000_000  # microseconds
-ROWS_AT_ONCE = 65_536
-WIDEST = 10  # a search looks at 2 ** 10 times at once at most
-
-
-def black_scholes_call(spot, strike, years, iv):
-    """Value of a European call in USD at interest rate 0 (Black and Scholes 1973); iv as a fraction a year.
-
-    Takes numbers or arrays. Without time or vol it is the intrinsic value.
-    """
-    deviation = np.maximum(iv * np.sqrt(years), 1e-12)
-    d1 = (np.log(spot) - np.log(strike)) / deviation + deviation / 2
-    return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
-
-
-def trading_cost(price, spot, options: CoveredCallCandidatesConfig):
-    """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
-
-    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price. Takes numbers or arrays.
-    """
-    fee = np.minimum(options.fee * spot, options.fee_cap * price)
-    return fee + options.half_spread * price + options.slippage * spot
-
-
-class Calls(NamedTuple):
-    """Calls (C,): strike in USD, dte in days, iv as a fraction a year, NaN where it is unknown."""
-
-    strike: np.ndarray
-    dte: np.ndarray
-    iv: np.ndarray
-
-
-class Sales(NamedTuple):
-    """Calls (C,), and where and when each is sold."""
-
-    underlying: np.ndarray  # int, its place in the names
-    time: np.ndarray  # int64, microseconds since 1970
-    spot: np.ndarray  # USD
-    strike: np.ndarray
-    dte: np.ndarray
-    iv: np.ndarray
-
-
-class Legs(NamedTuple):
-    """Calls (C,) from their sale to their exit: to when they are bought back with a profit, or expire."""
-
-    strike: np.ndarray
-    iv: np.ndarray
-    expiry: np.ndarray  # int64, microseconds since 1970
-    income: np.ndarray  # USD that the sale brings, net of costs
-    exit: np.ndarray  # int64, place in the market
-
-
-class Market:
-    """Spots by underlying and time, and the calls that are sold next, from the decisions of the files themselves.
-
-    A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
-    since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
-    """
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        underlying: np.ndarray,
-        exit_style: np.ndarray,
-        time: np.ndarray,
-        spot: np.ndarray,
-        sizes: np.ndarray,
-        roll: Calls,
-        options: CoveredCallCandidatesConfig,
-    ):
-        """From the D decisions of all files, by time, ties in the order of the files. Names and arrays (D,) are as in
-        Columns.
-
-        Args:
-            sizes: (D,) int, how many candidates each has.
-            roll: (D,) those of rolls_of; not read where there is none.
-        """
-        self.tolerance = round(options.expiry_tolerance * 3600 * SECOND)
-        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = priced[np.lexsort((time[priced], underlying[priced]))]
-        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
-        self.time, self.spot = time[order][last], spot[order][last]
-        self.bounds = np.searchsorted(underlying[order][last], np.arange(len(names) + 1))
-        # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
-        quoted = np.flatnonzero(exit_style == code_of(names, TP_AND_ROLL))
-        places = self.nearest(underlying[quoted], time[quoted], 0)
-        chain = np.full(len(self.time), -1)
-        chain[places[places >= 0]] = quoted[places >= 0]  # the last of several
-        sold = np.flatnonzero((chain >= 0) & (sizes[chain] > 0))
-        self.roll = np.full(len(self.time), -1)  # (N,) the leg that begins at each place, -1 for none
-        self.roll[sold] = np.arange(len(sold))
-        chain = chain[sold]
-        self.legs = self.sell(Sales(underlying[chain], self.time[sold], self.spot[sold], *pick(roll, chain)), options)
-
-    def sell(self, sales: Sales, options: CoveredCallCandidatesConfig) -> Legs:
-        """Legs that go on until the last price of their underlying at most."""
-        parts = [pick(sales, rows) for rows in parts_of(len(sales.time))]
-        legs = [legs_of(part, self.bounds[part.underlying + 1], self, options) for part in parts]
-        return Legs(*map(np.concatenate, zip(*legs, strict=True)))
-
-    def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
-        """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
-        places = np.zeros(len(time), np.int64)
-        for code in np.flatnonzero(np.bincount(underlying)):
-            its, (begin, end) = underlying == code, self.bounds[code : code + 2]
-            places[its] = begin + np.searchsorted(self.time[begin:end], time[its], side)
-        return places
-
-    def nearest(self, underlying: np.ndarray, time: np.ndarray, tolerance: int) -> np.ndarray:
-        """The places (C,) of the spots nearest to these times, the earlier of two; -1 if none is near enough."""
-        after = self.search(underlying, time, "left")
-        far = np.iinfo(np.int64).max
-        early, late = np.full(len(time), far), np.full(len(time), far)
-        has = after > self.bounds[underlying]
-        early[has] = time[has] - self.time[after[has] - 1]
-        has = after < self.bounds[underlying + 1]
-        late[has] = self.time[after[has]] - time[has]
-        return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
-
-    @functools.cached_property
-    def low(self) -> np.ndarray:
-        """(levels, N) USD: at [level, place] the lowest of the 2 ** level spots from that place on."""
-        low = [self.spot]
-        for level in range(min(WIDEST, len(self.spot).bit_length() - 1)):
-            half = 1 << level
-            low.append(low[-1].copy())
-            np.minimum(low[-2][:-half], low[-2][half:], out=low[-1][:-half])
-        return np.array(low)
-
-
-def code_of(names: tuple[str, ...], name: str) -> int:
-    return names.index(name) if name in names else -1
-
-
-def pick(arrays, rows):
-    """The named tuple of arrays with these of their rows alone."""
-    return type(arrays)(*(values[rows] for values in arrays))
-
-
-def parts_of(count: int) -> list[slice]:
-    """Slices of rows few enough for memory; one at least."""
-    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
-
-
-def rolls_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Calls:
-    """(D,) the candidate of each decision that roll_places finds, NaN where there is none, or where nothing rolls."""
-    rolls = Calls(*(np.broadcast_to(np.nan, len(columns)) for _ in Calls._fields))  # which takes no memory
-    if TP_AND_ROLL not in columns.names:
-        return rolls
-    places, rolls = roll_places(columns, options), Calls(*map(np.array, rolls))
-    quoted = np.flatnonzero(places >= 0)
-    for name, values in rolls._asdict().items():
-        values[quoted] = columns.numbers[name][columns.offsets[quoted] + places[quoted]]
-    return rolls
-
-
-def roll_places(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """(D,) int32: the place in its decision of the candidate nearest to ``roll_delta``, the first of equals; -1 if it
-    has none. The candidates must be in the files' order."""
-    places = np.full(len(columns), -1, np.int32)
-    begins = columns.offsets[:-1][np.diff(columns.offsets) > 0]
-    if len(begins):
-        away = np.abs(columns.numbers["delta"] - options.roll_delta)
-        least = np.repeat(np.minimum.reduceat(away, begins), np.diff(begins, append=len(away)))
-        rows = np.flatnonzero(away == least)[::-1]  # of several the first is written last
-        places[columns.decision_of[rows]] = columns.place[rows]
-    return places
-
-
-def counterfactuals(
-    columns: Columns, market: Market, options: CoveredCallCandidatesConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """The outcome of selling each candidate, until it expires or until the horizon, and the time of its last price.
-
-    Any decisions of the market's, with its names, in any order: their R candidates have (R,) float64 P&L vs HODL in
-    USD a unit of underlying, NaN where unknown, and (R,) int64 microseconds since 1970.
-
-    Unknown where iv is blank, where the files hold no spot near enough to the end, for other exit styles than the two,
-    and where a number beyond all measure makes an outcome that is not finite.
-    """
-    parts = [outcomes_of(columns, rows, market, options) for rows in parts_of(columns.offsets[-1])]
-    values, label_ends = map(np.concatenate, zip(*parts, strict=True))
-    return values, label_ends
-
-
-@np.errstate(all="ignore")
-def outcomes_of(columns: Columns, rows: slice, market: Market, options) -> tuple[np.ndarray, np.ndarray]:
-    """counterfactuals of some of the rows."""
-    of = columns.decision_of[rows]
-    calls = Calls(*(columns.numbers[name][rows] for name in Calls._fields))
-    sales = Sales(columns.underlying[of], columns.time[of], columns.spot[of], *calls)
-    life = calls.dte if options.horizon is None else np.minimum(calls.dte, float(options.horizon))
-    end = sales.time + timedelta_of(life)
-    last = market.nearest(sales.underlying, end, market.tolerance)
-    values, label_end, style = np.full(len(of), np.nan), end.copy(), columns.exit_style[of]
-    for name, follow in ((HOLD_TO_EXPIRY, hold), (TP_AND_ROLL, take_profit_and_roll)):
-        its = np.flatnonzero((style == code_of(columns.names, name)) & (last >= 0) & ~np.isnan(calls.iv))
-        values[its] = follow(pick(sales, its), life[its], last[its], market, options)
-        label_end[its] = np.maximum(end[its], market.time[last[its]])
-    values[~np.isfinite(values)] = np.nan
-    return values, label_end
-
-
-def microseconds_of(days: np.ndarray) -> np.ndarray:
-    return np.rint(days * DAY).astype(np.int64)
-
-
-def hold(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
-    """P&L vs HODL of selling and holding: the premium, less what the call is worth ``life`` days later.
-
-    At expiry that is max(0, spot - strike). Before it, the call is bought back at its Black-Scholes value at the entry
-    iv. ``last`` is the place of the spot that is taken for the end.
-    """
-    income = open_calls(premium_of(sales), sales, options)
-    return income - close_calls(market.spot[last], sales, sales.dte - life, options)
-
-
-def premium_of(sales: Sales) -> np.ndarray:
-    return black_scholes_call(sales.spot, sales.strike, sales.dte / DAYS_PER_YEAR, sales.iv)
-
-
-def open_calls(premium: np.ndarray, sales: Sales, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """USD that selling the calls brings, net of costs."""
-    return premium - trading_cost(premium, sales.spot, options)
-
-
-def close_calls(spot: np.ndarray, calls: Sales | Legs, left: np.ndarray, options) -> np.ndarray:
-    """USD that buying the calls back takes, ``left`` days before their expiry; at expiry they settle without costs."""
-    value = black_scholes_call(spot, calls.strike, np.maximum(0.0, left) / DAYS_PER_YEAR, calls.iv)
-    return value + np.where(left > 0, trading_cost(value, spot, options), 0.0)
-
-
-def take_profit_and_roll(sales: Sales, life: np.ndarray, last: np.ndarray, market: Market, options) -> np.ndarray:
-    """P&L vs HODL of selling, taking profit early and rolling, by the rule of data/simulate_backtest.py.
-
-    At each later decision time: once ``take_profit`` of its premium is captured, the call is bought back and the
-    candidate of that time nearest to ``roll_delta`` is sold; if there is none, nothing more is. A call still open
-    after ``life`` days is bought back. NaN where the files leave a gap, or do not price the call to roll into.
-    """
-    legs, end = legs_of(sales, last, market, options), sales.time + microseconds_of(life)
-    booked, rows = legs.income.copy(), np.arange(len(last))
-    while len(rows):  # those that have been rolled once more than in the turn before
-        open_still = legs.exit >= last[rows]
-        its, held = rows[open_still], pick(legs, open_still)
-        booked[its] -= close_calls(market.spot[last[its]], held, (held.expiry - end[its]) / DAY, options)
-        rows, legs = rows[~open_still], pick(legs, ~open_still)
-        left = np.maximum(0, legs.expiry - market.time[legs.exit]) / DAY
-        booked[rows] -= close_calls(market.spot[legs.exit], legs, left, options)
-        roll = np.where(left > 0, market.roll[legs.exit], -1)
-        rows, legs = rows[roll >= 0], pick(market.legs, roll[roll >= 0])
-        booked[rows] += legs.income
-    first = market.search(sales.underlying, sales.time, "right") - 1
-    booked[market.gaps[last] > market.gaps[first]] = np.nan
-    return booked
-
-
-@np.errstate(all="ignore")
-def legs_of(sales: Sales, limit: np.ndarray, market: Market, options: CoveredCallCandidatesConfig) -> Legs:
-    """``limit`` (C,) is the place from which no exit is looked for: an exit there means none before."""
-    premium, expiry = premium_of(sales), sales.time + microseconds_of(sales.dte)
-    begin = market.search(sales.underlying, sales.time, "right")
-    limit = np.minimum(limit, np.maximum(begin, market.search(sales.underlying, expiry, "left")))
-    enough = (1 - options.take_profit) * premium
-    exits = first_profits(sales, expiry, enough, begin, limit, market)
-    return Legs(sales.strike, sales.iv, expiry, open_calls(premium, sales, options), exits)
-
-
-def first_profits(sales: Sales, expiry, enough, begin, limit, market: Market) -> np.ndarray:
-    """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, else limit.
-
-    Whole windows of places are passed over: a call is worth no less at any of them than at the lowest spot of all and
-    the last time of all. Single places have their exact price.
-    """
-    exits, at, level = limit.copy(), begin.copy(), np.zeros(len(begin), np.int64)
-    rows = np.flatnonzero((at < limit) & ~np.isnan(enough))
-    while len(rows):
-        here, room = at[rows], limit[rows] - at[rows]
-        wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
-        spot, strike = market.low[wide, here], sales.strike[rows]
-        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
-        worth = black_scholes_call(spot, strike, years, sales.iv[rows])
-        # What floats round away is a thousandth of this at most; for the smallest of them it is not.
-        doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
-        found = (wide == 0) & (worth <= enough[rows])
-        passed = np.where(wide > 0, worth > enough[rows] + doubt, ~found)
-        exits[rows[found]] = here[found]
-        at[rows] = here + (passed << wide)
-        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
-        rows = rows[~found & (at[rows] < limit[rows])]
-    return exits
-
-
-class Net(NamedTuple):
-    """Net outcome in USD a unit of underlying and where it is from, "counterfactual" or "recorded"; both None where
-    unknown."""
-
-    value: float | None
-    source: str | None
-
-
-def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
-    """For each candidate its counterfactual, or else what was recorded."""
-    found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
-    recorded, sold = recorded_outcome(logged, options), logged.chosen
-    if recorded is not None and sold is not None and found[sold].value is None:
-        found[sold] = Net(recorded, "recorded")
-    return [Net(None, None) if net.value is None else net for net in found]
-
-
-def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> float | None:
-    """The recorded P&L vs HODL of the call that was sold; None with costs or a horizon, of which it does not know."""
-    if logged.chosen is None or not as_recorded(options):
-        return None
-    return logged.outcomes[logged.chosen].pnl_vs_hodl
-
-
-def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
-    """Whether counterfactuals mean what the recorded outcomes do: until the exit, before costs."""
-    return options.horizon is None and options.fee == options.half_spread == options.slippage == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # reading
 #
 # Decisions from files: rows as values, checked one by one and against the others of their decision.
@@ -2668,6 +2431,930 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pricing
+#
+# What a call is worth, and what it costs to trade one.
+
+
+DAYS_PER_YEAR = 365
+
+
+class Calls(NamedTuple):
+    """Calls (C,): strike in USD, dte in days, iv as a fraction a year, NaN where it is unknown."""
+
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+class Sales(NamedTuple):
+    """Calls (C,), and where and when each is sold."""
+
+    underlying: np.ndarray  # int, its place in the names
+    time: np.ndarray  # int64, microseconds since 1970
+    spot: np.ndarray  # USD
+    strike: np.ndarray
+    dte: np.ndarray
+    iv: np.ndarray
+
+
+def pick(arrays, rows):
+    """The named tuple of arrays with these of their rows alone."""
+    return type(arrays)(*(values[rows] for values in arrays))
+
+
+def black_scholes_call(spot, strike, years, iv):
+    """Value of a European call in USD at interest rate 0 (Black and Scholes 1973); iv as a fraction a year.
+
+    Takes numbers or arrays. Without time or vol it is the intrinsic value.
+    """
+    deviation = np.maximum(iv * np.sqrt(years), 1e-12)
+    d1 = (np.log(spot) - np.log(strike)) / deviation + deviation / 2
+    return spot * ndtr(d1) - strike * ndtr(d1 - deviation)
+
+
+def premium_of(sales: Sales) -> np.ndarray:
+    return black_scholes_call(sales.spot, sales.strike, sales.dte / DAYS_PER_YEAR, sales.iv)
+
+
+def trading_cost(price, spot, options: CoveredCallCandidatesConfig):
+    """USD that selling or buying back one call at ``price`` costs: fee, half the spread, and slippage.
+
+    Deribit's fee is 0.0003 of the underlying, at most 12.5 % of the option's price. Takes numbers or arrays.
+    """
+    fee = np.minimum(options.fee * spot, options.fee_cap * price)
+    return fee + options.half_spread * price + options.slippage * spot
+
+
+def delivery_cost(value, spot, options: CoveredCallCandidatesConfig):
+    """USD that the settlement of one call of this value costs: nothing where it is worth nothing."""
+    return np.minimum(options.delivery_fee * spot, options.fee_cap * value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# market
+#
+# Spots by underlying and time, from the decisions of the files themselves.
+
+
+HOUR = 3_600_000_000  # microseconds
+WIDEST = 10  # a search looks at 2 ** 10 times at once at most
+
+
+class Market:
+    """A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
+    since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
+    """
+
+    def __init__(
+        self,
+        underlyings: int,
+        underlying: np.ndarray,
+        time: np.ndarray,
+        spot: np.ndarray,
+        options: CoveredCallCandidatesConfig,
+    ):
+        """From the D decisions of all files, by time, ties in the order of the files.
+
+        Args:
+            underlyings: how many there may be; ``underlying`` (D,) counts them from 0.
+            time: (D,) microseconds since 1970.
+            spot: (D,) USD; 0 where there is none.
+        """
+        self.tolerance = round(options.expiry_tolerance * HOUR)
+        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = priced[np.lexsort((time[priced], underlying[priced]))]
+        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
+        self.time, self.spot = time[order][last], spot[order][last]
+        self.bounds = np.searchsorted(underlying[order][last], np.arange(underlyings + 1))
+        # How many gaps, longer than twice the tolerance, lie before each time.
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+
+    def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
+        """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
+        places = np.zeros(len(time), np.int64)
+        for code in np.flatnonzero(np.bincount(underlying)):
+            its, (begin, end) = underlying == code, self.bounds[code : code + 2]
+            places[its] = begin + np.searchsorted(self.time[begin:end], time[its], side)
+        return places
+
+    def nearest(self, underlying: np.ndarray, time: np.ndarray, tolerance: int) -> np.ndarray:
+        """The places (C,) of the spots nearest to these times, the earlier of two; -1 if none is near enough."""
+        after = self.search(underlying, time, "left")
+        far = np.iinfo(np.int64).max
+        early, late = np.full(len(time), far), np.full(len(time), far)
+        has = after > self.bounds[underlying]
+        early[has] = time[has] - self.time[after[has] - 1]
+        has = after < self.bounds[underlying + 1]
+        late[has] = self.time[after[has]] - time[has]
+        return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
+
+    @functools.cached_property
+    def low(self) -> np.ndarray:
+        """(levels, N) USD: at [level, place] the lowest of the 2 ** level spots from that place on."""
+        return windows(self.spot, np.minimum)
+
+    @functools.cached_property
+    def high(self) -> np.ndarray:
+        """(levels, N) USD: the highest, likewise."""
+        return windows(self.spot, np.maximum)
+
+
+def windows(spot: np.ndarray, extreme) -> np.ndarray:
+    found = [spot]
+    for level in range(min(WIDEST, len(spot).bit_length() - 1)):
+        half = 1 << level
+        found.append(found[-1].copy())
+        extreme(found[-2][:-half], found[-2][half:], out=found[-1][:-half])
+    return np.array(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settlement
+#
+# By which rule an outcome is settled: the rules of teachers that are known, and what an option changes of them.
+
+
+class Rule(NamedTuple):
+    """When a call is bought back, what is sold next, and what a call is worth when it is taken for settled."""
+
+    settle_hours: float  # of time value left in an outcome: its clock is so much behind; 0: settled at expiry
+    take_profit: float  # buy back once this share of the premium is earned ...
+    defend: float  # ... or once spot / strike is as high as this,
+    min_dte_to_roll: float  # ... while more days than these are left
+    max_rolls: float  # calls that are sold next, in one chain
+    roll_min_score: float | None  # sold next is the best score from here, of another instrument; None: by roll_delta
+    own_expiry: bool  # whether a call that is sold next lives to its own expiry, or to the first one's
+
+
+ROLL_MIN_SCORE = 3.0
+TEACHER = Rule(
+    settle_hours=16.0,
+    take_profit=0.80,
+    defend=0.98,
+    min_dte_to_roll=2.0,
+    max_rolls=3,
+    roll_min_score=ROLL_MIN_SCORE,
+    own_expiry=True,
+)
+PRESETS = {  # of the option settlement, the simpler first
+    # That of data/simulate_backtest.py.
+    "simulated": Rule(0.0, 0.70, math.inf, 0.0, math.inf, None, own_expiry=False),
+    # What a holder of the real contracts gets.
+    "intrinsic": TEACHER._replace(settle_hours=0.0),
+    # Its daily candles begin at 08:00 UTC: the last one within an option's life begins 16 hours before its end.
+    "teacher": TEACHER,
+}
+CONSTANTS = Rule._fields[:-1]
+
+
+def rule_of(preset: str, options: CoveredCallCandidatesConfig) -> Rule:
+    """The preset, with the constants that the options name in place of its own."""
+    given = {name: getattr(options, name) for name in CONSTANTS}
+    return PRESETS[preset]._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chains
+#
+# Chains: a call from its sale on, and those that are sold after it, to the settlement of the last.
+
+
+NEVER = np.iinfo(np.int64).max  # of places: after all of them
+MIN_YEARS = 1e-6  # of time value that a mark of the teacher's clock has at least
+
+
+class Rolls(NamedTuple):
+    """(D,) each: the candidates of a decision that a chain may roll into, NaN where there is none.
+
+    ``other`` is the best one by its score that is not ``best``'s instrument: what is rolled into is never the same.
+    """
+
+    nearest: Calls  # to roll_delta
+    best: Calls
+    other: Calls
+
+
+class Legs(NamedTuple):
+    """Calls (C,) from their sale to their settlement."""
+
+    strike: np.ndarray
+    iv: np.ndarray
+    expiry: np.ndarray  # int64, microseconds since 1970
+    listed: np.ndarray  # int64, the day on which it expires by the files: with the strike its instrument
+    premium: np.ndarray  # USD, before costs
+    spot: np.ndarray  # USD, at the sale
+    exit: np.ndarray  # int64, the first place at which the rule buys it back, NEVER where it does not
+    mature: np.ndarray  # int64, the place at which it is settled, if it was not bought back
+    settles: np.ndarray  # bool, whether there is a price for that
+    cut: np.ndarray  # bool, whether the files end before
+
+
+class Nodes(NamedTuple):
+    """(N,) int64: the leg that a chain which rolls at each place goes on with, -1 for none; ``other`` where ``best``
+    is the very call that was bought back."""
+
+    best: np.ndarray
+    other: np.ndarray
+    legs: Legs
+
+
+class Outcomes(NamedTuple):
+    """Of C chains: P&L vs HODL in USD a unit of underlying before costs, and costs; NaN where unknown."""
+
+    gross: np.ndarray
+    costs: np.ndarray
+    label_end: np.ndarray  # int64, microseconds since 1970: of the last price that it rests on
+    cut: np.ndarray  # bool: the files end before the chain does, and the outcome is its mark there
+
+
+def follow(
+    sales: Sales, stop: np.ndarray, stop_time: np.ndarray, rule: Rule, market: Market, nodes: Nodes, options
+) -> Outcomes:
+    """What each chain brings that begins with one of these sales.
+
+    Args:
+        stop: (C,) the place at which what is open is bought back, NEVER for none.
+        stop_time: (C,) the time that stands for, which may not be that of the place.
+        nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
+    """
+    legs, rows, lag = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), hours(rule.settle_hours)
+    gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
+    rolls, rolled = len(nodes.best) > 0, 0
+    while len(rows):
+        exits = legs.exit if rolls and rolled < rule.max_rolls else np.full(len(rows), NEVER)
+        stops = stop[rows] <= np.minimum(exits, legs.mature)
+        bought = ~stops & (exits <= legs.mature)
+        settled = ~stops & ~bought
+        place = np.where(stops, stop[rows], np.where(bought, exits, legs.mature))
+        left = legs.expiry + lag - np.where(stops, stop_time[rows], market.time[place])
+        left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
+        value = mark(market.spot[place], legs, left, rule)
+        traded = bought | (stops & (left > lag))
+        unknown = settled & ~legs.settles
+        gross[rows] += np.where(unknown & ~(legs.cut & rolls), np.nan, legs.premium - value)
+        costs[rows] += trading_cost(legs.premium, legs.spot, options)
+        costs[rows] += np.where(traded, trading_cost(value, market.spot[place], options),
+            delivery_cost(value, market.spot[place], options))  # fmt: skip
+        cut[rows] = unknown & legs.cut & rolls
+        final[rows] = place
+        due = np.where(settled, legs.expiry, np.where(stops, stop_time[rows], 0))
+        label_end[rows] = np.where(unknown, due, np.maximum(due, market.time[place]))
+        # What is sold next, where something was bought back.
+        its, place, before = np.flatnonzero(bought), place[bought], pick(legs, bought)
+        following = next_of(place, before, nodes, rule) if rolls else np.full(len(its), -1)
+        rows, legs = rows[its[following >= 0]], pick(nodes.legs, following[following >= 0])
+        rolled += 1
+    if rolls:
+        first = market.search(sales.underlying, sales.time, "right") - 1
+        gross[market.gaps[final] > market.gaps[first]] = np.nan
+    costs[np.isnan(gross)] = np.nan
+    return Outcomes(gross, costs, label_end, cut)
+
+
+def next_of(place: np.ndarray, before: Legs, nodes: Nodes, rule: Rule) -> np.ndarray:
+    """(C,) the leg that is sold at each place after another was bought back there, -1 for none."""
+    best = nodes.best[place]
+    if rule.roll_min_score is None or not len(nodes.legs.strike):
+        return best
+    same = (nodes.legs.strike[best] == before.strike) & (nodes.legs.listed[best] == before.listed)
+    return np.where((best >= 0) & same, nodes.other[place], best)
+
+
+def mark(spot: np.ndarray, legs: Legs, left: np.ndarray, rule: Rule) -> np.ndarray:
+    """USD that the calls are worth, ``left`` microseconds before their expiry."""
+    years = np.maximum(left / DAY / DAYS_PER_YEAR, MIN_YEARS if rule.settle_hours else 0.0)
+    return black_scholes_call(spot, legs.strike, years, legs.iv)
+
+
+def hours(number: float) -> int:
+    return round(number * HOUR)
+
+
+def expiries(sales: Sales) -> np.ndarray:
+    return sales.time + microseconds_of(sales.dte)
+
+
+def microseconds_of(days: np.ndarray) -> np.ndarray:
+    return np.rint(days * DAY).astype(np.int64)
+
+
+@np.errstate(all="ignore")
+def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Legs:
+    """Args: expiry: (C,) by the rule's clock, which may be behind that of the files."""
+    lag, premium = hours(rule.settle_hours), premium_of(sales)
+    begin = market.search(sales.underlying, sales.time, "right")
+    end = market.bounds[sales.underlying + 1] - 1
+    if lag:  # settled at the last decision time of its life by that clock
+        mature = market.search(sales.underlying, expiry + lag, "right") - 1
+        near = (mature >= begin) & (expiry - market.time[mature] <= 2 * market.tolerance)
+        cut = expiry > market.time[end]
+    else:
+        nearest = market.nearest(sales.underlying, expiry, market.tolerance)
+        near, cut = nearest >= 0, (nearest < 0) & (expiry > market.time[end])
+        after = np.minimum(market.search(sales.underlying, expiry, "left"), end)
+        mature = np.where(near, nearest, after)
+    # A call is bought back before its settlement, or, by the clock that is behind, at the last price that it has.
+    within = market.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
+    limit = np.maximum(np.minimum(within, mature + (cut | (lag > 0))), begin)
+    exits = first_exits(sales, expiry + lag, (1 - rule.take_profit) * premium, begin, limit, rule, market)
+    listed = expiries(sales) // DAY
+    exits[exits == limit] = NEVER
+    return Legs(sales.strike, sales.iv, expiry, listed, premium, sales.spot, exits, mature, near & ~cut, cut)
+
+
+def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: Market) -> np.ndarray:
+    """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, or is to be
+    defended, else limit.
+
+    Whole windows of places are passed over: a call is worth no less at any of them than at the lowest spot of all and
+    the last time of all. Single places have their exact price.
+    """
+    exits, at, level = limit.copy(), begin.copy(), np.zeros(len(begin), np.int64)
+    rows = np.flatnonzero((at < limit) & ~np.isnan(enough))
+    while len(rows):
+        here, room = at[rows], limit[rows] - at[rows]
+        wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
+        spot, strike = market.low[wide, here], sales.strike[rows]
+        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
+        worth = black_scholes_call(spot, strike, years, sales.iv[rows])
+        # What floats round away is a thousandth of this at most; for the smallest of them it is not.
+        doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
+        defended = market.high[wide, here] / strike >= rule.defend
+        found = (wide == 0) & ((worth <= enough[rows]) | defended)
+        passed = np.where(wide > 0, (worth > enough[rows] + doubt) & ~defended, ~found)
+        exits[rows[found]] = here[found]
+        at[rows] = here + (passed << wide)
+        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
+        rows = rows[~found & (at[rows] < limit[rows])]
+    return exits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is rolled into
+
+
+def no_rolls(count: int) -> Rolls:
+    nowhere = Calls(*(np.broadcast_to(np.nan, count) for _ in Calls._fields))  # which takes no memory
+    return Rolls(nowhere, nowhere, nowhere)
+
+
+def rolls_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Rolls:
+    """Of decisions whose candidates are in the files' order: of equals the first is taken."""
+    delta, score = columns.numbers["delta"], columns.numbers["score"]
+    min_score = ROLL_MIN_SCORE if options.roll_min_score is None else options.roll_min_score
+    listed = (columns.time[columns.decision_of] + microseconds_of(columns.numbers["dte"])) // DAY
+    order = np.where(score >= min_score, -score, np.inf)
+    best = first_least(order, columns)
+    row = (columns.offsets[:-1] + best)[columns.decision_of]
+    strike = columns.numbers["strike"]
+    same = (best[columns.decision_of] >= 0) & (strike == strike[row]) & (listed == listed[row])
+    other = first_least(np.where(same, np.inf, order), columns)
+    nearest = first_least(np.abs(delta - options.roll_delta), columns)
+    return Rolls(*(calls_at(places, columns) for places in (nearest, best, other)))
+
+
+def first_least(values: np.ndarray, columns: Columns) -> np.ndarray:
+    """(D,) int64: the place in its decision of the least of (R,) values, the first of equals; -1 if none is finite."""
+    places = np.full(len(columns), -1)
+    begins = columns.offsets[:-1][np.diff(columns.offsets) > 0]
+    if len(begins):
+        least = np.repeat(np.minimum.reduceat(values, begins), np.diff(begins, append=len(values)))
+        rows = np.flatnonzero((values == least) & np.isfinite(values))[::-1]  # of several the first is written last
+        places[columns.decision_of[rows]] = columns.place[rows]
+    return places
+
+
+def calls_at(places: np.ndarray, columns: Columns) -> Calls:
+    """(D,) the candidates at these places of their decisions, NaN at -1."""
+    found, its = Calls(*(np.full(len(columns), np.nan) for _ in Calls._fields)), np.flatnonzero(places >= 0)
+    for name, values in found._asdict().items():
+        values[its] = columns.numbers[name][columns.offsets[its] + places[its]]
+    return found
+
+
+def nodes_of(market: Market, underlying: np.ndarray, places: np.ndarray, rolls: Rolls, rule: Rule) -> Nodes:
+    """Args: underlying, places, rolls: (Q,) of the decisions of a style that rolls: where in the market they are, -1
+    for nowhere, and what may be rolled into there. Of several at a place the last counts."""
+    at = np.full(len(market.time), -1)
+    at[places[places >= 0]] = np.flatnonzero(places >= 0)
+    lag, legs, found = hours(rule.settle_hours), [], []
+    for calls in (rolls.nearest,) if rule.roll_min_score is None else (rolls.best, rolls.other):
+        offered = np.flatnonzero((at >= 0) & ~np.isnan(calls.strike[at]))
+        number = np.full(len(market.time), -1)
+        number[offered] = np.arange(len(offered)) + sum(len(leg.strike) for leg in legs)
+        of = at[offered]
+        sales = Sales(underlying[of], market.time[offered], market.spot[offered], *pick(calls, of))
+        legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
+        found.append(number)
+    joined = Legs(*map(np.concatenate, zip(*legs, strict=True)))
+    return Nodes(found[0], found[-1], joined)
+
+
+NO_NODES = Nodes(np.zeros(0, np.int64), np.zeros(0, np.int64), Legs(*(np.zeros(0) for _ in Legs._fields)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vols
+#
+# At which implied vol premiums and buy-backs are priced; prompts and features keep the file's own.
+
+
+STALE = 72 * HOUR  # of a vol by time: when nothing newer has come for so long, it is unknown
+
+
+class Series(NamedTuple):
+    """Vols (N,) as fractions a year, and the times (N,) from which they are known, in microseconds since 1970."""
+
+    time: np.ndarray
+    vol: np.ndarray
+
+
+class Vols(NamedTuple):
+    """The file's column times ``multiple``, or a ``constant``, or one by time; and ``shift`` on top."""
+
+    multiple: float = 1.0
+    constant: float | None = None
+    series: dict[int, Series] | None = None  # by the place of the underlying among the names
+    shift: float = 0.0
+
+    def priced(self, calls: Calls, underlying: np.ndarray, time: np.ndarray) -> Calls:
+        """The calls (C,) at these vols, NaN where unknown; their underlyings and the times of their sales."""
+        if self == Vols():
+            return calls
+        if self.series is not None:
+            iv = self.by_time(underlying, time)
+        else:
+            iv = calls.iv * self.multiple if self.constant is None else np.full(len(time), self.constant)
+        return calls._replace(iv=np.maximum(iv + self.shift, 0.0))
+
+    def by_time(self, underlying: np.ndarray, time: np.ndarray) -> np.ndarray:
+        found = np.full(len(time), np.nan)
+        for code, series in (self.series or {}).items():
+            its = np.flatnonzero(underlying == code)
+            place = np.searchsorted(series.time, time[its], "right") - 1
+            fresh = (place >= 0) & (time[its] - series.time[place] <= STALE)
+            found[its] = np.where(fresh, series.vol[place], np.nan)
+        return found
+
+    def text(self) -> str:
+        shift = f", shifted by {self.shift:+g}" if self.shift else ""
+        if self.series is not None:
+            return f"the vol of iv_file{shift}"
+        times = "" if self.multiple == 1 else f" times {self.multiple:g}"
+        return (f"a vol of {self.constant:g}" if self.constant is not None else f"the files' iv{times}") + shift
+
+
+def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> Vols:
+    """Those that the options name; where they leave them to be fitted, the files' own.
+
+    Raises:
+        CandidatesError: for an iv_file that cannot be read or used.
+    """
+    series = None
+    if options.iv_file is not None:
+        if len(underlyings) > 1 and "{underlying}" not in options.iv_file:
+            several = ", ".join(sorted(names[code] for code in underlyings))
+            raise CandidatesError(
+                f"iv_file={shown(options.iv_file)}: the files hold {several}, each with a vol of its own. Name the "
+                "files with {underlying} in the place of the name."
+            )
+        series = {
+            code: read_series(options.iv_file.replace("{underlying}", names[code]), options.iv_lag)
+            for code in sorted(underlyings)
+        }
+    return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
+
+
+def read_series(path: str, lag: float) -> Series:
+    """A CSV with a header, times in its first column and vols in its second, in any order.
+
+    Args:
+        lag: hours after its time at which a vol is known: 24 for the close of a day that is named by its date.
+    """
+    path = os.path.expanduser(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CandidatesError(f"iv_file={shown(path)} cannot be read: {error}.") from error
+    known = [vol_of(path, line, row) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
+    if not known:
+        raise CandidatesError(f"{path}: give a CSV with a header, times in the first column and vols in the second.")
+    in_points = {vol > MAX_IV for _, vol, _ in known}
+    if len(in_points) > 1:
+        line = next(line for line, vol, _ in known if (vol > MAX_IV) != (known[0][1] > MAX_IV))
+        raise CandidatesError(
+            f"{path}, line {line}: some vols are above {MAX_IV:g} and some are not. Give all in points (70) or all as "
+            "fractions (0.70)."
+        )
+    points = True in in_points
+    logger.warning("%s: vols of %s.", path, "points, taken as hundredths" if points else "fractions a year")
+    time = np.array([time for *_, time in known]) + round(lag * HOUR)
+    order = np.argsort(time, kind="stable")
+    twice = np.flatnonzero(np.diff(time[order]) == 0)
+    if len(twice):
+        raise CandidatesError(f"{path}, line {known[order[twice[0] + 1]][0]}: this time stands there twice.")
+    return Series(time[order], np.array([vol for _, vol, _ in known])[order] / (100 if points else 1))
+
+
+def vol_of(path: str, line: int, row: list[str]) -> tuple[int, float, int]:
+    """The line, its vol, and its time in microseconds since 1970."""
+    time = iso_time(row[0].strip())
+    if time is None:
+        raise CandidatesError(f"{path}, line {line}, first column: {shown(row[0])} is no time such as 2024-01-01.")
+    try:
+        vol = float(row[1])
+    except ValueError:
+        vol = math.nan
+    if not (0 < vol < math.inf):
+        raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no vol above 0.")
+    return line, vol, microseconds(utc(time))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# outcomes
+#
+# Counterfactual outcomes: of every candidate, sold or not, from the prices of the files' own later decisions.
+#
+# They are labels and stand in columns; no prompt is rendered from them. NO_TRADE brings 0: the coin is held either way.
+
+
+HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
+STYLES = (HOLD_TO_EXPIRY, TP_AND_ROLL)  # of which outcomes can be computed
+ROWS_AT_ONCE = 65_536
+
+
+class Terms(NamedTuple):
+    """By which rule, one of PRESETS but for what the options change, and at which vol outcomes are computed."""
+
+    preset: str
+    rule: Rule
+    vols: Vols
+
+    def text(self) -> str:
+        return f"settlement={self.preset!r}" + (f" at {self.vols.text()}" if self.vols != Vols() else "")
+
+
+class Quotes(NamedTuple):
+    """D decisions of all files by time, ties in the order of the files: what outcomes rest on."""
+
+    names: tuple[str, ...]  # of underlyings and exit styles: the next two are places in it
+    underlying: np.ndarray  # (D,) int
+    exit_style: np.ndarray  # (D,) int
+    time: np.ndarray  # (D,) int64, microseconds since 1970
+    spot: np.ndarray  # (D,) USD
+    rolls: Rolls  # (D,) each
+
+
+class Replay:
+    """What selling any of the candidates would have brought, on the terms of its exit style."""
+
+    def __init__(
+        self,
+        quotes: Quotes,
+        terms: dict[str, Terms],
+        options: CoveredCallCandidatesConfig,
+        market: Market | None = None,
+    ):
+        """Args: market: that of the quotes, where it is there already."""
+        self.quotes, self.terms, self.options = quotes, terms, options
+        names, underlying, _, time, spot, _ = quotes
+        self.market = market or Market(len(names), underlying, time, spot, options)
+        self.nodes = {style: self.nodes_of(style) for style in terms}
+
+    def nodes_of(self, style: str) -> Nodes:
+        """What chains of a style may roll into."""
+        quotes = self.quotes
+        its = np.flatnonzero(quotes.exit_style == code_of(quotes.names, style))
+        if style != TP_AND_ROLL or not len(its):
+            return NO_NODES
+        underlying, time = quotes.underlying[its], quotes.time[its]
+        places = self.market.nearest(underlying, time, 0)
+        rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in quotes.rolls))
+        return nodes_of(self.market, underlying, places, rolls, self.terms[style].rule)
+
+    def of_candidates(self, columns: Columns) -> Outcomes:
+        """Of any decisions, with the names of the quotes, each of the R candidates."""
+        parts = [self.of_rows(columns, rows) for rows in parts_of(columns.offsets[-1])]
+        return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def of_rows(self, columns: Columns, rows: slice | np.ndarray) -> Outcomes:
+        """Of these rows of the columns alone, (C,) each.
+
+        Unknown where iv is blank, where the files hold no spot near enough to the end, for other exit styles than the
+        two, and where a number beyond all measure makes an outcome that is not finite.
+        """
+        of = columns.decision_of[rows]
+        sales = Sales(columns.underlying[of], columns.time[of], columns.spot[of],
+            *(columns.numbers[name][rows] for name in Calls._fields))  # fmt: skip
+        found = Outcomes(np.full(len(of), np.nan), np.full(len(of), np.nan), np.zeros(len(of), np.int64),
+            np.zeros(len(of), bool))  # fmt: skip
+        for code in np.unique(columns.exit_style[of]):
+            its = np.flatnonzero(columns.exit_style[of] == code)
+            for values, of_style in zip(found, self.of_sales(pick(sales, its), columns.names[code]), strict=True):
+                values[its] = of_style
+        return found
+
+    @np.errstate(all="ignore")
+    def of_sales(self, sales: Sales, style: str) -> Outcomes:
+        """Of calls (C,) that are sold under an exit style."""
+        stop, end = self.stops(sales, style)
+        gross, costs = np.full(len(end), np.nan), np.full(len(end), np.nan)
+        found = Outcomes(gross, costs, end.copy(), np.zeros(len(end), bool))
+        if style not in self.terms:
+            return found
+        _, rule, vols = self.terms[style]
+        sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
+        its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
+        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options)
+        for values, of_chain in zip(found, known, strict=True):
+            values[its] = of_chain
+        gross[~np.isfinite(gross - costs)] = np.nan
+        return found
+
+    def stops(self, sales: Sales, style: str) -> tuple[np.ndarray, np.ndarray]:
+        """The place at which each chain is bought back whatever it is worth, NEVER for none and -1 if there is no spot
+        near enough; and the time of that or, without one, of the expiry."""
+        horizon = np.inf if self.options.horizon is None else float(self.options.horizon)
+        whole = style == TP_AND_ROLL and style in self.terms and self.terms[style].rule.own_expiry
+        days = np.full(len(sales.dte), horizon) if whole else np.minimum(sales.dte, horizon)
+        end = sales.time + timedelta_of(np.where(np.isfinite(days), days, sales.dte))
+        stops = np.isfinite(days) & ((style == TP_AND_ROLL) | (days < sales.dte))
+        return np.where(stops, self.market.nearest(sales.underlying, end, self.market.tolerance), NEVER), end
+
+
+def net_of(found: Outcomes, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """P&L vs HODL in USD a unit of underlying net of costs, NaN where unknown: also where the files cut a chain off,
+    unless ``keep_cut`` has its mark there for an outcome."""
+    net = found.gross - found.costs
+    return net if options.keep_cut else np.where(found.cut, np.nan, net)
+
+
+def code_of(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else -1
+
+
+def parts_of(count: int) -> list[slice]:
+    """Slices of rows few enough for memory; one at least."""
+    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
+
+
+class Net(NamedTuple):
+    """Net outcome in USD a unit of underlying and where it is from, "counterfactual" or "recorded"; both None where
+    unknown."""
+
+    value: float | None
+    source: str | None
+
+
+def net_outcomes(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> list[Net]:
+    """For each candidate its counterfactual, or else what was recorded."""
+    found = [Net(counterfactual.pnl_vs_hodl, "counterfactual") for counterfactual in logged.counterfactuals]
+    recorded, sold = recorded_outcome(logged, options), logged.chosen
+    if recorded is not None and sold is not None and found[sold].value is None:
+        found[sold] = Net(recorded, "recorded")
+    return [Net(None, None) if net.value is None else net for net in found]
+
+
+def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfig) -> float | None:
+    """The recorded P&L vs HODL of the call that was sold, less what its trades cost; None where that, or what was
+    recorded, is unknown, and with options under which outcomes mean something else."""
+    if logged.chosen is None or not as_recorded(options):
+        return None
+    recorded = logged.outcomes[logged.chosen].pnl_vs_hodl
+    costs = logged.counterfactuals[logged.chosen].costs if has_costs(options) else 0.0
+    return None if recorded is None or costs is None else recorded - costs
+
+
+def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
+    """Whether counterfactuals mean what the recorded outcomes do: until the exit, at the vol that was paid."""
+    return options.horizon is None and options.iv_file is None and options.iv_shift == 0
+
+
+def has_costs(options: CoveredCallCandidatesConfig) -> bool:
+    return any((options.fee, options.half_spread, options.slippage, options.delivery_fee))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+#
+# Splits: chronological, a decision time never divided, and purged where options outlive the boundary.
+
+
+def split_decisions(
+    logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
+) -> dict[str, list[LoggedDecision]]:
+    """Decisions by split name. ``logged`` must be sorted by decision time."""
+    time = np.array([microseconds(entry.decision.decision_time) for entry in logged], np.int64)
+    label_end = np.array([microseconds(entry.label_end) for entry in logged], np.int64)
+    return {name: [logged[i] for i in places] for name, places in split_places(time, label_end, options).items()}
+
+
+def split_places(
+    time: np.ndarray, label_end: np.ndarray, options: CoveredCallCandidatesConfig
+) -> dict[str, np.ndarray]:
+    """Places of decisions by split name.
+
+    Args:
+        time: (D,) microseconds since 1970, sorted.
+        label_end: (D,) the same, of when the last of a decision's outcomes is known.
+    """
+    if options.splits == "train":
+        return {"train": np.arange(len(time))}
+    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
+    splits, purged, begin = {}, collections.Counter(), 0
+    for name, end in zip(("train", "validation", "test"), ends, strict=True):
+        splits[name] = np.arange(begin, end)
+        if options.purge and end < len(time):
+            # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
+            splits[name] = splits[name][label_end[begin:end] < time[end]]
+            purged[name] = end - begin - len(splits[name])
+        first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
+        logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
+        begin = end
+    if purged.total():
+        counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
+        logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
+    return splits
+
+
+def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
+    """The times from which validation and test begin."""
+    if options.validation_from is not None:
+        return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
+    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
+    train, validation, _ = map(float, options.splits)
+    places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
+    never = np.iinfo(np.int64).max
+    return [int(time[firsts[place]]) if place < len(firsts) else never for place in places]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# terms
+#
+# On which terms outcomes are computed: the rule and the vol of each exit style that give back its recorded trades.
+
+
+SIMPLEST = "simulated"  # where there are too few recorded trades to tell the presets apart
+MIN_TRADES = 10
+MIN_CORRELATION = 0.95  # of computed with recorded outcomes; below it the computed ones are not to be trusted
+MAX_BIAS = 0.05  # of the mean error, as a share of the typical recorded outcome; above it they are not, either
+BLOCKS = 20  # of trades, one after the other: the means of their errors tell how sure the mean of all is
+T_QUANTILE = 2.093  # of Student's t, 97.5 %, at BLOCKS - 1 degrees of freedom
+VOL_GRID = np.geomspace(0.1, 2.5, 14)
+
+
+class Trades(NamedTuple):
+    """T recorded trades, by time: what was sold, and what came of it."""
+
+    sales: Sales
+    exit_style: np.ndarray  # (T,) int, a place in the names
+    recorded: np.ndarray  # (T,) P&L vs HODL in USD a unit of underlying
+
+
+class Fit(NamedTuple):
+    """Computed against recorded outcomes of trades that have both; money in USD a unit, NaN without any."""
+
+    trades: int
+    correlation: float
+    median_error: float  # absolute
+    median_outcome: float  # absolute, recorded: the typical outcome
+    mean_error: float  # computed minus recorded
+    interval: tuple[float, float]  # of the mean error, 95 %, from the means of BLOCKS blocks of trades
+
+    @property
+    def bias(self) -> float:
+        """The mean error as a share of the typical outcome."""
+        return abs(self.mean_error) / self.median_outcome if self.median_outcome else math.inf
+
+    @property
+    def follows(self) -> bool:
+        return self.correlation >= MIN_CORRELATION and self.bias <= MAX_BIAS
+
+    def sentence(self, style: str) -> str:
+        if not self.trades:
+            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
+        text = (
+            f"Computed against recorded outcomes on {self.trades:,} {style} trades: computed minus recorded on "
+            f"average {self.mean_error:+,.2f} USD [{self.interval[0]:+,.2f}, {self.interval[1]:+,.2f}], "
+            f"{self.bias:.1%} of the typical outcome ({self.median_outcome:,.2f}); median absolute error "
+            f"{self.median_error:,.2f}, correlation {self.correlation:.4f}."
+        )
+        if self.follows:
+            return text
+        why = f"the correlation is below {MIN_CORRELATION}"
+        if self.correlation >= MIN_CORRELATION:
+            why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
+        return f"{text} WARNING: {why}: do not trust computed outcomes here. See settlement and pricing_iv."
+
+
+def fit_of(computed: np.ndarray, recorded: np.ndarray) -> Fit:
+    """Of trades (T,), in their order of time; NaN where unknown."""
+    both = ~np.isnan(computed) & ~np.isnan(recorded)
+    computed, recorded = computed[both], recorded[both]
+    if not len(computed):
+        return Fit(0, *[math.nan] * 4, (math.nan, math.nan))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        same = bool((computed == recorded).all())  # of which there may be one, or all alike
+        correlation = 1.0 if same else float(np.corrcoef(computed, recorded)[0, 1]) if len(computed) > 1 else math.nan
+    error = computed - recorded
+    middle = [float(np.median(np.abs(values))) for values in (error, recorded)]
+    return Fit(len(error), correlation, *middle, float(error.mean()), interval_of(error))
+
+
+def interval_of(error: np.ndarray) -> tuple[float, float]:
+    """Outcomes of neighbouring trades overlap, so that their errors are alike: blocks of them are nearly not."""
+    if len(error) < 2 * BLOCKS:
+        return math.nan, math.nan
+    means = np.array([block.mean() for block in np.array_split(error, BLOCKS)])
+    reach = T_QUANTILE * means.std(ddof=1) / math.sqrt(BLOCKS)
+    return float(error.mean() - reach), float(error.mean() + reach)
+
+
+def settle(
+    quotes: Quotes, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
+) -> tuple[dict[str, Terms], dict[str, Fit]]:
+    """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded.
+
+    Raises:
+        CandidatesError: for an iv_file that cannot be used.
+    """
+    priced = vols_of(options, list(quotes.names), set(np.unique(quotes.underlying).tolist()))
+    known = set(np.unique(quotes.exit_style).tolist())
+    terms, fits = {}, {}
+    for style in STYLES:
+        if code_of(quotes.names, style) in known:
+            its = pick_trades(trades, trades.exit_style == code_of(quotes.names, style))
+            terms[style], fits[style] = settle_style(style, quotes, market, its, priced, options)
+    return terms, fits
+
+
+def settle_style(
+    style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
+) -> tuple[Terms, Fit]:
+    """Chosen by the trades of the training split, if it has enough, and checked on all.
+
+    A market's vol is not what the recorded trades were paid at: they choose and check without it.
+    """
+    paid = Vols(constant=priced.constant)
+    early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
+    chosen_by = pick_trades(trades, np.broadcast_to(early, len(trades.recorded)))
+    chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
+
+    def computed(terms: Terms, trades: Trades) -> np.ndarray:
+        replay = Replay(quotes, {style: terms}, dataclasses.replace(options, horizon=None), market)
+        return replay.of_sales(trades.sales, style).gross
+
+    def error(terms: Terms) -> float:
+        found = np.abs(computed(terms, chosen_by) - chosen_by.recorded)
+        return float(np.median(found[~np.isnan(found)])) if not np.isnan(found).all() else math.inf
+
+    presets = list(PRESETS) if options.settlement == "auto" else [options.settlement]
+    enough = len(trades.recorded) >= MIN_TRADES
+    if not enough and options.settlement == "auto":
+        presets = [SIMPLEST]
+    candidates = [Terms(preset, rule_of(preset, options), paid) for preset in presets]
+    if options.pricing_iv == FIT and enough:
+        candidates = [one for terms in candidates for one in fit_vols(terms, error)]
+    errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
+    best = candidates[int(np.argmin(np.round(errors, 6)))]
+    fit = fit_of(computed(best, trades), trades.recorded)
+    if len(candidates) > 1:
+        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), fit)
+    return best._replace(vols=best.vols._replace(series=priced.series, shift=priced.shift)), fit
+
+
+def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
+    return Trades(pick(trades.sales, rows), trades.exit_style[rows], trades.recorded[rows])
+
+
+def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
+    """The terms with a constant vol, and with a multiple of the files' iv, each as near to the trades as it comes."""
+    found = []
+    for constant in (False, True):
+
+        def at(value: float, constant=constant) -> Terms:
+            return terms._replace(vols=Vols(constant=float(value)) if constant else Vols(multiple=float(value)))
+
+        near = int(np.argmin([error(at(value)) for value in VOL_GRID]))
+        bounds = VOL_GRID[max(near - 1, 0)], VOL_GRID[min(near + 1, len(VOL_GRID) - 1)]
+        best = minimize_scalar(lambda value, at=at: error(at(value)), bounds=bounds, method="bounded").x
+        found.append(min((at(round(best, digits)) for digits in (2, 3, 4, 12)), key=error))  # of equals the roundest
+    return found
+
+
+def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, fit: Fit) -> None:
+    others = ", ".join(f"{found:,.2f} by {terms.text()}" for terms, found in errors.items() if terms != best)
+    logger.log(
+        logging.INFO if fit.follows else logging.WARNING,
+        "%s: outcomes by %s, which are %.2f USD (median) from those of %d recorded trades; %s.",
+        style, best.text(), errors[best], trades, others,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # spool
 #
 # Decisions on disk in blocks, of which a few are in memory at a time, however many there are.
@@ -2679,7 +3366,7 @@ SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
-COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), (COSTS, pa.float64()), ("label_end", pa.int64())])
 PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
@@ -2728,15 +3415,15 @@ class Spool:
                 os.remove(self.path(name))
             raise
 
-    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray]]) -> None:
-        """Adds to each block the outcome of each candidate and its label end."""
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Adds to each block the outcome of each candidate, the costs in it, and its label end."""
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
             with pa.ipc.new_file(file, COMPUTED) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
-                    values, label_end = outcomes(block)
-                    writer.write_batch(pa.record_batch([pa.array(values), pa.array(label_end)], schema=COMPUTED))
-                    numbers = block.numbers | {COUNTERFACTUAL: values}
+                    *values, label_end = computed = outcomes(block)
+                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=COMPUTED))
+                    numbers = block.numbers | dict(zip(COMPUTED.names, values, strict=False))
                     self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
         self.computed = True
 
@@ -2771,7 +3458,8 @@ class Spool:
         label_end = np.zeros(len(rows), np.int64)
         if self.computed:
             computed = self.read_batch("outcomes.arrow", number)
-            numbers[COUNTERFACTUAL], label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+            *values, label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+            numbers |= dict(zip(COMPUTED.names, values, strict=False))
         by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
         offsets = candidates.offsets.to_numpy().astype(np.int64)
         return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
@@ -2810,8 +3498,9 @@ def locked_folder() -> tuple[str, FileLock]:
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX)
         lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
-        lock.acquire()
-        if os.path.exists(lock.lock_file):  # or another process took it for a dead one's, before it was locked
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+            lock.acquire()
+        if os.path.exists(lock.lock_file):
             return folder, lock
         lock.release()
 
@@ -2838,6 +3527,9 @@ def remove(folder: str, owner: int) -> None:
 # All decisions of some files: read, each of them once, in order of time, with their outcomes.
 
 
+CHECKED = 16  # stretches of decisions, of some thousand candidates each
+
+
 class Decisions(NamedTuple):
     """D decisions by time, ties in the order of the files; the number of one is its place here.
 
@@ -2852,6 +3544,8 @@ class Decisions(NamedTuple):
     spot: np.ndarray  # (D,) float64
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
+    replay: Replay | None = None  # what computes their outcomes
+    fits: dict[str, Fit] = {}  # how computed outcomes fit recorded ones, by exit style
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""
@@ -2887,7 +3581,7 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     if not len(decisions.place):
         raise nothing_left(paths, options, reader.present, reader.dropped)
     say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.sold_next, options)
+    return with_outcomes(decisions, reader.rolls, options)
 
 
 class Reader:
@@ -2896,7 +3590,7 @@ class Reader:
     def __init__(self, options: CoveredCallCandidatesConfig):
         self.options, self.spool = options, Spool()
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
-        self.sold_next: list[Calls] = []  # those of rolls_of
+        self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
 
@@ -2931,7 +3625,7 @@ class Reader:
             with self.spool.part() as append:
                 return how(path, self.options, expected, lambda columns: self.keep(columns, append))
         except Doubt as doubt:
-            del self.kept[before:], self.sold_next[before:]
+            del self.kept[before:], self.rolls[before:]
             return doubt
 
     def keep(self, columns: Columns, append) -> None:
@@ -2939,7 +3633,8 @@ class Reader:
         columns = columns.renamed(self.spool.names)
         by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
         self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
-        self.sold_next.append(rolls_of(columns, self.options))
+        rolls = TP_AND_ROLL in columns.names
+        self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
 
     def decisions(self) -> Decisions:
@@ -2982,33 +3677,57 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
 
 
 def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
-    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-2]})
 
 
-def with_outcomes(decisions: Decisions, rolls: list[Calls], options: CoveredCallCandidatesConfig) -> Decisions:
+def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
     """Computes the outcome of each candidate, into the spool.
 
     Args:
         rolls: those of rolls_of, of the decisions in the spool's order.
     """
-    key = (decisions.underlying, decisions.exit_style, decisions.time)
     names = tuple(decisions.spool.names)
-    roll = rolls[0]  # without such decisions none is looked up, and together they would take memory
+    roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
     if TP_AND_ROLL in names:
-        roll = Calls(*(np.concatenate(parts)[decisions.place] for parts in zip(*rolls, strict=True)))
-    market = Market(names, *key, decisions.spot, decisions.size, roll, options)
-    label_ends = []
+        roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
+    quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
+    market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
+    terms, fits = settle(quotes, market, recorded_trades(decisions), options)
+    replay, label_ends = Replay(quotes, terms, options, market), []
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-        pnl, label_end = counterfactuals(columns, market, options)
+    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = replay.of_candidates(columns)
         last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
         if has_one.any():
-            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
+            last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        return pnl, label_end
+        return net_of(found, options), found.costs, found.label_end
 
     decisions.spool.compute(outcomes)
-    return decisions._replace(label_end=np.concatenate(label_ends)[decisions.place])
+    label_end = np.concatenate(label_ends)[decisions.place]
+    return decisions._replace(label_end=label_end, replay=replay, fits=fits)
+
+
+def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:
+    return Calls(*(np.concatenate(arrays)[places] for arrays in zip(*parts, strict=True)))
+
+
+def recorded_trades(decisions: Decisions) -> Trades:
+    """The calls that were sold and have a recorded outcome; of very many decisions those of CHECKED stretches of time,
+    evenly apart."""
+    parts = list(decisions.batches(decisions.numbers))
+    found = [trades_of(decisions.columns(part)) for part in parts[:: max(1, math.ceil(len(parts) / CHECKED))]]
+    sales = Sales(*map(np.concatenate, zip(*(trades.sales for trades in found), strict=True)))
+    return Trades(sales, *(np.concatenate([getattr(one, name) for one in found]) for name in Trades._fields[1:]))
+
+
+def trades_of(columns: Columns) -> Trades:
+    rows = columns.offsets[:-1] + columns.chosen
+    its = np.flatnonzero(columns.chosen >= 0)
+    its = its[~np.isnan(columns.numbers["pnl_vs_hodl"][rows[its]])]
+    calls = [columns.numbers[name][rows[its]] for name in Calls._fields]
+    sales = Sales(columns.underlying[its], columns.time[its], columns.spot[its], *calls)
+    return Trades(sales, columns.exit_style[its], columns.numbers["pnl_vs_hodl"][rows[its]])
 
 
 def hashes_of(data_files: Any) -> dict[str, str]:
@@ -3116,11 +3835,12 @@ def preferred_pairs(columns: Columns, options: PreferenceConfig) -> Pairs:
 
 
 def recorded_outcomes(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """(D,) the recorded P&L vs HODL of the calls that were sold; NaN with costs or a horizon, of which it does not
-    know."""
+    """(D,) the recorded P&L vs HODL of the calls that were sold, net of costs; NaN where unknown, see
+    outcomes.recorded_outcome."""
     if not as_recorded(options):
         return np.full(len(columns), np.nan)
-    return at(columns.chosen, columns.numbers["pnl_vs_hodl"], columns, otherwise=np.nan)
+    net = columns.numbers["pnl_vs_hodl"] - (columns.numbers[COSTS] if has_costs(options) else 0.0)
+    return at(columns.chosen, net, columns, otherwise=np.nan)
 
 
 def at(places: np.ndarray, values: np.ndarray, columns: Columns, otherwise: float = 0.0) -> np.ndarray:
@@ -3177,60 +3897,6 @@ def count_labels(chosen: np.ndarray) -> str:
         for pick, count in zip(picks.tolist(), counts.tolist(), strict=True)
     }
     return ", ".join(f"{label} {count}" for label, count in sorted(by_label.items()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# splits
-#
-# Splits: chronological, a decision time never divided, and purged where options outlive the boundary.
-
-
-def split_decisions(
-    logged: list[LoggedDecision], options: CoveredCallCandidatesConfig
-) -> dict[str, list[LoggedDecision]]:
-    """Decisions by split name. ``logged`` must be sorted by decision time."""
-    time = np.array([microseconds(entry.decision.decision_time) for entry in logged], np.int64)
-    label_end = np.array([microseconds(entry.label_end) for entry in logged], np.int64)
-    return {name: [logged[i] for i in places] for name, places in split_places(time, label_end, options).items()}
-
-
-def split_places(
-    time: np.ndarray, label_end: np.ndarray, options: CoveredCallCandidatesConfig
-) -> dict[str, np.ndarray]:
-    """Places of decisions by split name.
-
-    Args:
-        time: (D,) microseconds since 1970, sorted.
-        label_end: (D,) the same, of when the last of a decision's outcomes is known.
-    """
-    if options.splits == "train":
-        return {"train": np.arange(len(time))}
-    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
-    splits, purged, begin = {}, collections.Counter(), 0
-    for name, end in zip(("train", "validation", "test"), ends, strict=True):
-        splits[name] = np.arange(begin, end)
-        if options.purge and end < len(time):
-            # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
-            splits[name] = splits[name][label_end[begin:end] < time[end]]
-            purged[name] = end - begin - len(splits[name])
-        first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
-        logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
-        begin = end
-    if purged.total():
-        counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
-        logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
-    return splits
-
-
-def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
-    """The times from which validation and test begin."""
-    if options.validation_from is not None:
-        return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
-    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
-    train, validation, _ = map(float, options.splits)
-    places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
-    never = np.iinfo(np.int64).max
-    return [int(time[firsts[place]]) if place < len(firsts) else never for place in places]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decis
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 STATE, RECORDED = Candidate._fields[1:], Outcome._fields
-COUNTERFACTUAL = "counterfactual_pnl_vs_hodl"
+COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED and COUNTERFACTUAL
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
 
     def __len__(self) -> int:
@@ -114,6 +114,7 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
     numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
+    numbers[COSTS] = floats(one.costs for one in counterfactuals)
     return Columns(
         names,
         np.array([codes[decision.underlying] for decision in decisions], np.int32),
@@ -134,7 +135,8 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     candidates = [Candidate(*row) for row in rows]
     outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
     ends = map(time_of, columns.label_end.tolist())
-    counterfactuals = [Counterfactual(*row) for row in zip(known(columns.numbers[COUNTERFACTUAL]), ends, strict=True)]
+    computed = (known(columns.numbers[COUNTERFACTUAL]), ends, known(columns.numbers[COSTS]))
+    counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
     logged = []

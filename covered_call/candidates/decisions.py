@@ -2,24 +2,31 @@
 
 import collections
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import Columns, columns_of, in_batches, time_of
 from covered_call.candidates.csv_rows import check_header
+from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import TP_AND_ROLL, Calls, Market, counterfactuals, rolls_of
+from covered_call.candidates.outcomes import TP_AND_ROLL, Quotes, Replay, net_of
+from covered_call.candidates.pricing import Calls, Sales
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.reading import read_file, warn_of_no_offset
 from covered_call.candidates.schema import CandidatesError, Decision, printable, shown
 from covered_call.candidates.spool import Spool
+from covered_call.candidates.terms import Fit, Trades, settle
 
 logger = logging.getLogger(__name__)
+
+CHECKED = 16  # stretches of decisions, of some thousand candidates each
 
 
 class Decisions(NamedTuple):
@@ -36,6 +43,8 @@ class Decisions(NamedTuple):
     spot: np.ndarray  # (D,) float64
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
+    replay: Replay | None = None  # what computes their outcomes
+    fits: dict[str, Fit] = {}  # how computed outcomes fit recorded ones, by exit style
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""
@@ -71,7 +80,7 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     if not len(decisions.place):
         raise nothing_left(paths, options, reader.present, reader.dropped)
     say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.sold_next, options)
+    return with_outcomes(decisions, reader.rolls, options)
 
 
 class Reader:
@@ -80,7 +89,7 @@ class Reader:
     def __init__(self, options: CoveredCallCandidatesConfig):
         self.options, self.spool = options, Spool()
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
-        self.sold_next: list[Calls] = []  # those of rolls_of
+        self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
 
@@ -115,7 +124,7 @@ class Reader:
             with self.spool.part() as append:
                 return how(path, self.options, expected, lambda columns: self.keep(columns, append))
         except Doubt as doubt:
-            del self.kept[before:], self.sold_next[before:]
+            del self.kept[before:], self.rolls[before:]
             return doubt
 
     def keep(self, columns: Columns, append) -> None:
@@ -123,7 +132,8 @@ class Reader:
         columns = columns.renamed(self.spool.names)
         by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
         self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
-        self.sold_next.append(rolls_of(columns, self.options))
+        rolls = TP_AND_ROLL in columns.names
+        self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
 
     def decisions(self) -> Decisions:
@@ -166,33 +176,57 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
 
 
 def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
-    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:]})
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-2]})
 
 
-def with_outcomes(decisions: Decisions, rolls: list[Calls], options: CoveredCallCandidatesConfig) -> Decisions:
+def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
     """Computes the outcome of each candidate, into the spool.
 
     Args:
         rolls: those of rolls_of, of the decisions in the spool's order.
     """
-    key = (decisions.underlying, decisions.exit_style, decisions.time)
     names = tuple(decisions.spool.names)
-    roll = rolls[0]  # without such decisions none is looked up, and together they would take memory
+    roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
     if TP_AND_ROLL in names:
-        roll = Calls(*(np.concatenate(parts)[decisions.place] for parts in zip(*rolls, strict=True)))
-    market = Market(names, *key, decisions.spot, decisions.size, roll, options)
-    label_ends = []
+        roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
+    quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
+    market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
+    terms, fits = settle(quotes, market, recorded_trades(decisions), options)
+    replay, label_ends = Replay(quotes, terms, options, market), []
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-        pnl, label_end = counterfactuals(columns, market, options)
+    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = replay.of_candidates(columns)
         last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
         if has_one.any():
-            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
+            last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        return pnl, label_end
+        return net_of(found, options), found.costs, found.label_end
 
     decisions.spool.compute(outcomes)
-    return decisions._replace(label_end=np.concatenate(label_ends)[decisions.place])
+    label_end = np.concatenate(label_ends)[decisions.place]
+    return decisions._replace(label_end=label_end, replay=replay, fits=fits)
+
+
+def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:
+    return Calls(*(np.concatenate(arrays)[places] for arrays in zip(*parts, strict=True)))
+
+
+def recorded_trades(decisions: Decisions) -> Trades:
+    """The calls that were sold and have a recorded outcome; of very many decisions those of CHECKED stretches of time,
+    evenly apart."""
+    parts = list(decisions.batches(decisions.numbers))
+    found = [trades_of(decisions.columns(part)) for part in parts[:: max(1, math.ceil(len(parts) / CHECKED))]]
+    sales = Sales(*map(np.concatenate, zip(*(trades.sales for trades in found), strict=True)))
+    return Trades(sales, *(np.concatenate([getattr(one, name) for one in found]) for name in Trades._fields[1:]))
+
+
+def trades_of(columns: Columns) -> Trades:
+    rows = columns.offsets[:-1] + columns.chosen
+    its = np.flatnonzero(columns.chosen >= 0)
+    its = its[~np.isnan(columns.numbers["pnl_vs_hodl"][rows[its]])]
+    calls = [columns.numbers[name][rows[its]] for name in Calls._fields]
+    sales = Sales(columns.underlying[its], columns.time[its], columns.spot[its], *calls)
+    return Trades(sales, columns.exit_style[its], columns.numbers["pnl_vs_hodl"][rows[its]])
 
 
 def hashes_of(data_files: Any) -> dict[str, str]:

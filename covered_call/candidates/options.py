@@ -13,12 +13,14 @@ import numpy as np
 
 from covered_call.candidates.schema import MAX_DTE, MAX_IV, CandidatesError, is_number, iso_time, shown, utc
 
+FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
+AS_SETTLED = "as settlement has it"
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 
 
-def option(default, group: str, placeholder: str, text: str, *, otherwise: str = "", choices=(), most=None):
+def option(default, group: str, placeholder: str, text: str, *, otherwise="", choices=(), most=None, least=0.0):
     """A field for an option.
 
     Args:
@@ -26,10 +28,10 @@ def option(default, group: str, placeholder: str, text: str, *, otherwise: str =
         text: what it does.
         otherwise: what happens without it, where the default alone would not say.
         choices: what may be chosen from.
-        most: the largest value of one that is a number from 0.
+        most, least: the largest and the least value of one that is a number.
     """
     said = {"group": group, "placeholder": placeholder, "text": text, "otherwise": otherwise}
-    return dataclasses.field(default=default, metadata=said | {"choices": choices, "most": most})
+    return dataclasses.field(default=default, metadata=said | {"choices": choices, "most": most, "least": least})
 
 
 @dataclass
@@ -105,6 +107,14 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
     slippage: float = option(
         0.0, OUTCOMES, "SHARE", "lost beside it at each trade, as a share of the underlying's price", most=1
     )
+    delivery_fee: float = option(
+        0.0,
+        OUTCOMES,
+        "SHARE",
+        "of a call that is settled in the money, as a share of the underlying's price, capped as fee is; Deribit: "
+        "0.00015",
+        most=1,
+    )
     # Half a day: in a daily file without gaps no expiry is farther from a decision, and more would add noise of its
     # own to a week's outcome.
     expiry_tolerance: float = option(
@@ -118,12 +128,74 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         otherwise="hold it to its expiry",
         most=MAX_DTE,
     )
-    take_profit: float = option(
-        0.70, OUTCOMES, "SHARE", "of tp_and_roll: buy back once this share of the premium is earned", most=1
+    settlement: str = option(
+        "auto",
+        OUTCOMES,
+        "RULE",
+        "when a call is taken for settled, bought back and rolled: teacher (16 hours before expiry; 80 % of the "
+        "premium taken as profit, defended at 98 % of the strike, at most 3 rolls by score), intrinsic (the same, "
+        "settled at expiry, as a holder of the real contracts is), simulated (as data/simulate_backtest.py has it), "
+        "or auto (the one that gives back the recorded trades of an exit style best)",
+        choices=("auto", "teacher", "intrinsic", "simulated"),
+    )
+    settle_hours: float | None = option(
+        None, OUTCOMES, "HOURS", "of time value left in an outcome", otherwise=AS_SETTLED, most=24 * MAX_DTE
+    )
+    take_profit: float | None = option(
+        None,
+        OUTCOMES,
+        "SHARE",
+        "of tp_and_roll: buy back once this share of the premium is earned",
+        otherwise=AS_SETTLED,
+        most=1,
+    )
+    defend: float | None = option(
+        None, OUTCOMES, "SHARE", "of tp_and_roll: buy back once spot / strike is so high", otherwise=AS_SETTLED,
+        most=math.inf,
+    )  # fmt: skip
+    min_dte_to_roll: float | None = option(
+        None, OUTCOMES, "DAYS", "of tp_and_roll: buy back only while more are left", otherwise=AS_SETTLED, most=MAX_DTE
+    )
+    max_rolls: float | None = option(
+        None, OUTCOMES, "N", "of tp_and_roll: calls that are sold after the first", otherwise=AS_SETTLED, most=math.inf
+    )
+    roll_min_score: float | None = option(
+        None,
+        OUTCOMES,
+        "SCORE",
+        "of tp_and_roll: sell next the best score of another instrument, if it is as high as this",
+        otherwise=AS_SETTLED,
+        most=math.inf,
+        least=-math.inf,
     )
     roll_delta: float = option(
-        0.25, OUTCOMES, "DELTA", "of tp_and_roll: the delta of the call that is sold next", most=1
+        0.25, OUTCOMES, "DELTA", "of tp_and_roll as simulated: the delta of the call that is sold next", most=1
     )
+    keep_cut: bool = option(
+        False,
+        OUTCOMES,
+        "BOOL",
+        "of tp_and_roll: keep the mark of a trade that the end of the files cuts off, in place of an unknown outcome",
+    )
+    pricing_iv: float | str | None = option(
+        None,
+        OUTCOMES,
+        "VOL",
+        "price premiums and buy-backs at this vol (0.7 is 70 % a year), or fit: at what the recorded trades were paid",
+        otherwise="the files' iv",
+    )
+    iv_file: str | None = option(
+        None,
+        OUTCOMES,
+        "CSV",
+        "price them at the market's vol as it was known at each sale: a CSV of times and vols, {underlying} in its "
+        "name for one each; an index has no skew, see iv_shift",
+        otherwise="the files' iv",
+    )
+    iv_lag: float = option(
+        24.0, OUTCOMES, "HOURS", "after its time at which a vol of iv_file is known; a day's close: 24", most=24 * 365
+    )
+    iv_shift: float = option(0.0, OUTCOMES, "VOL", "added to the vol of premiums and buy-backs", most=5, least=-5)
 
     def check(self) -> None:
         """Raises CandidatesError for a value that no option takes."""
@@ -135,6 +207,16 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 raise CandidatesError(f"{name}={shown(value)}: give a name as the files have it, or leave it out.")
         if not is_number(self.seed) or isinstance(self.seed, (float, np.floating)):
             raise CandidatesError(f"seed={shown(self.seed)}: give a whole number.")
+        fits = isinstance(self.pricing_iv, str) and self.pricing_iv == FIT
+        if self.pricing_iv is not None and not fits and not 0 < (constant_vol(self.pricing_iv) or 0) <= MAX_IV:
+            raise CandidatesError(
+                f"pricing_iv={shown(self.pricing_iv)}: give a vol above 0 and up to {MAX_IV:g} (0.7 is 70 % a year), "
+                f"or {FIT}."
+            )
+        if self.iv_file is not None and (not isinstance(self.iv_file, str) or not self.iv_file.strip()):
+            raise CandidatesError(f"iv_file={shown(self.iv_file)}: give the path of a CSV, or leave it out.")
+        if self.iv_file is not None and self.pricing_iv is not None:
+            raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
@@ -192,15 +274,23 @@ def kind_of(name: str) -> type[CoveredCallCandidatesConfig]:
 
 def check_value(field: dataclasses.Field, value) -> None:
     """Raises CandidatesError unless the value is of the choices, the type and the limits of its option."""
-    name, choices, most = field.name, field.metadata["choices"], field.metadata["most"]
+    name, choices, most, least = field.name, *(field.metadata[key] for key in ("choices", "most", "least"))
     if choices and (not isinstance(value, str) or value not in choices):
         raise CandidatesError(f"{name}={shown(value)}: choose one of {', '.join(choices)}.")
     if isinstance(field.default, bool) and not isinstance(value, bool):
         raise CandidatesError(f"{name}={shown(value)}: give True or False.")
     if most is None or (value is None and field.default is None):
         return
-    if not is_number(value) or not 0 <= value <= most:
-        raise CandidatesError(f"{name}={shown(value)}: give a number from 0 to {most:g}.")
+    if not is_number(value) or not least <= value <= most:
+        raise CandidatesError(f"{name}={shown(value)}: give a number from {least:g} to {most:g}.")
+
+
+def constant_vol(given) -> float | None:
+    """The option pricing_iv as a number, also of a text; None where it is none."""
+    try:
+        return float(given) if isinstance(given, str) or is_number(given) else None
+    except ValueError:
+        return None
 
 
 def check_options(name: str, options: dict) -> None:

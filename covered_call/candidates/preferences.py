@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import COUNTERFACTUAL, Columns
+from covered_call.candidates.columns import COSTS, COUNTERFACTUAL, Columns
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
-from covered_call.candidates.outcomes import as_recorded
+from covered_call.candidates.outcomes import as_recorded, has_costs
 from covered_call.candidates.prompts import answer_of
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,12 @@ def preferred_pairs(columns: Columns, options: PreferenceConfig) -> Pairs:
 
 
 def recorded_outcomes(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """(D,) the recorded P&L vs HODL of the calls that were sold; NaN with costs or a horizon, of which it does not
-    know."""
+    """(D,) the recorded P&L vs HODL of the calls that were sold, net of costs; NaN where unknown, see
+    outcomes.recorded_outcome."""
     if not as_recorded(options):
         return np.full(len(columns), np.nan)
-    return at(columns.chosen, columns.numbers["pnl_vs_hodl"], columns, otherwise=np.nan)
+    net = columns.numbers["pnl_vs_hodl"] - (columns.numbers[COSTS] if has_costs(options) else 0.0)
+    return at(columns.chosen, net, columns, otherwise=np.nan)
 
 
 def at(places: np.ndarray, values: np.ndarray, columns: Columns, otherwise: float = 0.0) -> np.ndarray:

@@ -98,10 +98,12 @@ class Outcome(NamedTuple):
 
 class Counterfactual(NamedTuple):
     """What selling a candidate would have brought, sold or not: P&L vs HODL in USD a unit of underlying, net of the
-    costs that are set. None where unknown; ``label_end`` is the time of the last price it rests on."""
+    costs that are set; and these costs. None where unknown; ``label_end`` is the time of the last price it rests on.
+    """
 
     pnl_vs_hodl: float | None
     label_end: datetime.datetime
+    costs: float | None = 0.0
 
 
 class LoggedDecision(NamedTuple):

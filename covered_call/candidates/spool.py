@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from covered_call.candidates.columns import BY_DECISION, COUNTERFACTUAL, RECORDED, STATE, Columns, join
+from covered_call.candidates.columns import BY_DECISION, COSTS, COUNTERFACTUAL, RECORDED, STATE, Columns, join
 from covered_call.candidates.schema import CandidatesError
 
 READ = (*STATE, *RECORDED)  # of a candidate, from the files; what is computed of it is added later
@@ -22,7 +22,7 @@ SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
-COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), ("label_end", pa.int64())])
+COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), (COSTS, pa.float64()), ("label_end", pa.int64())])
 PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
@@ -71,15 +71,15 @@ class Spool:
                 os.remove(self.path(name))
             raise
 
-    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray]]) -> None:
-        """Adds to each block the outcome of each candidate and its label end."""
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Adds to each block the outcome of each candidate, the costs in it, and its label end."""
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
             with pa.ipc.new_file(file, COMPUTED) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
-                    values, label_end = outcomes(block)
-                    writer.write_batch(pa.record_batch([pa.array(values), pa.array(label_end)], schema=COMPUTED))
-                    numbers = block.numbers | {COUNTERFACTUAL: values}
+                    *values, label_end = computed = outcomes(block)
+                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=COMPUTED))
+                    numbers = block.numbers | dict(zip(COMPUTED.names, values, strict=False))
                     self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
         self.computed = True
 
@@ -114,7 +114,8 @@ class Spool:
         label_end = np.zeros(len(rows), np.int64)
         if self.computed:
             computed = self.read_batch("outcomes.arrow", number)
-            numbers[COUNTERFACTUAL], label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+            *values, label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
+            numbers |= dict(zip(COMPUTED.names, values, strict=False))
         by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
         offsets = candidates.offsets.to_numpy().astype(np.int64)
         return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
@@ -153,8 +154,9 @@ def locked_folder() -> tuple[str, FileLock]:
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX)
         lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
-        lock.acquire()
-        if os.path.exists(lock.lock_file):  # or another process took it for a dead one's, before it was locked
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+            lock.acquire()
+        if os.path.exists(lock.lock_file):
             return folder, lock
         lock.release()
 

@@ -156,8 +156,8 @@ def warn_of_scorer(metadata: dict, entries: list[LoggedDecision], config: Covere
     return warnings
 
 
-def number(value: float | None) -> str:
-    return "none" if value is None else f"{value:g}"
+def number(value: float | str | None) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def make_study(

@@ -155,9 +155,9 @@ DIFFERENCES = ["minus_teacher", "minus_best_rule"]
 HOW = """\
 P&L is in USD for each unit of underlying, against holding it (HODL = 0), at the time of the decision. Where a policy \
 did as the teacher, its outcome is the recorded one. Where it sold another call, the outcome is computed: for \
-hold_to_expiry the Black-Scholes premium less what the call pays at the spot at expiry, which is that of the decision \
-nearest to it, at most {tolerance:g} hours away; for tp_and_roll a replay, {take_profit:.0%} of the premium taken as \
-profit and then a roll into the call nearest to delta {roll_delta:g}. It is unknown where iv or that spot is missing, \
+hold_to_expiry the Black-Scholes premium less what the call is worth at its settlement, at the spot of a decision at \
+most {tolerance:g} hours away; for tp_and_roll a replay, call after call, of the rule that buys back and rolls. The \
+rule of each is settlement={settlement} (see docs/outcomes.md). It is unknown where iv or that spot is missing, \
 for any other exit style, and for tp_and_roll unless the replay follows the recorded trades (correlation at least \
 {correlation:g}). An unknown outcome never counts as zero: totals, means, worst month and drawdown are then bounds, \
 `a to b`, with the unknown ones replaced by the worst and by the best outcome that the teacher recorded in that year \
@@ -180,7 +180,7 @@ LINES: dict[str, dict[str, Any]] = {  # of the equity plot; that of a rule is da
 
 def how_measured(config: CoveredCallCandidatesConfig) -> str:
     return HOW.format(
-        tolerance=config.expiry_tolerance, take_profit=config.take_profit, roll_delta=config.roll_delta,
+        tolerance=config.expiry_tolerance, settlement=config.settlement,
         correlation=MIN_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
     )  # fmt: skip
 

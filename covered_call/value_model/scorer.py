@@ -439,8 +439,7 @@ def check_metadata(metadata: dict) -> None:
     styles = metadata["exit_styles"]
     if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
         raise ValueError(f"exit_styles {styles!r:.100} is no list of names")
-    for name, value in metadata["outcome_options"].items():
-        number(name, 0.0 if value is None else value, sys.float_info.max)
+    CoveredCallCandidatesConfig(**metadata["outcome_options"]).check()
     number("offset", metadata["offset"], MAX_OFFSET)
     number("max_iv", metadata["max_iv"], sys.float_info.max)
     Gates(**metadata["gates"]).check()

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
-from covered_call.candidates.outcomes import black_scholes_call
 from covered_call.candidates.preferences import Pairs, balance_pairs, preferred_pairs
+from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.prompts import admissible_answers, present_in_order
 from covered_call.candidates.records import preference_records
 from covered_call.candidates.schema import COLUMNS, NO_TRADE, CandidatesError, LoggedDecision

@@ -163,7 +163,8 @@ def test_help_shows_each_option_in_its_group_with_its_unit_and_default(verb, com
         assert any(line.startswith(title) for line in titles), title
     lines = {line.split()[0]: line for line in re.sub(r"\n {10,}", " ", text).split("\n  ")[1:] if line[:2] == "--"}
     for name, default in (("--fee_cap", "0.125"), ("--expiry_tolerance", "12"), ("--splits", "0.8 0.1 0.1"),
-                          ("--take_profit", "0.7"), ("--horizon", "hold it to its expiry"), ("--purge", "true"),
+                          ("--take_profit", "as settlement has it"), ("--settlement", "auto"),
+                          ("--horizon", "hold it to its expiry"), ("--purge", "true"),
                           ("--max_iv", "5"), ("--duplicates", "error")):  # fmt: skip
         assert f"default: {default}" in lines[name]
     assert verb == "audit" or "default: " in lines["--output_dir"]
