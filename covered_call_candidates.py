@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "73803c11ae7f9f3ac4dfba0aa75d9dafd701f68c46dd15c5e4e18fef88dc6ea9"  # their SHA-256
+MADE_FROM = "2105aa720d108e3df511fb03187f11bcb6687f9143372a6ac7700c61316c491c"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2668,49 +2668,90 @@ class Outcomes(NamedTuple):
     cut: np.ndarray  # bool: the files end before the chain does, and the outcome is its mark there
 
 
+class Segment(NamedTuple):
+    """Of some chains the call that is open from one place to another."""
+
+    chain: np.ndarray  # (K,) int64, which
+    legs: Legs  # (K,)
+    begin: np.ndarray  # (K,) int64, the place of its sale
+    end: np.ndarray  # (K,) int64, the place at which it is bought back, or settled
+    paid: np.ndarray  # (K,) USD that this took, with costs
+    received: np.ndarray  # (K,) USD that its sale brought, net of costs
+
+
 def follow(
-    sales: Sales, stop: np.ndarray, stop_time: np.ndarray, rule: Rule, market: Market, nodes: Nodes, options
+    sales: Sales,
+    stop: np.ndarray,
+    stop_time: np.ndarray,
+    rule: Rule,
+    market: Market,
+    nodes: Nodes,
+    options: CoveredCallCandidatesConfig,
+    trail: list[Segment] | None = None,
 ) -> Outcomes:
     """What each chain brings that begins with one of these sales.
 
     Args:
         stop: (C,) the place at which what is open is bought back, NEVER for none.
         stop_time: (C,) the time that stands for, which may not be that of the place.
+        trail: takes in what was open when, call after call.
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
-    legs, rows, lag = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), hours(rule.settle_hours)
+    legs, rows, rolls = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), len(nodes.best) > 0
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-    rolls, rolled = len(nodes.best) > 0, 0
+    begin = first = market.search(sales.underlying, sales.time, "right") - 1
+    left_to_roll = rule.max_rolls if rolls else 0
     while len(rows):
-        exits = legs.exit if rolls and rolled < rule.max_rolls else np.full(len(rows), NEVER)
-        stops = stop[rows] <= np.minimum(exits, legs.mature)
-        bought = ~stops & (exits <= legs.mature)
-        settled = ~stops & ~bought
-        place = np.where(stops, stop[rows], np.where(bought, exits, legs.mature))
-        left = legs.expiry + lag - np.where(stops, stop_time[rows], market.time[place])
-        left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
-        value = mark(market.spot[place], legs, left, rule)
-        traded = bought | (stops & (left > lag))
-        unknown = settled & ~legs.settles
-        gross[rows] += np.where(unknown & ~(legs.cut & rolls), np.nan, legs.premium - value)
-        costs[rows] += trading_cost(legs.premium, legs.spot, options)
-        costs[rows] += np.where(traded, trading_cost(value, market.spot[place], options),
-            delivery_cost(value, market.spot[place], options))  # fmt: skip
-        cut[rows] = unknown & legs.cut & rolls
-        final[rows] = place
-        due = np.where(settled, legs.expiry, np.where(stops, stop_time[rows], 0))
-        label_end[rows] = np.where(unknown, due, np.maximum(due, market.time[place]))
-        # What is sold next, where something was bought back.
-        its, place, before = np.flatnonzero(bought), place[bought], pick(legs, bought)
-        following = next_of(place, before, nodes, rule) if rolls else np.full(len(its), -1)
-        rows, legs = rows[its[following >= 0]], pick(nodes.legs, following[following >= 0])
-        rolled += 1
+        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, market, options)
+        opening = trading_cost(legs.premium, legs.spot, options)
+        cut[rows] = closed.unknown & legs.cut & rolls
+        gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
+        costs[rows] += opening + closed.costs
+        final[rows], label_end[rows] = closed.place, closed.label_end
+        if trail is not None:
+            income = legs.premium - opening
+            trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, income))
+        its = np.flatnonzero(closed.bought)
+        following = next_of(closed.place[its], pick(legs, its), nodes, rule) if rolls else np.full(len(its), -1)
+        its = its[following >= 0]
+        rows, begin, legs = rows[its], closed.place[its], pick(nodes.legs, following[following >= 0])
+        left_to_roll -= 1
     if rolls:
-        first = market.search(sales.underlying, sales.time, "right") - 1
         gross[market.gaps[final] > market.gaps[first]] = np.nan
     costs[np.isnan(gross)] = np.nan
     return Outcomes(gross, costs, label_end, cut)
+
+
+class Closed(NamedTuple):
+    """How calls (C,) end."""
+
+    place: np.ndarray  # int64
+    bought: np.ndarray  # bool, back by the rule: another may be sold
+    unknown: np.ndarray  # bool, whether it was to be settled and there is no price for that
+    value: np.ndarray  # USD
+    costs: np.ndarray  # USD
+    label_end: np.ndarray  # int64
+
+
+def close_legs(
+    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, market: Market, options
+) -> Closed:
+    """Args: stop, stop_time: (C,) as in follow."""
+    exits, lag = legs.exit if may_exit else np.full(len(stop), NEVER), hours(rule.settle_hours)
+    stops = stop <= np.minimum(exits, legs.mature)
+    bought = ~stops & (exits <= legs.mature)
+    settled = ~stops & ~bought
+    place = np.where(stops, stop, np.where(bought, exits, legs.mature))
+    left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
+    left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
+    spot = market.spot[place]
+    value = mark(spot, legs, left, rule)
+    traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles
+    costs = np.where(traded, trading_cost(value, spot, options), delivery_cost(value, spot, options))
+    due = np.where(settled, legs.expiry, np.where(stops, stop_time, 0))
+    label_end = np.where(unknown, due, np.maximum(due, market.time[place]))
+    return Closed(place, bought, unknown, value, costs, label_end)
 
 
 def next_of(place: np.ndarray, before: Legs, nodes: Nodes, rule: Rule) -> np.ndarray:
@@ -2861,6 +2902,7 @@ NO_NODES = Nodes(np.zeros(0, np.int64), np.zeros(0, np.int64), Legs(*(np.zeros(0
 # At which implied vol premiums and buy-backs are priced; prompts and features keep the file's own.
 
 
+UNDERLYING = "{underlying}"  # in the name of an iv_file: the name of each
 STALE = 72 * HOUR  # of a vol by time: when nothing newer has come for so long, it is unknown
 
 
@@ -2914,14 +2956,14 @@ def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     """
     series = None
     if options.iv_file is not None:
-        if len(underlyings) > 1 and "{underlying}" not in options.iv_file:
+        if len(underlyings) > 1 and UNDERLYING not in options.iv_file:
             several = ", ".join(sorted(names[code] for code in underlyings))
             raise CandidatesError(
                 f"iv_file={shown(options.iv_file)}: the files hold {several}, each with a vol of its own. Name the "
-                "files with {underlying} in the place of the name."
+                f"files with {UNDERLYING} in the place of the name."
             )
         series = {
-            code: read_series(options.iv_file.replace("{underlying}", names[code]), options.iv_lag)
+            code: read_series(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
             for code in sorted(underlyings)
         }
     return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
@@ -3130,7 +3172,8 @@ def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfi
 
 def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
     """Whether counterfactuals mean what the recorded outcomes do: until the exit, at the vol that was paid."""
-    return options.horizon is None and options.iv_file is None and options.iv_shift == 0
+    at_paid = options.iv_file is None and options.iv_shift == 0 and constant_vol(options.pricing_iv) is None
+    return at_paid and options.horizon is None
 
 
 def has_costs(options: CoveredCallCandidatesConfig) -> bool:
@@ -3296,9 +3339,9 @@ def settle_style(
 ) -> tuple[Terms, Fit]:
     """Chosen by the trades of the training split, if it has enough, and checked on all.
 
-    A market's vol is not what the recorded trades were paid at: they choose and check without it.
+    They choose and check at the vol that they may have been paid at: the market's is another, and a constant may be.
     """
-    paid = Vols(constant=priced.constant)
+    paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
     chosen_by = pick_trades(trades, np.broadcast_to(early, len(trades.recorded)))
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
@@ -3315,7 +3358,7 @@ def settle_style(
     enough = len(trades.recorded) >= MIN_TRADES
     if not enough and options.settlement == "auto":
         presets = [SIMPLEST]
-    candidates = [Terms(preset, rule_of(preset, options), paid) for preset in presets]
+    candidates = [Terms(preset, rule_of(preset, options), vols) for preset in presets for vols in paid]
     if options.pricing_iv == FIT and enough:
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
@@ -3323,7 +3366,8 @@ def settle_style(
     fit = fit_of(computed(best, trades), trades.recorded)
     if len(candidates) > 1:
         say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), fit)
-    return best._replace(vols=best.vols._replace(series=priced.series, shift=priced.shift)), fit
+    vols = best.vols if priced.constant is None else priced
+    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), fit
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
@@ -4189,13 +4233,15 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         options = {name: value for name, value in options.items() if value is not None}
         check_options(options.get("config_name", self.DEFAULT_CONFIG_NAME), options)
         # The library makes its cache key from what it is given here. Resolved files with the hash of their
-        # content, and the hash of this code, are what make an edited CSV or prompt give new rows. Its own version
-        # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
+        # content, and the hash of this code, are what make an edited CSV or prompt give new rows; so is that of an
+        # iv_file. Its own version is there because an older one cannot read what a newer one wrote: 3.6 knows
+        # nothing of the features of 4.
+        vols = hash_of_vols(options.get("iv_file"))
         super().__init__(
             *args,
             data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
-            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
+            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}{vols}",
             **options,
         )
 
@@ -4247,6 +4293,18 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         kind = datasets.ArrowBasedBuilder if in_tables else datasets.GeneratorBasedBuilder
         examples = kind._get_examples_iterable_for_split(self, split_generator)
         return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
+
+
+def hash_of_vols(iv_file: str | None) -> str:
+    """Of the content of all files that it may name; those that are missing are an error when they are read."""
+    if iv_file is None:
+        return ""
+    digest = hashlib.sha256()
+    pattern = "*".join(map(glob.escape, os.path.expanduser(iv_file).split(UNDERLYING)))
+    for path in sorted(filter(os.path.isfile, glob.glob(pattern))):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"-{digest.hexdigest()[:16]}"
 
 
 class Shard(NamedTuple):

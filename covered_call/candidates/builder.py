@@ -32,6 +32,7 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision, prin
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
 from covered_call.candidates.splits import split_places
 from covered_call.candidates.spool import Spool
+from covered_call.candidates.vols import UNDERLYING
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +131,15 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         options = {name: value for name, value in options.items() if value is not None}
         check_options(options.get("config_name", self.DEFAULT_CONFIG_NAME), options)
         # The library makes its cache key from what it is given here. Resolved files with the hash of their
-        # content, and the hash of this code, are what make an edited CSV or prompt give new rows. Its own version
-        # is there because an older one cannot read what a newer one wrote: 3.6 knows nothing of the features of 4.
+        # content, and the hash of this code, are what make an edited CSV or prompt give new rows; so is that of an
+        # iv_file. Its own version is there because an older one cannot read what a newer one wrote: 3.6 knows
+        # nothing of the features of 4.
+        vols = hash_of_vols(options.get("iv_file"))
         super().__init__(
             *args,
             data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
             base_path=base_path,
-            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}",
+            hash=f"{hash or CODE_HASH}-datasets-{datasets.__version__}{vols}",
             **options,
         )
 
@@ -188,6 +191,18 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         kind = datasets.ArrowBasedBuilder if in_tables else datasets.GeneratorBasedBuilder
         examples = kind._get_examples_iterable_for_split(self, split_generator)
         return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
+
+
+def hash_of_vols(iv_file: str | None) -> str:
+    """Of the content of all files that it may name; those that are missing are an error when they are read."""
+    if iv_file is None:
+        return ""
+    digest = hashlib.sha256()
+    pattern = "*".join(map(glob.escape, os.path.expanduser(iv_file).split(UNDERLYING)))
+    for path in sorted(filter(os.path.isfile, glob.glob(pattern))):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"-{digest.hexdigest()[:16]}"
 
 
 class Shard(NamedTuple):

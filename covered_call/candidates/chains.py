@@ -67,49 +67,90 @@ class Outcomes(NamedTuple):
     cut: np.ndarray  # bool: the files end before the chain does, and the outcome is its mark there
 
 
+class Segment(NamedTuple):
+    """Of some chains the call that is open from one place to another."""
+
+    chain: np.ndarray  # (K,) int64, which
+    legs: Legs  # (K,)
+    begin: np.ndarray  # (K,) int64, the place of its sale
+    end: np.ndarray  # (K,) int64, the place at which it is bought back, or settled
+    paid: np.ndarray  # (K,) USD that this took, with costs
+    received: np.ndarray  # (K,) USD that its sale brought, net of costs
+
+
 def follow(
-    sales: Sales, stop: np.ndarray, stop_time: np.ndarray, rule: Rule, market: Market, nodes: Nodes, options
+    sales: Sales,
+    stop: np.ndarray,
+    stop_time: np.ndarray,
+    rule: Rule,
+    market: Market,
+    nodes: Nodes,
+    options: CoveredCallCandidatesConfig,
+    trail: list[Segment] | None = None,
 ) -> Outcomes:
     """What each chain brings that begins with one of these sales.
 
     Args:
         stop: (C,) the place at which what is open is bought back, NEVER for none.
         stop_time: (C,) the time that stands for, which may not be that of the place.
+        trail: takes in what was open when, call after call.
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
-    legs, rows, lag = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), hours(rule.settle_hours)
+    legs, rows, rolls = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), len(nodes.best) > 0
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-    rolls, rolled = len(nodes.best) > 0, 0
+    begin = first = market.search(sales.underlying, sales.time, "right") - 1
+    left_to_roll = rule.max_rolls if rolls else 0
     while len(rows):
-        exits = legs.exit if rolls and rolled < rule.max_rolls else np.full(len(rows), NEVER)
-        stops = stop[rows] <= np.minimum(exits, legs.mature)
-        bought = ~stops & (exits <= legs.mature)
-        settled = ~stops & ~bought
-        place = np.where(stops, stop[rows], np.where(bought, exits, legs.mature))
-        left = legs.expiry + lag - np.where(stops, stop_time[rows], market.time[place])
-        left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
-        value = mark(market.spot[place], legs, left, rule)
-        traded = bought | (stops & (left > lag))
-        unknown = settled & ~legs.settles
-        gross[rows] += np.where(unknown & ~(legs.cut & rolls), np.nan, legs.premium - value)
-        costs[rows] += trading_cost(legs.premium, legs.spot, options)
-        costs[rows] += np.where(traded, trading_cost(value, market.spot[place], options),
-            delivery_cost(value, market.spot[place], options))  # fmt: skip
-        cut[rows] = unknown & legs.cut & rolls
-        final[rows] = place
-        due = np.where(settled, legs.expiry, np.where(stops, stop_time[rows], 0))
-        label_end[rows] = np.where(unknown, due, np.maximum(due, market.time[place]))
-        # What is sold next, where something was bought back.
-        its, place, before = np.flatnonzero(bought), place[bought], pick(legs, bought)
-        following = next_of(place, before, nodes, rule) if rolls else np.full(len(its), -1)
-        rows, legs = rows[its[following >= 0]], pick(nodes.legs, following[following >= 0])
-        rolled += 1
+        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, market, options)
+        opening = trading_cost(legs.premium, legs.spot, options)
+        cut[rows] = closed.unknown & legs.cut & rolls
+        gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
+        costs[rows] += opening + closed.costs
+        final[rows], label_end[rows] = closed.place, closed.label_end
+        if trail is not None:
+            income = legs.premium - opening
+            trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, income))
+        its = np.flatnonzero(closed.bought)
+        following = next_of(closed.place[its], pick(legs, its), nodes, rule) if rolls else np.full(len(its), -1)
+        its = its[following >= 0]
+        rows, begin, legs = rows[its], closed.place[its], pick(nodes.legs, following[following >= 0])
+        left_to_roll -= 1
     if rolls:
-        first = market.search(sales.underlying, sales.time, "right") - 1
         gross[market.gaps[final] > market.gaps[first]] = np.nan
     costs[np.isnan(gross)] = np.nan
     return Outcomes(gross, costs, label_end, cut)
+
+
+class Closed(NamedTuple):
+    """How calls (C,) end."""
+
+    place: np.ndarray  # int64
+    bought: np.ndarray  # bool, back by the rule: another may be sold
+    unknown: np.ndarray  # bool, whether it was to be settled and there is no price for that
+    value: np.ndarray  # USD
+    costs: np.ndarray  # USD
+    label_end: np.ndarray  # int64
+
+
+def close_legs(
+    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, market: Market, options
+) -> Closed:
+    """Args: stop, stop_time: (C,) as in follow."""
+    exits, lag = legs.exit if may_exit else np.full(len(stop), NEVER), hours(rule.settle_hours)
+    stops = stop <= np.minimum(exits, legs.mature)
+    bought = ~stops & (exits <= legs.mature)
+    settled = ~stops & ~bought
+    place = np.where(stops, stop, np.where(bought, exits, legs.mature))
+    left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
+    left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
+    spot = market.spot[place]
+    value = mark(spot, legs, left, rule)
+    traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles
+    costs = np.where(traded, trading_cost(value, spot, options), delivery_cost(value, spot, options))
+    due = np.where(settled, legs.expiry, np.where(stops, stop_time, 0))
+    label_end = np.where(unknown, due, np.maximum(due, market.time[place]))
+    return Closed(place, bought, unknown, value, costs, label_end)
 
 
 def next_of(place: np.ndarray, before: Legs, nodes: Nodes, rule: Rule) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, follow, nodes_of
 from covered_call.candidates.columns import Columns, timedelta_of
 from covered_call.candidates.market import Market
-from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.options import CoveredCallCandidatesConfig, constant_vol
 from covered_call.candidates.pricing import Calls, Sales, pick
 from covered_call.candidates.schema import LoggedDecision
 from covered_call.candidates.settlement import Rule
@@ -165,7 +165,8 @@ def recorded_outcome(logged: LoggedDecision, options: CoveredCallCandidatesConfi
 
 def as_recorded(options: CoveredCallCandidatesConfig) -> bool:
     """Whether counterfactuals mean what the recorded outcomes do: until the exit, at the vol that was paid."""
-    return options.horizon is None and options.iv_file is None and options.iv_shift == 0
+    at_paid = options.iv_file is None and options.iv_shift == 0 and constant_vol(options.pricing_iv) is None
+    return at_paid and options.horizon is None
 
 
 def has_costs(options: CoveredCallCandidatesConfig) -> bool:

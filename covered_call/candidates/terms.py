@@ -118,9 +118,9 @@ def settle_style(
 ) -> tuple[Terms, Fit]:
     """Chosen by the trades of the training split, if it has enough, and checked on all.
 
-    A market's vol is not what the recorded trades were paid at: they choose and check without it.
+    They choose and check at the vol that they may have been paid at: the market's is another, and a constant may be.
     """
-    paid = Vols(constant=priced.constant)
+    paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
     chosen_by = pick_trades(trades, np.broadcast_to(early, len(trades.recorded)))
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
@@ -137,7 +137,7 @@ def settle_style(
     enough = len(trades.recorded) >= MIN_TRADES
     if not enough and options.settlement == "auto":
         presets = [SIMPLEST]
-    candidates = [Terms(preset, rule_of(preset, options), paid) for preset in presets]
+    candidates = [Terms(preset, rule_of(preset, options), vols) for preset in presets for vols in paid]
     if options.pricing_iv == FIT and enough:
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
@@ -145,7 +145,8 @@ def settle_style(
     fit = fit_of(computed(best, trades), trades.recorded)
     if len(candidates) > 1:
         say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), fit)
-    return best._replace(vols=best.vols._replace(series=priced.series, shift=priced.shift)), fit
+    vols = best.vols if priced.constant is None else priced
+    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), fit
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:

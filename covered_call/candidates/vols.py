@@ -16,6 +16,7 @@ from covered_call.candidates.schema import MAX_IV, CandidatesError, iso_time, sh
 
 logger = logging.getLogger(__name__)
 
+UNDERLYING = "{underlying}"  # in the name of an iv_file: the name of each
 STALE = 72 * HOUR  # of a vol by time: when nothing newer has come for so long, it is unknown
 
 
@@ -69,14 +70,14 @@ def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     """
     series = None
     if options.iv_file is not None:
-        if len(underlyings) > 1 and "{underlying}" not in options.iv_file:
+        if len(underlyings) > 1 and UNDERLYING not in options.iv_file:
             several = ", ".join(sorted(names[code] for code in underlyings))
             raise CandidatesError(
                 f"iv_file={shown(options.iv_file)}: the files hold {several}, each with a vol of its own. Name the "
-                "files with {underlying} in the place of the name."
+                f"files with {UNDERLYING} in the place of the name."
             )
         series = {
-            code: read_series(options.iv_file.replace("{underlying}", names[code]), options.iv_lag)
+            code: read_series(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
             for code in sorted(underlyings)
         }
     return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
