@@ -84,7 +84,7 @@ def test_it_is_chosen_by_the_training_split_alone(tmp_path):
         file.write("\n".join(lines))
     found = decisions(path, splits=(0.3, 0.1, 0.6))
     assert found.replay.terms["hold_to_expiry"].preset == "teacher"
-    assert found.fits["hold_to_expiry"].median_error > 1
+    assert found.fits["hold_to_expiry"].mean_error < -20
     assert decisions(path, splits="train").replay.terms["hold_to_expiry"].preset == "simulated"  # as most were settled
 
 
