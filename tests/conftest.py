@@ -5,6 +5,7 @@ What takes long to make is made once a session, which is once for each process t
 
 import csv
 import datetime
+import gc
 import importlib.util
 import json
 import logging
@@ -68,6 +69,12 @@ on_the_default_stack = pytest.mark.skipif(
 def pytest_collection_modifyitems(items):
     """The slowest first, so that in the end no process waits for another's."""
     items.sort(key=lambda item: -sum(mark.kwargs.get("minutes", 1) for mark in item.iter_markers("slow")))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no garbage collection, and each training asks for one, looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
