@@ -60,9 +60,10 @@ runs_scripts = pytest.mark.skipif(
     reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",
 )
 
+# For a test of code that calls neither datasets nor trl, all else being of one version on both stacks, too.
 on_the_default_stack = pytest.mark.skipif(
     int(datasets.__version__.split(".")[0]) >= 4,
-    reason="takes minutes, and shows nothing that depends on the stack but what quicker tests show on both",
+    reason="takes long, and shows nothing that depends on the stack but what quicker tests show on both",
 )
 
 
