@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "2105aa720d108e3df511fb03187f11bcb6687f9143372a6ac7700c61316c491c"  # their SHA-256
+MADE_FROM = "56ca454a058c2e36cdb0aba839abc5ddd3a316431253b69f8c25a7a753fce547"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1799,7 +1799,7 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
     read = [name for name in READ_NUMBERS if name in header]
-    return pacsv.read_csv(
+    with pacsv.open_csv(  # which reads here, where read_csv waits for a thread: longer than a small file takes
         pa.BufferReader(block),
         pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
         pacsv.ParseOptions(newlines_in_values=False),
@@ -1808,7 +1808,8 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
             include_columns=[*WORDS, *read],
             null_values=["", "nan", "NaN"],
         ),
-    )
+    ) as reader:
+        return reader.read_all()
 
 
 def rows_of(table: pa.Table) -> Rows:
@@ -3424,7 +3425,7 @@ class Spool:
     def __init__(self):
         with writing():
             self.folder, self.lock = locked_folder()
-            remove_those_of_the_killed(os.stat(self.folder).st_uid)
+            remove_those_of_the_killed(self.folder)
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -3549,10 +3550,11 @@ def locked_folder() -> tuple[str, FileLock]:
         lock.release()
 
 
-def remove_those_of_the_killed(owner: int) -> None:
+def remove_those_of_the_killed(mine: str) -> None:
     """Of folders that are this user's alone: another's may be a link to anywhere."""
+    owner, own = os.stat(mine).st_uid, os.path.basename(mine)
     for entry in os.scandir(tempfile.gettempdir()):
-        if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+        if entry.name.startswith(PREFIX) and entry.name != own and entry.is_dir(follow_symlinks=False):
             lock = os.path.join(entry.path, LOCK)
             with contextlib.suppress(Timeout, OSError):  # in use, or gone by now
                 if entry.stat(follow_symlinks=False).st_uid == owner and os.path.exists(lock):

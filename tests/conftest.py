@@ -5,6 +5,7 @@ What takes long to make is made once a session, which is once for each process t
 
 import csv
 import datetime
+import gc
 import importlib.util
 import json
 import logging
@@ -59,15 +60,27 @@ runs_scripts = pytest.mark.skipif(
     reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",
 )
 
+# For a test of code that calls neither datasets nor trl, all else being of one version on both stacks, too.
 on_the_default_stack = pytest.mark.skipif(
     int(datasets.__version__.split(".")[0]) >= 4,
-    reason="takes minutes, and shows nothing that depends on the stack but what quicker tests show on both",
+    reason="takes long, and shows nothing that depends on the stack but what quicker tests show on both",
 )
 
 
 def pytest_collection_modifyitems(items):
     """The slowest first, so that in the end no process waits for another's."""
     items.sort(key=lambda item: -sum(mark.kwargs.get("minutes", 1) for mark in item.iter_markers("slow")))
+
+
+def pytest_collection():
+    gc.disable()  # imports make no garbage: to look for it takes a fifth of their time
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no garbage collection, and each training asks for one, looks through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 from attack import __main__ as attack
 from attack import columns, csv, hub, options
-from conftest import SCRIPT, python
+from conftest import SCRIPT, on_the_default_stack, python
 
 SOUND = {"unclear": 0, "wrong": 0}
 
@@ -17,11 +17,13 @@ def found_by(run, count: int, seed: int = 1) -> list[str]:
     return findings
 
 
+@on_the_default_stack
 def test_mutated_files_are_read_right_or_refused(monkeypatch):
     monkeypatch.setattr(csv, "BOMBS", csv.BOMBS[:1])
     assert found_by(csv.run, 600) == []
 
 
+@on_the_default_stack
 def test_mutated_files_are_read_alike_as_columns_and_row_by_row():
     assert found_by(columns.run, 250) == []
 
@@ -49,6 +51,7 @@ def test_killed_writers_end_as_if_they_had_not_been(tmp_path):
 # --- The attacks themselves
 
 
+@on_the_default_stack
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -70,6 +73,7 @@ def test_a_reader_that_changes_a_decision_is_found_out(monkeypatch, spoil):
     assert any("is not what the file said" in finding for finding in found_by(csv.run, 40))
 
 
+@on_the_default_stack
 def test_a_reader_that_loses_a_decision_is_found_out(monkeypatch):
     monkeypatch.setattr(csv, "BOMBS", ())
     clean = csv.read_candidates
@@ -77,6 +81,7 @@ def test_a_reader_that_loses_a_decision_is_found_out(monkeypatch):
     assert any("decisions lost, 0 counted" in finding for finding in found_by(csv.run, 40))
 
 
+@on_the_default_stack
 def test_columns_that_are_not_checked_are_found_out(monkeypatch):
     for check in ("check_numbers", "State.check_whole_file", "State.check_neighbours"):
         monkeypatch.setattr(f"covered_call.candidates.columnar.{check}", lambda *_: None)

@@ -48,8 +48,9 @@ SHORT = (
 
 # Reads steps as JSON and runs each as its own process would, imports apart, which take longer than most steps.
 RUNNER = """
-import contextlib, io, json, runpy, sys, traceback
+import contextlib, gc, io, json, runpy, sys, traceback
 for step in json.load(sys.stdin):
+    gc.freeze()  # what is imported by now, through which each training's collections would look again
     said, status = io.StringIO(), 0
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:

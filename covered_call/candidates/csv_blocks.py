@@ -107,7 +107,7 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
     read = [name for name in READ_NUMBERS if name in header]
-    return pacsv.read_csv(
+    with pacsv.open_csv(  # which reads here, where read_csv waits for a thread: longer than a small file takes
         pa.BufferReader(block),
         pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
         pacsv.ParseOptions(newlines_in_values=False),
@@ -116,7 +116,8 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
             include_columns=[*WORDS, *read],
             null_values=["", "nan", "NaN"],
         ),
-    )
+    ) as reader:
+        return reader.read_all()
 
 
 def rows_of(table: pa.Table) -> Rows:

@@ -36,7 +36,7 @@ class Spool:
     def __init__(self):
         with writing():
             self.folder, self.lock = locked_folder()
-            remove_those_of_the_killed(os.stat(self.folder).st_uid)
+            remove_those_of_the_killed(self.folder)
         weakref.finalize(self, remove, self.folder, os.getpid())
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
@@ -161,10 +161,11 @@ def locked_folder() -> tuple[str, FileLock]:
         lock.release()
 
 
-def remove_those_of_the_killed(owner: int) -> None:
+def remove_those_of_the_killed(mine: str) -> None:
     """Of folders that are this user's alone: another's may be a link to anywhere."""
+    owner, own = os.stat(mine).st_uid, os.path.basename(mine)
     for entry in os.scandir(tempfile.gettempdir()):
-        if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+        if entry.name.startswith(PREFIX) and entry.name != own and entry.is_dir(follow_symlinks=False):
             lock = os.path.join(entry.path, LOCK)
             with contextlib.suppress(Timeout, OSError):  # in use, or gone by now
                 if entry.stat(follow_symlinks=False).st_uid == owner and os.path.exists(lock):

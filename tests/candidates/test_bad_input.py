@@ -6,7 +6,18 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import COLUMNS, SCRIPT, decision, no_candidates, records, row, runs_scripts, time, write_csv
+from conftest import (
+    COLUMNS,
+    SCRIPT,
+    decision,
+    no_candidates,
+    on_the_default_stack,
+    records,
+    row,
+    runs_scripts,
+    time,
+    write_csv,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -408,6 +419,7 @@ corruptions = st.one_of(
 )
 
 
+@on_the_default_stack
 @given(st.integers(2, len(GOOD) + 1), st.sampled_from(COLUMNS), corruptions)
 @example(6, "decision_time", "9999-12-31T23:00:00-05:00")
 @example(6, "decision_time", "0001-01-01T00:00:00+05:00")

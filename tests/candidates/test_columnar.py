@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from attack.columns import outcome, row_by_row, taken
-from conftest import SCRIPT, decision, no_candidates, write_csv
+from conftest import SCRIPT, decision, no_candidates, on_the_default_stack, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,6 +106,7 @@ def test_the_sample_is_read_as_columns():
         assert as_columns and len(decisions) == 2532
 
 
+@on_the_default_stack
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -14,6 +14,7 @@ from conftest import (
     import_script,
     needs_real_data,
     no_candidates,
+    on_the_default_stack,
     read_candidates,
     records,
     row,
@@ -434,6 +435,7 @@ def test_no_outcome_of_a_split_is_known_only_after_the_next_has_begun(tmp_path, 
             assert begins - earlier[-1].decision.decision_time == datetime.timedelta(days=(horizon or 7) + 1)
 
 
+@on_the_default_stack
 @given(st.lists(st.floats(50, 200), min_size=9, max_size=9), st.lists(st.floats(50, 200), min_size=9, max_size=9))
 def test_no_later_price_can_change_a_prompt(tmp_path, one, other):
     """The same decision in two futures: other counterfactuals, other pairs, the same prompt."""

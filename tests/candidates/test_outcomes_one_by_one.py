@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,6 +237,7 @@ rules = st.sampled_from(list(PRESETS.values())) | st.builds(
 )
 
 
+@on_the_default_stack
 @settings(max_examples=300)
 @given(st.lists(common, min_size=1, max_size=25) | st.lists(strange, min_size=1, max_size=25), configs, rules)
 def test_all_at_once_is_as_one_by_one(some, options, rule):

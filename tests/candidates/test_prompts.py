@@ -6,7 +6,18 @@ import random
 import re
 
 import pytest
-from conftest import REAL_DATA, decision, messages, needs_real_data, no_candidates, records, row, time, write_csv
+from conftest import (
+    REAL_DATA,
+    decision,
+    messages,
+    needs_real_data,
+    no_candidates,
+    on_the_default_stack,
+    records,
+    row,
+    time,
+    write_csv,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,6 +239,7 @@ def prompts(path: str) -> list:
     ]
 
 
+@on_the_default_stack
 @given(states, st.randoms(use_true_random=False))
 def test_no_outcome_or_label_can_change_a_prompt(tmp_path, state, rng):
     rows = rows_of(state)
@@ -313,6 +325,7 @@ def test_shuffle_is_the_same_on_every_load_and_another_for_another_seed(tmp_path
     assert len({tuple(names) for names in shuffled[0]}) > 1  # each decision has an order of its own
 
 
+@on_the_default_stack
 @given(state=states, rng=st.randoms(use_true_random=False), order=st.sampled_from(["instrument", "shuffle"]))
 @settings(max_examples=50)
 def test_the_order_of_the_rows_in_the_file_does_not_show(tmp_path, state, rng, order):

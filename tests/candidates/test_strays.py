@@ -5,7 +5,16 @@ import datetime
 import random
 
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, read_candidates, records, time, write_csv
+from conftest import (
+    REAL_DATA,
+    decision,
+    needs_real_data,
+    on_the_default_stack,
+    read_candidates,
+    records,
+    time,
+    write_csv,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +125,7 @@ def check_no_harm(path, rows: list[dict], place: int, kind: str, rng: random.Ran
         assert all(clean.get(name) == entry for name, entry in left.items())
 
 
+@on_the_default_stack
 @given(st.integers(0, len(ROWS) - 1), st.sampled_from(KINDS), st.randoms(use_true_random=False))
 @settings(max_examples=100)
 def test_no_decision_is_left_a_candidate_short_wherever_a_row_strays(tmp_path, place, kind, rng):

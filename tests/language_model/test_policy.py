@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import REAL_PHI3, SCRIPT, decision, no_candidates, read_candidates, write_csv
+from conftest import REAL_PHI3, SCRIPT, decision, no_candidates, on_the_default_stack, read_candidates, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -41,6 +41,7 @@ from covered_call.language_model.manifest import PolicyError, hash_of
 from covered_call.language_model.policy import Answer, Policy, fit_temperature
 from covered_call.language_model.tiny_phi3 import CHAT_TEMPLATE, random_phi3, train_tokenizer
 
+pytestmark = on_the_default_stack  # torch, transformers and peft do it all
 TEXTS = ["Score: 3.2029, IV: n/a — SELL_CALL or SKIP, NO_TRADE"] * 3
 READER = train_tokenizer(TEXTS)
 CHATML = (

@@ -7,7 +7,7 @@ from subprocess import PIPE
 
 import pytest
 import torch
-from conftest import SCRIPT, decision, no_candidates, write_csv
+from conftest import SCRIPT, decision, no_candidates, on_the_default_stack, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from test_policy import FAMILIES, READER, one_by_one, small, tokenizer_with
@@ -18,6 +18,8 @@ from covered_call.language_model import scoring
 from covered_call.language_model.loading import answer_tokens, encode, load_base
 from covered_call.language_model.scoring import MemoryFull, branch_mask, collate, lay_out, score_answers, score_rows
 from covered_call.language_model.tiny_phi3 import random_phi3
+
+pytestmark = on_the_default_stack  # torch, transformers and peft do it all
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -13,6 +14,7 @@ from covered_call.language_model.loading import load_base
 from covered_call.language_model.scoring import collate, lay_out, scoring_bytes
 from covered_call.training.memory import CHECKPOINTING, GIB, SHARE_PLANNED, ModelSize, Plan, Work, choose, memory_there
 
+pytestmark = on_the_default_stack  # torch, transformers and peft do it all
 HIDDEN, INNER = 384, 1024  # Phi-3-mini's 3072 and 8192, an eighth
 QUANTIZATIONS = ("int4", "int8", "none")
 
