@@ -137,8 +137,7 @@ def svg_of(figure: Figure) -> str:
     """
     file = io.StringIO()
     nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    salted = {"svg.fonttype": "none", "svg.hashsalt": "covered-call"}  # without a salt its ids are random
-    with matplotlib.rc_context(salted):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "covered-call"}):  # unsalted ids are random
         figure.savefig(file, format="svg", transparent=True, metadata=nameless)
     svg = file.getvalue()
     svg = svg[svg.index("<svg ") :].rstrip()

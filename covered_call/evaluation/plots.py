@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     MODEL: {"color": "#0072b2"},
     HODL: {"color": "#000000", "linewidth": 1},
 }
+LONG_LABEL = 30  # letters: two of them side by side are wider than the plot
 MARKERS = {0.0: "o", 1.0: "s", 2.0: "D"}  # by the multiple of costs
 LOOK: dict[Any, Any] = {
     "font.size": 10,
@@ -77,7 +78,8 @@ def draw_overlay(times: list[datetime.datetime], curves: dict[str, np.ndarray], 
         fall.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         for axis in (equity, fall):
             axis.yaxis.set_major_formatter("{x:,g}")
-        figure.legend(loc="outside lower left", ncols=2)
+        labels = [name + gaps(curve) for name, curve in curves.items()]
+        figure.legend(loc="outside lower left", ncols=1 if max(map(len, labels), default=0) > LONG_LABEL else 2)
     return figure
 
 

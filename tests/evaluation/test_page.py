@@ -192,9 +192,13 @@ def test_colours_are_told_apart_whoever_looks(sight, dark):
 
 def test_what_is_unknown_is_not_drawn():
     np.testing.assert_equal(drawdown(np.array([-1.0, 2.0, 0.5, np.nan, 4.0])), [-1, 0, -1.5, np.nan, np.nan])
-    figure = draw_overlay(TIMES, CURVES, "")
+    figure = draw_overlay(TIMES, {**CURVES, "best rule: logistic regression": CURVES["model"]}, "")
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert shown == ["teacher", "model (unknown at 2 of 5 times)", "never sell (HODL)"]
+    unknown = "(unknown at 2 of 5 times)"
+    expected = ["teacher", f"model {unknown}", f"best rule: logistic regression {unknown}", "never sell (HODL)"]
+    assert shown == expected
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
     nothing = draw_costs([Cost("model", 0.0, float("nan"), float("nan"), None)])
     assert [text.get_text() for text in nothing.axes[0].texts] == [" n/a"]
 
