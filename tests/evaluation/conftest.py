@@ -1,7 +1,17 @@
-"""What the tests of an evaluation share: a backtest of both exit styles."""
+"""What the tests of an evaluation share: a backtest of both exit styles, and a browser."""
 
 import pytest
 from conftest import decision, write_csv
+
+from evaluation.chromium import Chromium
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A browser for tests that ``needs_chromium``."""
+    browser = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
