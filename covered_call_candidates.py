@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "56ca454a058c2e36cdb0aba839abc5ddd3a316431253b69f8c25a7a753fce547"  # their SHA-256
+MADE_FROM = "d5d4ae9bc17f307151846da20589421406346f65978739ce548b6e77b85a912d"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2915,7 +2915,7 @@ class Series(NamedTuple):
 
 
 class Vols(NamedTuple):
-    """The file's column times ``multiple``, or a ``constant``, or one by time; and ``shift`` on top."""
+    """The file's column, or a ``constant``, or one by time; times ``multiple``, and ``shift`` on top."""
 
     multiple: float = 1.0
     constant: float | None = None
@@ -2929,8 +2929,11 @@ class Vols(NamedTuple):
         if self.series is not None:
             iv = self.by_time(underlying, time)
         else:
-            iv = calls.iv * self.multiple if self.constant is None else np.full(len(time), self.constant)
-        return calls._replace(iv=np.maximum(iv + self.shift, 0.0))
+            iv = calls.iv if self.constant is None else np.full(len(time), self.constant)
+        return calls._replace(iv=np.maximum(iv * self.multiple + self.shift, 0.0))
+
+    def scaled(self, by: float) -> "Vols":
+        return self._replace(multiple=self.multiple * by, shift=self.shift * by)
 
     def by_time(self, underlying: np.ndarray, time: np.ndarray) -> np.ndarray:
         found = np.full(len(time), np.nan)
@@ -3066,6 +3069,11 @@ class Replay:
         names, underlying, _, time, spot, _ = quotes
         self.market = market or Market(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
+
+    def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
+        """The same trades with the costs of other options, and with all vols times ``vol``."""
+        terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
+        return Replay(self.quotes, terms, options or self.options, self.market)
 
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""
@@ -3277,21 +3285,27 @@ class Fit(NamedTuple):
     def follows(self) -> bool:
         return self.correlation >= MIN_CORRELATION and self.bias <= MAX_BIAS
 
-    def sentence(self, style: str) -> str:
+    @property
+    def trusted(self) -> bool:
+        """Whether computed outcomes are to be used: not if there are trades enough to tell that they do not follow."""
+        return self.follows or self.trades < MIN_TRADES
+
+    def sentence(self, underlying: str, style: str) -> str:
+        trade = f"{underlying} {style} trade"
         if not self.trades:
-            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
+            return f"No recorded {trade} has a computed outcome beside it: the computation is unchecked here."
         text = (
-            f"Computed against recorded outcomes on {self.trades:,} {style} trades: computed minus recorded on "
+            f"Computed against recorded outcomes on {self.trades:,} {trade}s: computed minus recorded on "
             f"average {self.mean_error:+,.2f} USD [{self.interval[0]:+,.2f}, {self.interval[1]:+,.2f}], "
             f"{self.bias:.1%} of the typical outcome ({self.median_outcome:,.2f}); median absolute error "
             f"{self.median_error:,.2f}, correlation {self.correlation:.4f}."
         )
-        if self.follows:
-            return text
+        if self.trusted:
+            return text if self.follows else f"{text} These are too few to tell."
         why = f"the correlation is below {MIN_CORRELATION}"
         if self.correlation >= MIN_CORRELATION:
             why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
-        return f"{text} WARNING: {why}: do not trust computed outcomes here. See settlement and pricing_iv."
+        return f"{text} WARNING: {why}, so computed outcomes count as unknown. See settlement and pricing_iv."
 
 
 def fit_of(computed: np.ndarray, recorded: np.ndarray) -> Fit:
@@ -3319,8 +3333,9 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 def settle(
     quotes: Quotes, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
-) -> tuple[dict[str, Terms], dict[str, Fit]]:
-    """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded.
+) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
+    """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
+    underlying under it.
 
     Raises:
         CandidatesError: for an iv_file that cannot be used.
@@ -3331,16 +3346,19 @@ def settle(
     for style in STYLES:
         if code_of(quotes.names, style) in known:
             its = pick_trades(trades, trades.exit_style == code_of(quotes.names, style))
-            terms[style], fits[style] = settle_style(style, quotes, market, its, priced, options)
+            terms[style], computed = settle_style(style, quotes, market, its, priced, options)
+            for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
+                of = its.sales.underlying == code
+                fits[quotes.names[code], style] = fit_of(computed[of], its.recorded[of])
     return terms, fits
 
 
 def settle_style(
     style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
-) -> tuple[Terms, Fit]:
-    """Chosen by the trades of the training split, if it has enough, and checked on all.
+) -> tuple[Terms, np.ndarray]:
+    """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
-    They choose and check at the vol that they may have been paid at: the market's is another, and a constant may be.
+    They choose, and are checked, at the vol that they may have been paid at: the market's is another, and a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
@@ -3364,11 +3382,12 @@ def settle_style(
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
-    fit = fit_of(computed(best, trades), trades.recorded)
+    found = computed(best, trades)
     if len(candidates) > 1:
-        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), fit)
+        trusted = fit_of(found, trades.recorded).trusted
+        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), trusted)
     vols = best.vols if priced.constant is None else priced
-    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), fit
+    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), found
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
@@ -3390,10 +3409,10 @@ def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     return found
 
 
-def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, fit: Fit) -> None:
+def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, trusted: bool) -> None:
     others = ", ".join(f"{found:,.2f} by {terms.text()}" for terms, found in errors.items() if terms != best)
     logger.log(
-        logging.INFO if fit.follows else logging.WARNING,
+        logging.INFO if trusted else logging.WARNING,
         "%s: outcomes by %s, which are %.2f USD (median) from those of %d recorded trades; %s.",
         style, best.text(), errors[best], trades, others,
     )  # fmt: skip
@@ -3591,7 +3610,7 @@ class Decisions(NamedTuple):
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
     replay: Replay | None = None  # what computes their outcomes
-    fits: dict[str, Fit] = {}  # how computed outcomes fit recorded ones, by exit style
+    fits: dict[tuple[str, str], Fit] = {}  # how computed outcomes fit recorded ones, by underlying and exit style
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""

@@ -86,7 +86,7 @@ def follow(
     market: Market,
     nodes: Nodes,
     options: CoveredCallCandidatesConfig,
-    trail: list[Segment] | None = None,
+    trail: list[Segment],
 ) -> Outcomes:
     """What each chain brings that begins with one of these sales.
 
@@ -108,9 +108,7 @@ def follow(
         gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
         costs[rows] += opening + closed.costs
         final[rows], label_end[rows] = closed.place, closed.label_end
-        if trail is not None:
-            income = legs.premium - opening
-            trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, income))
+        trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, legs.premium - opening))
         its = np.flatnonzero(closed.bought)
         following = next_of(closed.place[its], pick(legs, its), nodes, rule) if rolls else np.full(len(its), -1)
         its = its[following >= 0]

@@ -44,7 +44,7 @@ class Decisions(NamedTuple):
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
     replay: Replay | None = None  # what computes their outcomes
-    fits: dict[str, Fit] = {}  # how computed outcomes fit recorded ones, by exit style
+    fits: dict[tuple[str, str], Fit] = {}  # how computed outcomes fit recorded ones, by underlying and exit style
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""

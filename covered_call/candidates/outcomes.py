@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, follow, nodes_of
+from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, Segment, follow, nodes_of
 from covered_call.candidates.columns import Columns, timedelta_of
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, constant_vol
@@ -59,6 +59,11 @@ class Replay:
         self.market = market or Market(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
+    def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
+        """The same trades with the costs of other options, and with all vols times ``vol``."""
+        terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
+        return Replay(self.quotes, terms, options or self.options, self.market)
+
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""
         quotes = self.quotes
@@ -93,8 +98,12 @@ class Replay:
         return found
 
     @np.errstate(all="ignore")
-    def of_sales(self, sales: Sales, style: str) -> Outcomes:
-        """Of calls (C,) that are sold under an exit style."""
+    def of_sales(self, sales: Sales, style: str, trail: list[Segment] | None = None) -> Outcomes:
+        """Of calls (C,) that are sold under an exit style.
+
+        Args:
+            trail: takes in what was open when, call after call.
+        """
         stop, end = self.stops(sales, style)
         gross, costs = np.full(len(end), np.nan), np.full(len(end), np.nan)
         found = Outcomes(gross, costs, end.copy(), np.zeros(len(end), bool))
@@ -103,7 +112,10 @@ class Replay:
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
-        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options)
+        part = []
+        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
+        if trail is not None:
+            trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
         gross[~np.isfinite(gross - costs)] = np.nan

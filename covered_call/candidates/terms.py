@@ -55,21 +55,27 @@ class Fit(NamedTuple):
     def follows(self) -> bool:
         return self.correlation >= MIN_CORRELATION and self.bias <= MAX_BIAS
 
-    def sentence(self, style: str) -> str:
+    @property
+    def trusted(self) -> bool:
+        """Whether computed outcomes are to be used: not if there are trades enough to tell that they do not follow."""
+        return self.follows or self.trades < MIN_TRADES
+
+    def sentence(self, underlying: str, style: str) -> str:
+        trade = f"{underlying} {style} trade"
         if not self.trades:
-            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
+            return f"No recorded {trade} has a computed outcome beside it: the computation is unchecked here."
         text = (
-            f"Computed against recorded outcomes on {self.trades:,} {style} trades: computed minus recorded on "
+            f"Computed against recorded outcomes on {self.trades:,} {trade}s: computed minus recorded on "
             f"average {self.mean_error:+,.2f} USD [{self.interval[0]:+,.2f}, {self.interval[1]:+,.2f}], "
             f"{self.bias:.1%} of the typical outcome ({self.median_outcome:,.2f}); median absolute error "
             f"{self.median_error:,.2f}, correlation {self.correlation:.4f}."
         )
-        if self.follows:
-            return text
+        if self.trusted:
+            return text if self.follows else f"{text} These are too few to tell."
         why = f"the correlation is below {MIN_CORRELATION}"
         if self.correlation >= MIN_CORRELATION:
             why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
-        return f"{text} WARNING: {why}: do not trust computed outcomes here. See settlement and pricing_iv."
+        return f"{text} WARNING: {why}, so computed outcomes count as unknown. See settlement and pricing_iv."
 
 
 def fit_of(computed: np.ndarray, recorded: np.ndarray) -> Fit:
@@ -97,8 +103,9 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 def settle(
     quotes: Quotes, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
-) -> tuple[dict[str, Terms], dict[str, Fit]]:
-    """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded.
+) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
+    """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
+    underlying under it.
 
     Raises:
         CandidatesError: for an iv_file that cannot be used.
@@ -109,16 +116,19 @@ def settle(
     for style in STYLES:
         if code_of(quotes.names, style) in known:
             its = pick_trades(trades, trades.exit_style == code_of(quotes.names, style))
-            terms[style], fits[style] = settle_style(style, quotes, market, its, priced, options)
+            terms[style], computed = settle_style(style, quotes, market, its, priced, options)
+            for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
+                of = its.sales.underlying == code
+                fits[quotes.names[code], style] = fit_of(computed[of], its.recorded[of])
     return terms, fits
 
 
 def settle_style(
     style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
-) -> tuple[Terms, Fit]:
-    """Chosen by the trades of the training split, if it has enough, and checked on all.
+) -> tuple[Terms, np.ndarray]:
+    """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
-    They choose and check at the vol that they may have been paid at: the market's is another, and a constant may be.
+    They choose, and are checked, at the vol that they may have been paid at: the market's is another, and a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
@@ -142,11 +152,12 @@ def settle_style(
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
-    fit = fit_of(computed(best, trades), trades.recorded)
+    found = computed(best, trades)
     if len(candidates) > 1:
-        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), fit)
+        trusted = fit_of(found, trades.recorded).trusted
+        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), trusted)
     vols = best.vols if priced.constant is None else priced
-    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), fit
+    return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), found
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
@@ -168,10 +179,10 @@ def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     return found
 
 
-def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, fit: Fit) -> None:
+def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, trusted: bool) -> None:
     others = ", ".join(f"{found:,.2f} by {terms.text()}" for terms, found in errors.items() if terms != best)
     logger.log(
-        logging.INFO if fit.follows else logging.WARNING,
+        logging.INFO if trusted else logging.WARNING,
         "%s: outcomes by %s, which are %.2f USD (median) from those of %d recorded trades; %s.",
         style, best.text(), errors[best], trades, others,
     )  # fmt: skip

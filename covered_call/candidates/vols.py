@@ -28,7 +28,7 @@ class Series(NamedTuple):
 
 
 class Vols(NamedTuple):
-    """The file's column times ``multiple``, or a ``constant``, or one by time; and ``shift`` on top."""
+    """The file's column, or a ``constant``, or one by time; times ``multiple``, and ``shift`` on top."""
 
     multiple: float = 1.0
     constant: float | None = None
@@ -42,8 +42,11 @@ class Vols(NamedTuple):
         if self.series is not None:
             iv = self.by_time(underlying, time)
         else:
-            iv = calls.iv * self.multiple if self.constant is None else np.full(len(time), self.constant)
-        return calls._replace(iv=np.maximum(iv + self.shift, 0.0))
+            iv = calls.iv if self.constant is None else np.full(len(time), self.constant)
+        return calls._replace(iv=np.maximum(iv * self.multiple + self.shift, 0.0))
+
+    def scaled(self, by: float) -> "Vols":
+        return self._replace(multiple=self.multiple * by, shift=self.shift * by)
 
     def by_time(self, underlying: np.ndarray, time: np.ndarray) -> np.ndarray:
         found = np.full(len(time), np.nan)

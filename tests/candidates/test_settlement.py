@@ -64,7 +64,7 @@ def test_the_rule_is_the_one_that_gives_back_the_recorded_trades(tmp_path, caplo
     [said] = [message for message in caplog.messages if "settlement=" in message]
     assert said.startswith("hold_to_expiry: outcomes by settlement='teacher', which are 0.00 USD (median) from those")
     assert "by settlement='simulated'" in said and "by settlement='intrinsic'" in said
-    fit = found.fits["hold_to_expiry"]
+    fit = found.fits["BTC", "hold_to_expiry"]
     assert fit.trades == 73 and fit.median_error < 1e-6 and abs(fit.mean_error) < 1e-6 and fit.follows
 
 
@@ -84,7 +84,7 @@ def test_it_is_chosen_by_the_training_split_alone(tmp_path):
         file.write("\n".join(lines))
     found = decisions(path, splits=(0.3, 0.1, 0.6))
     assert found.replay.terms["hold_to_expiry"].preset == "teacher"
-    assert found.fits["hold_to_expiry"].mean_error < -20
+    assert found.fits["BTC", "hold_to_expiry"].mean_error < -20
     assert decisions(path, splits="train").replay.terms["hold_to_expiry"].preset == "simulated"  # as most were settled
 
 
@@ -123,7 +123,7 @@ def test_each_real_trade_is_computed_to_the_cent(style, trades):
     its = np.flatnonzero(columns.chosen >= 0)
     computed, recorded = (columns.numbers[name][rows[its]] for name in ("counterfactual_pnl_vs_hodl", "pnl_vs_hodl"))
     known = ~np.isnan(computed)
-    assert known.sum() == found.fits[style].trades == trades
+    assert known.sum() == found.fits["BTC", style].trades == trades
     assert np.abs(computed - recorded)[known].max() < 0.01
     assert found.replay.terms[style].preset == "teacher"
 
@@ -216,13 +216,13 @@ def test_a_file_that_was_paid_at_another_vol_is_not_trusted_until_it_is_fitted(t
     """It logs a vol near the realised one, and was paid at 0.70: what is computed follows, but far too low."""
     iv = np.random.default_rng(2).normal(0.45, 0.02, len(SPOTS)).round(4).tolist()
     path = teachers_file(tmp_path / "a.csv", iv=iv)
-    fit = decisions(path).fits["hold_to_expiry"]
+    fit = decisions(path).fits["BTC", "hold_to_expiry"]
     assert fit.correlation > 0.95 and fit.mean_error < -300 and not fit.follows
     assert fit.interval[0] < fit.mean_error < fit.interval[1] < 0
-    assert "WARNING: the average error is above 5% of the typical outcome: do not trust" in fit.sentence("x")
+    assert "WARNING: the average error is above 5% of the typical outcome, so computed" in fit.sentence("BTC", "x")
     fitted = decisions(path, pricing_iv="fit")
     assert fitted.replay.terms["hold_to_expiry"].text() == "settlement='teacher' at a vol of 0.7"
-    assert fitted.fits["hold_to_expiry"].follows and fitted.fits["hold_to_expiry"].median_error < 0.01
+    assert fitted.fits["BTC", "hold_to_expiry"].follows and fitted.fits["BTC", "hold_to_expiry"].median_error < 0.01
 
 
 def test_a_multiple_of_the_files_vol_is_fitted_too(tmp_path):
@@ -350,4 +350,7 @@ def test_a_fit_says_how_far_and_how_surely_it_is_off():
     gaps = np.where(np.arange(101) % 2, recorded, np.nan)
     assert fit_of(gaps, recorded).trades == 50
     nothing = fit_of(np.full(3, np.nan), np.ones(3))
-    assert nothing.trades == 0 and not nothing.follows and "unchecked" in nothing.sentence("tp_and_roll")
+    assert nothing.trades == 0 and not nothing.follows and "unchecked" in nothing.sentence("BTC", "tp_and_roll")
+    few = fit_of(recorded[:9] + 300, recorded[:9])
+    assert few.trusted and not few.follows and "too few to tell" in few.sentence("BTC", "x")
+    assert not fit.trusted and "so computed outcomes count as unknown" in fit.sentence("BTC", "x")

@@ -24,7 +24,7 @@ from covered_call.evaluation.page import (
     html_of,
     svg_of,
 )
-from covered_call.evaluation.plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
+from covered_call.evaluation.overlay_plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
 from evaluation.chromium import needs_chromium
 
 HOSTILE = (
