@@ -13,21 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from covered_call import atomic
+from covered_call.candidates.columns import time_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation import metrics
+from covered_call.evaluation.cases import MIN_CORRELATION, Cases
 from covered_call.evaluation.metrics import METRICS, Figure
-from covered_call.evaluation.money import (
-    ALL,
-    MIN_CORRELATION,
-    MODEL,
-    Q_SCORER,
-    TEACHER,
-    Case,
-    Group,
-    Result,
-    Row,
-    play,
-)
+from covered_call.evaluation.money import ALL, Result, play
+from covered_call.evaluation.resampling import MIN_BLOCKS, REPLICATES
+from covered_call.evaluation.rows import MODEL, Q_SCORER, TEACHER, Row
 from covered_call.tables import align, markdown
 from covered_call.value_model.scorer import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison, comparison_json, draw_reliability, png
@@ -67,7 +60,7 @@ class Evaluation(NamedTuple):
     split: str
     files: list[str]
     config: CoveredCallCandidatesConfig
-    cases: list[Case]
+    cases: Cases
     rows: list[Row]
     rule: Row
     results: list[Result]
@@ -105,14 +98,15 @@ HEAD = {
 def terminal_table(evaluation: Evaluation) -> str:
     """The policies of each exit style, most like the teacher first."""
     blocks = []
-    for group, times, _, figures in evaluation.results:
+    for result in evaluation.results:
+        group, figures = result.group, result.figures
         if group.name != ALL:
             continue
         cells = [["", *HEAD.values()]]
         for name, found in figures.items():
             short = ("balanced_accuracy", "trade_rate", "coverage")
             cells.append([name, *(show(metric, found[metric], metric not in short) for metric in HEAD)])
-        blocks.append(f"\n{describe(evaluation.split, group, times)}\n\n{align(cells)}")
+        blocks.append(f"\n{describe(evaluation.split, result)}\n\n{align(cells)}")
         if MODEL in figures:
             differs = show("minus_best_rule", figures[MODEL]["minus_best_rule"])
             blocks.append(f"\nP&L a decision, {MODEL} minus best rule: {differs}")
@@ -125,11 +119,11 @@ def terminal_table(evaluation: Evaluation) -> str:
     )
 
 
-def describe(split: str, group: Group, times: list[datetime.datetime]) -> str:
+def describe(split: str, result: Result) -> str:
+    group = result.group
     name = "" if group.name == ALL else f", {group.name}"
-    return (
-        f"{group.exit_style}{name}: {len(group.places)} decisions of {split}, {times[0].date()} to {times[-1].date()}"
-    )
+    span = f"{result.first.date()} to {result.last.date()}"
+    return f"{group.exit_style}{name}: {len(group.places)} decisions of {split}, {span}"
 
 
 def markdown_table(figures: dict[str, dict[str, Figure]], names: list[str]) -> str:
@@ -181,7 +175,7 @@ LINES: dict[str, dict[str, Any]] = {  # of the equity plot; that of a rule is da
 def how_measured(config: CoveredCallCandidatesConfig) -> str:
     return HOW.format(
         tolerance=config.expiry_tolerance, take_profit=config.take_profit, roll_delta=config.roll_delta,
-        correlation=MIN_CORRELATION, replicates=metrics.REPLICATES, blocks=metrics.MIN_BLOCKS,
+        correlation=MIN_CORRELATION, replicates=REPLICATES, blocks=MIN_BLOCKS,
     )  # fmt: skip
 
 
@@ -219,7 +213,7 @@ def report_text(evaluation: Evaluation, plots: list[str]) -> str:
 
 def group_text(result: Result, split: str, plots: list[str]) -> list[str]:
     group, times, block, figures = result
-    title = f"{describe(split, group, times)} (blocks of {block})"
+    title = f"{describe(split, result)} (blocks of {block})"
     if group.name != ALL:
         return [f"### {title}", markdown_table(figures, ["accuracy", "coverage", "mean_pnl", *DIFFERENCES])]
     parts = [f"## {title}"]
@@ -265,11 +259,12 @@ def as_json(evaluation: Evaluation) -> dict:
 def result_json(result: Result) -> dict:
     group, times, block, figures = result
     return {
+        "underlying": group.underlying,
         "exit_style": group.exit_style,
         "group": group.name,
         "decisions": len(group.places),
-        "from": times[0].isoformat(),
-        "to": times[-1].isoformat(),
+        "from": result.first.isoformat(),
+        "to": result.last.isoformat(),
         "block": block,
         "rows": {row: {name: figure_json(figure) for name, figure in found.items()} for row, found in figures.items()},
     }
@@ -296,19 +291,19 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
     return plots
 
 
-def draw_equity(result: Result, rows: list[Row], rule: Row, cases: list[Case]) -> bytes:
+def draw_equity(result: Result, rows: list[Row], rule: Row, cases: Cases) -> bytes:
     """Cumulative P&L vs HODL by decision time, as far as it is known; what it may come to is said in words."""
     figure = Plot(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1, label="never sell (HODL)")
-    times = np.array(result.times)
+    times = [time_of(time) for time in result.times.tolist()]
     for row in [rows[0], rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
         style = LINES.get(row.name, {"color": "tab:orange", "linestyle": "--"})
         played = play(row, rule, cases, result.group.places, result.times)
         low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in played.pnl.T)
         known = int((low == high).argmin()) if (low != high).any() else len(low)
         name = f"best rule: {row.name}" if row is rule else row.name
-        label = name + unknown_from(result.times, known, low, high)
+        label = name + unknown_from(times, known, low, high)
         axis.plot(times[:known], low[:known], label=label, **style)
         if 0 < known < len(low):
             axis.plot(times[known - 1], low[known - 1], marker="X", markersize=9, color=style["color"])
@@ -328,7 +323,7 @@ def unknown_from(times: list[datetime.datetime], known: int, low: np.ndarray, hi
     return f" (X: not known from {times[known].date()} on; in the end {low[-1]:,.0f} to {high[-1]:,.0f})"
 
 
-def draw_calibration(results: list[Result], row: Row, rule: Row, cases: list[Case]) -> bytes:
+def draw_calibration(results: list[Result], row: Row, rule: Row, cases: Cases) -> bytes:
     """Agreement with the teacher against the probability of the answer, in bins; their size by the area of dots."""
     figure = Plot(figsize=(6.5, 6.5), layout="constrained")
     axis = figure.subplots()

@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from covered_call.evaluation import metrics
-from covered_call.evaluation.money import ALL, HODL, MODEL, TEACHER
+from covered_call.evaluation.money import ALL
 from covered_call.evaluation.report import markdown_table
+from covered_call.evaluation.rows import HODL, MODEL, TEACHER
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
 from covered_call.publishing.dataset import CARD, fill, load_card
 from covered_call.publishing.hub import PublishError, check_no_secrets, private_folders, push

@@ -122,7 +122,8 @@ def known_bests(fitted: Fitted, entries: Sequence[LoggedDecision], config: Cover
 
 
 def sells(gates: Gates, bests: Sequence[Best]) -> list[bool]:
-    return [gates.stop(best.percent, best.confidence) is None for best in bests]
+    percent, confidence = np.array([best[:2] for best in bests]).T
+    return (gates.stop(percent, confidence) == "").tolist()
 
 
 def measure(gates: Gates, bests: Sequence[Best]) -> Cell:

@@ -19,15 +19,19 @@ from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import sklearn
 from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from covered_call import atomic
+from covered_call.candidates.columns import COUNTERFACTUAL, Columns, columns_of, time_of
 from covered_call.candidates.data_options import OUTCOME_OPTIONS
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import net_outcomes
+from covered_call.candidates.outcomes import code_of
+from covered_call.candidates.preferences import recorded_outcomes
 from covered_call.candidates.prompts import answer_of
+from covered_call.candidates.records import is_sold
 from covered_call.candidates.schema import (
     NO_TRADE,
     CandidatesError,
@@ -82,13 +86,14 @@ class Gates(NamedTuple):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise QScorerError(f"{name}={value!r:.40}: give {what}.")
 
-    def stop(self, percent: float, confidence: float) -> str | None:
-        """The gate that keeps a candidate from being sold, in the order they are asked; None if it may be."""
-        if confidence < self.min_confidence:
-            return "min_confidence"
-        if abs(percent) < self.min_abs_return:
-            return "min_abs_return"
-        return None if percent > self.threshold else "threshold"
+    def stop(self, percent: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """(N,) the gate that keeps a candidate from being sold, in the order they are asked; "" if it may be."""
+        stopped = {
+            "min_confidence": confidence < self.min_confidence,
+            "min_abs_return": abs(percent) < self.min_abs_return,
+            "threshold": ~(percent > self.threshold),
+        }
+        return np.select(list(stopped.values()), list(stopped), "")
 
 
 def gates_text(gates: Gates) -> str:
@@ -131,27 +136,42 @@ class Answer(NamedTuple):
 # Learning
 
 
-def features(decisions: Sequence[Decision], exit_styles: Sequence[str]) -> np.ndarray:
-    """One row a candidate, shape (candidates, 6 + exit styles), none with a scale of its own; NaN where missing.
+def in_columns(entries: Columns | Sequence[LoggedDecision]) -> Columns:
+    return entries if isinstance(entries, Columns) else columns_of(entries)
+
+
+def features(columns: Columns, exit_styles: Sequence[str]) -> np.ndarray:
+    """One row a candidate, shape (R, 6 + exit styles), none with a scale of its own; NaN where missing.
 
     Strike / spot, dte (days), delta, score, iv, ivrv_ratio, and 1.0 in the column of the decision's exit style.
     """
-    rows = [
-        (c.strike / d.spot, c.dte, c.delta, c.score, c.iv, c.ivrv_ratio, *(d.exit_style == s for s in exit_styles))
-        for d in decisions
-        for c in d.candidates
-    ]
-    return np.array(rows, dtype=float).reshape(len(rows), len(FEATURES) - 1 + len(exit_styles))
+    of, numbers = columns.decision_of, columns.numbers
+    state = [numbers["strike"] / columns.spot[of], *(numbers[name] for name in FEATURES[1:-1])]
+    styles = [columns.exit_style[of] == code_of(columns.names, style) for style in exit_styles]
+    return np.column_stack([*state, *styles]).astype(float)
 
 
-def outcomes(entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> np.ndarray:
-    """Net outcome of selling each candidate as a share of spot, shape (candidates,), in order; NaN where unknown."""
-    found = [
-        math.nan if net.value is None else net.value / entry.decision.spot
-        for entry in entries
-        for net in net_outcomes(entry, config)
-    ]
-    return np.array(found, dtype=float)
+def net_outcomes(columns: Columns, config: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(R,) USD a unit that selling each candidate brings: as computed, else as recorded; NaN where unknown."""
+    recorded = np.where(is_sold(columns), recorded_outcomes(columns, config)[columns.decision_of], np.nan)
+    computed = columns.numbers[COUNTERFACTUAL]
+    return np.where(np.isnan(computed), recorded, computed)
+
+
+def outcomes(entries: Columns | Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(R,) the same as a share of spot."""
+    columns = in_columns(entries)
+    return net_outcomes(columns, config) / columns.spot[columns.decision_of]
+
+
+class Predicted(NamedTuple):
+    """What is predicted of R candidates: net outcomes as shares of spot, and the probability of a positive one."""
+
+    values: np.ndarray
+    confidences: np.ndarray
+
+    def at(self, rows: np.ndarray) -> "Predicted":
+        return Predicted(self.values[rows], self.confidences[rows])
 
 
 class Fitted(NamedTuple):
@@ -172,14 +192,14 @@ class Fitted(NamedTuple):
         gates.check()
         return self._replace(metadata=self.metadata | {"gates": gates._asdict()})
 
-    def predict(self, decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:
-        """Net outcomes as a share of spot, the offset added, and confidences, each of shape (candidates,)."""
-        rows = features(decisions, self.metadata["exit_styles"])
-        return self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows))
+    def predict(self, columns: Columns) -> Predicted:
+        """Net outcomes, the offset added, and confidences."""
+        rows = features(columns, self.metadata["exit_styles"])
+        return Predicted(self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows)))
 
 
 def learn(
-    train: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig, positive_weight: float = 1.0
+    train: Columns | Sequence[LoggedDecision], config: CoveredCallCandidatesConfig, positive_weight: float = 1.0
 ) -> Fitted:
     """Fits both models on the known outcomes of ``train``; with no offset yet, and no gate but q_sell > 0.
 
@@ -192,7 +212,8 @@ def learn(
         QScorerError: for fewer than MIN_ROWS known outcomes, or a weight that is not above 0.
     """
     check_weight(positive_weight)
-    styles = sorted({entry.decision.exit_style for entry in train})
+    train = in_columns(train)
+    styles = sorted(train.names[code] for code in np.unique(train.exit_style))
     target = outcomes(train, config)
     known = ~np.isnan(target)
     if known.sum() < MIN_ROWS:
@@ -200,7 +221,7 @@ def learn(
             f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {MIN_ROWS} are "
             "needed. Give more data, or other splits."
         )
-    rows, target = features([entry.decision for entry in train], styles)[known], target[known]
+    rows, target = features(train, styles)[known], target[known]
     rows[:, np.isnan(rows).all(axis=0)] = 0.0  # scikit-learn fails on a column without a number; no tree asks this one
     positive = target > 0
     options = BOOSTING | {"min_samples_leaf": max(MIN_LEAF, round(LEAF_SHARE * len(target)))}
@@ -231,12 +252,15 @@ def check_weight(positive_weight: float) -> None:
         raise QScorerError(f"positive_weight={positive_weight!r}: give a number above 0; 1 is symmetric.")
 
 
-def fit_offset(fitted: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> Fitted:
+def fit_offset(
+    fitted: Fitted, validation: Columns | Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+) -> Fitted:
     """With the offset by which outcomes of ``validation`` were, on average, better than predicted.
 
     Raises:
         QScorerError: if no outcome there is known.
     """
+    validation = in_columns(validation)
     target = outcomes(validation, config)
     known = ~np.isnan(target)
     if not known.any():
@@ -244,14 +268,14 @@ def fit_offset(fitted: Fitted, validation: Sequence[LoggedDecision], config: Cov
             "No outcome of the validation split is known, so that no offset can be fitted. Give more "
             "data, or other splits."
         )
-    predicted, _ = fitted.predict([entry.decision for entry in validation])
+    predicted = fitted.predict(validation).values
     offset = fitted.metadata["offset"] + float(np.mean(target[known] - predicted[known]))
     return fitted._replace(metadata=fitted.metadata | {"offset": offset, "validation": describe(validation, known)})
 
 
 def fit(
-    train: Sequence[LoggedDecision],
-    validation: Sequence[LoggedDecision],
+    train: Columns | Sequence[LoggedDecision],
+    validation: Columns | Sequence[LoggedDecision],
     config: CoveredCallCandidatesConfig,
     positive_weight: float = 1.0,
 ) -> Fitted:
@@ -259,12 +283,11 @@ def fit(
     return fit_offset(learn(train, config, positive_weight), validation, config)
 
 
-def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
-    times = [entry.decision.decision_time for entry in entries]
+def describe(columns: Columns, known: np.ndarray) -> dict:
     return {
-        "from": min(times).isoformat(),
-        "to": max(times).isoformat(),
-        "decisions": len(entries),
+        "from": time_of(int(columns.time.min())).isoformat(),
+        "to": time_of(int(columns.time.max())).isoformat(),
+        "decisions": len(columns),
         "candidates": len(known),
         "known": int(known.sum()),
         "unknown": int((~known).sum()),
@@ -277,35 +300,64 @@ def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
 
 def decide(fitted: Fitted, decisions: Sequence[Decision]) -> list[Answer]:
     """As QScorer.decide, of decisions that are taken for valid, as those that were read from files are."""
-    values, confidences = fitted.predict(decisions)
-    ends = np.cumsum([len(decision.candidates) for decision in decisions])[:-1]
-    parts = zip(decisions, np.split(values, ends), np.split(confidences, ends), strict=True) if decisions else ()
-    return [decide_one(*part, fitted) for part in parts]
+    columns = columns_of([LoggedDecision(decision, None, ()) for decision in decisions])
+    predicted = fitted.predict(columns)
+    best, stopped_by = choose(fitted, columns, predicted)
+    parts = zip(decisions, columns.offsets.tolist(), best.tolist(), stopped_by.tolist(), strict=False)
+    return [answer_to(decision, predicted, *where) for decision, *where in parts]
 
 
-def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted) -> Answer:
-    """From predicted outcomes (shares of spot) and confidences of one decision's candidates."""
-    if not len(values):
+def answer_to(decision: Decision, predicted: Predicted, begin: int, best: int, stopped_by: str) -> Answer:
+    """From what is predicted of its candidates, which stand from ``begin`` on."""
+    if best < 0:
         return Answer(None, None, None, math.nan, math.nan, {NO_TRADE: 0.0}, NO_CANDIDATE)
-    q_sell = [float(value * decision.spot) for value in values]
-
-    def rank(i: int) -> tuple:
-        return values[i], confidences[i], decision.candidates[i].strike, decision.candidates[i].instrument
-
-    best = max(range(len(values)), key=rank)
-    stopped_by = fitted.gates.stop(100 * values[best], confidences[best])
-    if decision.exit_style not in fitted.metadata["exit_styles"]:
-        stopped_by = OTHER_STYLE  # its outcomes mean something else
-    sold = stopped_by is None
+    q_sell = [float(value * decision.spot) for value in predicted.values[begin : begin + len(decision.candidates)]]
+    sold = not stopped_by
     return Answer(
         best if sold else None,
         decision.candidates[best].instrument if sold else None,
         best,
         q_sell[best],
-        float(confidences[best]),
+        float(predicted.confidences[begin + best]),
         {answer_of(i): value for i, value in enumerate(q_sell)} | {NO_TRADE: 0.0},
-        stopped_by,
+        stopped_by or None,
     )
+
+
+def choose(fitted: Fitted, columns: Columns, predicted: Predicted) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) the best candidate's place, -1 where there is none, and (D,) what stops its sale, "" if nothing."""
+    best = best_of(columns, predicted)
+    rows = (columns.offsets[:-1] + best)[best >= 0]
+    stopped_by = np.full(len(columns), NO_CANDIDATE, object)
+    stopped_by[best >= 0] = fitted.gates.stop(100 * predicted.values[rows], predicted.confidences[rows])
+    known = [code_of(columns.names, style) for style in fitted.metadata["exit_styles"]]
+    strange = ~np.isin(columns.exit_style, known)  # its outcomes mean something else
+    stopped_by[strange & (best >= 0)] = OTHER_STYLE
+    return best, stopped_by
+
+
+def picks_of(fitted: Fitted, columns: Columns, predicted: Predicted) -> np.ndarray:
+    """(D,) int64 the place of the call that is sold, -1 for no trade."""
+    best, stopped_by = choose(fitted, columns, predicted)
+    return np.where(stopped_by == "", best, -1)
+
+
+def best_of(columns: Columns, predicted: Predicted) -> np.ndarray:
+    """(D,) int64 the place of the highest value; of equals the more confident, then the higher strike; -1 for none."""
+    best, offered = np.full(len(columns), -1), np.diff(columns.offsets) > 0
+    if not offered.any():
+        return best
+    top = np.full(len(columns), np.nan)
+    top[offered] = np.maximum.reduceat(predicted.values, columns.offsets[:-1][offered])
+    rows = np.flatnonzero(predicted.values == top[columns.decision_of])
+    of = columns.decision_of[rows]
+    if len(np.unique(of)) < len(of):
+        names = np.array(columns.instrument.take(pa.array(rows)).to_pylist(), object)
+        rank = np.unique(names, return_inverse=True)[1]
+        order = np.lexsort((rank, columns.numbers["strike"][rows], predicted.confidences[rows], of))
+        rows, of = rows[order], of[order]
+    best[of] = columns.place[rows]  # of several the last is written last
+    return best
 
 
 class QScorer:

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from covered_call.evaluation.baselines import highest, scores
-
 
 class Answer(NamedTuple):
     pick: int | None
@@ -18,7 +16,9 @@ class Stub:
         self.task, self.candidate_order = "per_decision_ranking", "instrument"
 
     def decide(self, decisions):
-        return [Answer(pick) for pick in highest(scores)(decisions)]
+        return [
+            Answer(max(range(len(d.candidates)), key=lambda i: d.candidates[i].score, default=None)) for d in decisions
+        ]
 
 
 class FirstShown(Stub):

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import decision, no_candidates, read_candidates, write_csv
+from conftest import decision, no_candidates, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
 from covered_call.candidates.data_options import backtest_of
+from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
-from covered_call.evaluation.rows import model_row
+from covered_call.evaluation.rows import model_row, shuffles_of
 from covered_call.language_model.scoring import MemoryFull
 from covered_call.value_model import q_scorer
 from evaluation.stub import FirstShown, Stub
@@ -24,13 +25,13 @@ from evaluation.stub import FirstShown, Stub
 
 def test_a_ranking_model_is_shuffled_in_its_prompts_and_not_only_by_the_caller(tmp_path):
     path = write_csv(tmp_path / "a.csv", [row for number in range(30) for row in decision(number, 0)])
-    decisions = [entry.decision for entry in read_candidates([path], CoveredCallCandidatesConfig())]
-    model = FirstShown()
-    row = model_row(model, decisions)
-    assert row.picks == [0] * 30 and model.candidate_order == "instrument"
+    columns = read_decisions([path], CoveredCallCandidatesConfig()).columns()
+    model, shuffles = FirstShown(), shuffles_of(columns)
+    row = model_row(model, columns, shuffles)
+    assert row.picks.tolist() == [0] * 30 and model.candidate_order == "instrument"
     assert np.mean(row.consistent) < 0.2  # (1 / 3) ** 4 is expected
     model.task = "per_candidate"
-    assert model_row(model, decisions).consistent == [1.0] * 30
+    assert model_row(model, columns, shuffles).consistent.tolist() == [1.0] * 30
 
 
 def use(monkeypatch, load_model) -> None:

@@ -1,6 +1,5 @@
 """Metrics and their intervals against hand-computed cases and scikit-learn."""
 
-import datetime
 import math
 
 import numpy as np
@@ -17,8 +16,10 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
 from covered_call.evaluation.metrics import METRICS, Played
+from covered_call.evaluation.resampling import as_it_was, month_starts
 
 NAN = math.nan
 
@@ -45,9 +46,14 @@ def played(teacher: list[int], pick: list[int], **given) -> Played:
 
 
 def measured(entries: Played, days: int | None = None) -> dict[str, tuple[float, float]]:
-    times = [day(number) for number in range(days or len(entries.time))]
-    found = metrics.measure(entries, np.arange(len(times))[None], metrics.month_starts(times))
+    times = times_of(days or len(entries.time))
+    found = metrics.measure({"policy": entries}, as_it_was(len(times)), month_starts(times))["policy"]
     return {name: tuple(values[:, 0]) for name, values in found.items()}
+
+
+def times_of(days: int, every: float = 1) -> np.ndarray:
+    """Microseconds since 1970."""
+    return np.array([microseconds(day(number * every)) for number in range(days)])
 
 
 # Imitation
@@ -161,36 +167,17 @@ def test_bounds_hold_whatever_the_unknown_outcome_was(triples):
 # Intervals
 
 
-def test_a_block_spans_the_longest_life():
-    times = [day(number) for number in range(30)]
-    assert metrics.block_length(times, datetime.timedelta(days=7)) == 8
-    hours = [day(number / 24) for number in range(300)]
-    assert metrics.block_length(hours, datetime.timedelta(days=7)) == 169
-    assert metrics.block_length([day(0), day(30)], datetime.timedelta(days=7)) == 1
-
-
-def test_too_few_blocks_give_no_interval():
-    assert metrics.resample(39, 8) is None
-    assert metrics.resample(40, 8, replicates=3).shape == (3, 40)
-
-
-def test_resamples_are_runs_of_consecutive_times_and_repeat():
-    drawn = metrics.resample(40, 8, replicates=20)
-    assert (np.diff(drawn.reshape(20, 5, 8), axis=2) == 1).all()
-    assert np.array_equal(drawn, metrics.resample(40, 8, replicates=20))
-
-
 def test_blocks_widen_the_interval_of_outcomes_that_overlap():
     sold, pnl = [1] * 240, np.repeat(np.random.default_rng(0).normal(size=30), 8) * 100
-    times = [day(number) for number in range(240)]
     widths = []
     for block in (1, 8):
-        low, high = metrics.figures(played(sold, sold, pnl=pnl), times, block)["mean_pnl"].interval
+        found = metrics.figures({"policy": played(sold, sold, pnl=pnl)}, times_of(240), block)["policy"]
+        low, high = found["mean_pnl"].interval
         assert low < pnl.mean() < high
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
 
 
 def test_a_metric_that_is_not_defined_has_no_interval():
-    found = metrics.figures(played([0] * 60, [0] * 60), [day(number) for number in range(60)], 8)
+    found = metrics.figures({"policy": played([0] * 60, [0] * 60)}, times_of(60), 8)["policy"]
     assert math.isnan(found["hit_rate"].low) and found["hit_rate"].interval is None

@@ -1,0 +1,198 @@
+"""What each answer to a decision would have brought, in USD a unit of underlying, and where that is not known."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from covered_call.candidates.columns import COUNTERFACTUAL, Columns
+from covered_call.candidates.decisions import Decisions
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, as_recorded, code_of
+from covered_call.candidates.preferences import at, best_places
+
+MIN_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
+
+
+class Cases(NamedTuple):
+    """D decisions with their R candidates, what the teacher did, and what is known of each outcome; NaN where unknown.
+
+    ``worst`` and ``best`` are the extremes recorded in that year for that underlying and exit style: in all years if
+    there are none in that one, NaN if there are none at all.
+    """
+
+    columns: Columns
+    recorded: np.ndarray  # (D,) the teacher's own outcome
+    computed: np.ndarray  # (R,)
+    worst: np.ndarray  # (D,)
+    best: np.ndarray  # (D,)
+
+
+class Recorded(NamedTuple):
+    """Of all decisions of a backtest, (D,) each: where and when, the recorded outcome of the call that was sold and
+    the computed one; NaN where unknown."""
+
+    underlying: np.ndarray
+    exit_style: np.ndarray
+    time: np.ndarray
+    recorded: np.ndarray
+    computed: np.ndarray
+
+    def take(self, places: np.ndarray) -> "Recorded":
+        return Recorded(*(values[places] for values in self))
+
+
+def recorded_of(decisions: Decisions) -> Recorded:
+    """A part of the decisions is in memory at a time."""
+    parts = [sold_outcomes(decisions.columns(numbers)) for numbers in decisions.batches(decisions.numbers)]
+    pairs = np.concatenate([np.zeros((2, 0)), *parts], axis=1)
+    return Recorded(decisions.underlying, decisions.exit_style, decisions.time, *pairs)
+
+
+def sold_outcomes(columns: Columns) -> np.ndarray:
+    """(2, D) recorded and computed, of the calls that were sold."""
+    return np.array([at(columns.chosen, columns.numbers[name], columns, math.nan) for name in OUTCOMES])
+
+
+OUTCOMES = ("pnl_vs_hodl", COUNTERFACTUAL)
+
+
+def make_cases(columns: Columns, of_all: Recorded) -> Cases:
+    recorded, _ = sold_outcomes(columns)
+    known = of_all.take(np.flatnonzero(~np.isnan(of_all.recorded)))
+    worst, best = np.full((2, len(columns)), math.nan)
+    for yearly in (False, True):  # that of the year goes over that of all years
+        key, asked = market_of(known, yearly), market_of(columns, yearly)
+        markets, place = np.unique(key, return_inverse=True)
+        if len(markets):
+            found = np.minimum(np.searchsorted(markets, asked), len(markets) - 1)
+            has = markets[found] == asked
+            for extreme, fold, begin in ((worst, np.minimum, math.inf), (best, np.maximum, -math.inf)):
+                extremes = np.full(len(markets), begin)
+                fold.at(extremes, place, known.recorded)
+                extreme[has] = extremes[found[has]]
+    return Cases(columns, recorded, columns.numbers[COUNTERFACTUAL], worst, best)
+
+
+def market_of(decisions: Columns | Recorded, yearly: bool = False) -> np.ndarray:
+    """(D,) int64: a number for each underlying and exit style, and year."""
+    market = decisions.underlying.astype(np.int64) * (1 << 20) + decisions.exit_style
+    return market * (1 << 20) + years_of(decisions.time) if yearly else market
+
+
+def years_of(time: np.ndarray) -> np.ndarray:
+    return time.astype("datetime64[us]").astype("datetime64[Y]").astype(int) + 1970
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of E answers: (E,) the decisions that they are to, and (E,) picks, -1 for no trade
+
+
+def outcome(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """(E,) 0 for no trade, what was recorded where the teacher did the same, else what can be computed, else NaN."""
+    recorded = recorded_for(cases, of, picks)
+    return np.where(np.isnan(recorded), computed_for(cases, of, picks), recorded)
+
+
+def recorded_for(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    same = picks == cases.columns.chosen[of]
+    return np.where(picks < 0, 0.0, np.where(same, cases.recorded[of], math.nan))
+
+
+def computed_for(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    found, sold = np.zeros(len(of)), picks >= 0
+    found[sold] = cases.computed[cases.columns.offsets[of[sold]] + picks[sold]]
+    return found
+
+
+def bounds(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """(E, 2) least and most of an outcome: itself where it is known, else the year's worst and best recorded one."""
+    known = outcome(cases, of, picks)
+    return np.stack([np.where(np.isnan(known), side[of], known) for side in (cases.worst, cases.best)], axis=1)
+
+
+def difference(cases: Cases, of: np.ndarray, picks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(E, 2) bounds of the P&L of one answer minus another's, like with like: both as recorded, or else both as
+    computed.
+
+    The teacher's own settlement may differ from the formula of computed outcomes; a computed outcome minus a recorded
+    one would count that as skill. No trade is 0 in either.
+    """
+    low, high = (bounds(cases, of, answers).T for answers in (picks, others))
+    found = np.stack([low[0] - high[1], low[1] - high[0]], axis=1)
+    for outcomes in (computed_for, recorded_for):
+        known = outcomes(cases, of, picks) - outcomes(cases, of, others)
+        found = np.where(np.isnan(known)[:, None], found, known[:, None])
+    return np.where((picks == others)[:, None], 0.0, found)
+
+
+def regret(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """(E,) what the best answer, no trade included, would have added, all as computed; NaN where one is unknown."""
+    best = at(best_places(cases.computed, cases.columns), cases.computed, cases.columns)
+    best[cases.columns.decision_of[np.isnan(cases.computed)]] = math.nan
+    return best[of] - computed_for(cases, of, picks)
+
+
+def comparable(cases: Cases, config: CoveredCallCandidatesConfig) -> Cases:
+    """The cases, without their recorded outcomes where costs or a horizon are set, of which those do not know."""
+    return cases if as_recorded(config) else cases._replace(recorded=np.full_like(cases.recorded, math.nan))
+
+
+class Validation(NamedTuple):
+    """Computed against recorded outcomes, over all trades that have both; money in USD."""
+
+    trades: int
+    correlation: float
+    median_error: float
+    median_outcome: float
+    mean_error: float
+
+    @property
+    def follows(self) -> bool:
+        return self.correlation >= MIN_CORRELATION
+
+    def sentence(self, style: str) -> str:
+        if not self.trades:
+            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
+        text = (
+            f"Computed against recorded outcomes on {self.trades:,} {style} trades: correlation "
+            f"{self.correlation:.4f}, median absolute error {self.median_error:,.2f} USD (median outcome "
+            f"{self.median_outcome:,.2f}), computed minus recorded on average {self.mean_error:+,.2f}."
+        )
+        if self.follows:
+            return text
+        below = f"the correlation is below {MIN_CORRELATION}"
+        if style == HOLD_TO_EXPIRY:
+            return f"{text} WARNING: {below}: do not trust computed outcomes."
+        return f"{text} Since {below}, they count as unknown."
+
+
+def validate(recorded: np.ndarray, computed: np.ndarray) -> Validation:
+    """Of (D,) outcomes of the calls that were sold, NaN where unknown."""
+    both = ~np.isnan(recorded + computed)
+    recorded, computed = recorded[both], computed[both]
+    if not len(recorded):
+        return Validation(0, math.nan, math.nan, math.nan, math.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.corrcoef(computed, recorded)[0, 1] if len(recorded) > 1 else math.nan
+    error = computed - recorded
+    middle = [float(np.median(abs(values))) for values in (error, recorded)]
+    return Validation(len(recorded), float(correlation), *middle, float(error.mean()))
+
+
+def validate_styles(of_all: Recorded, names: tuple[str, ...]) -> dict[str, Validation]:
+    styles = sorted(names[code] for code in np.unique(of_all.exit_style))
+    its = {style: of_all.exit_style == names.index(style) for style in styles}
+    return {style: validate(of_all.recorded[rows], of_all.computed[rows]) for style, rows in its.items()}
+
+
+def trusted(cases: Cases, found: dict[str, Validation]) -> Cases:
+    """The cases without the computed outcomes of exit styles whose replay does not follow the recorded ones.
+
+    Those of hold_to_expiry stay, flagged: there the formula is what a settlement is, not a guess at a backtest's rule.
+    """
+    columns, computed = cases.columns, cases.computed.copy()
+    for style, validation in found.items():
+        if style != HOLD_TO_EXPIRY and not validation.follows:
+            computed[(columns.exit_style == code_of(columns.names, style))[columns.decision_of]] = math.nan
+    return cases._replace(computed=computed)
