@@ -38,7 +38,8 @@ from covered_call.evaluation import resampling  # noqa: E402
 from covered_call.evaluation.baselines import score_rule  # noqa: E402
 from covered_call.tables import markdown  # noqa: E402
 from covered_call.training.runs import RecipeError, TrainingStopped  # noqa: E402
-from covered_call.value_model.scorer import QScorer, fit  # noqa: E402
+from covered_call.value_model.learning import fit  # noqa: E402
+from covered_call.value_model.scorer import QScorer  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "sample" / "*.csv")

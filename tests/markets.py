@@ -7,7 +7,8 @@ from conftest import decision, time
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Counterfactual, Decision, LoggedDecision, Outcome
-from covered_call.value_model.scorer import Answer, Fitted, Gates, QScorer
+from covered_call.value_model.learning import Fitted, Gates
+from covered_call.value_model.scorer import Answer, QScorer
 
 CONFIG = CoveredCallCandidatesConfig()
 SPOT = 50_000.0

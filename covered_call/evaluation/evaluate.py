@@ -38,7 +38,8 @@ from covered_call.evaluation.money import Result, judge, make_groups
 from covered_call.evaluation.report import Evaluation, Study, report_files, terminal_table, write_report
 from covered_call.evaluation.rows import Q_SCORER, best_rule, make_rows
 from covered_call.language_model.manifest import PolicyError, read_manifest
-from covered_call.value_model.scorer import Fitted, Predicted, QScorer, QScorerError, fit, picks_of
+from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
+from covered_call.value_model.scorer import QScorer, picks_of
 from covered_call.value_model.walk_forward import candidate_pairs, compare
 
 SPLITS = ("train", "validation", "test")

@@ -22,7 +22,7 @@ from covered_call.evaluation.money import ALL, Result, play
 from covered_call.evaluation.resampling import MIN_BLOCKS, REPLICATES
 from covered_call.evaluation.rows import MODEL, Q_SCORER, TEACHER, Row
 from covered_call.tables import align, markdown
-from covered_call.value_model.scorer import Gates, gates_text
+from covered_call.value_model.learning import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison, comparison_json, draw_reliability, png
 
 

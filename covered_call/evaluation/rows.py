@@ -13,7 +13,8 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.schema import Decision
 from covered_call.evaluation.baselines import Rule, fit_baselines, highest
-from covered_call.value_model.scorer import Fitted, Predicted, picks_of
+from covered_call.value_model.learning import Fitted, Predicted
+from covered_call.value_model.scorer import picks_of
 
 SHUFFLES = 4
 MODEL, TEACHER, HODL, RANDOM = "model", "teacher", "never sell (HODL)", "random (expected)"

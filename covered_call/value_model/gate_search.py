@@ -13,16 +13,8 @@ from matplotlib.patches import Rectangle
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_outcomes
 from covered_call.candidates.schema import LoggedDecision
-from covered_call.value_model.scorer import (
-    OTHER_STYLE,
-    Fitted,
-    Gates,
-    QScorerError,
-    decide,
-    fit_offset,
-    gates_text,
-    outcomes,
-)
+from covered_call.value_model.learning import Fitted, Gates, QScorerError, fit_offset, gates_text, outcomes
+from covered_call.value_model.scorer import OTHER_STYLE, decide
 from covered_call.value_model.walk_forward import cut, decision_times, png
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)  # % of spot

@@ -19,7 +19,8 @@ from covered_call.candidates.columns import Columns, columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.preferences import at, best_places
 from covered_call.candidates.schema import LoggedDecision
-from covered_call.value_model.scorer import Fitted, Gates, QScorerError, fit, net_outcomes, outcomes, picks_of
+from covered_call.value_model.learning import Fitted, Gates, QScorerError, fit, net_outcomes, outcomes
+from covered_call.value_model.scorer import picks_of
 
 logger = logging.getLogger(__name__)
 

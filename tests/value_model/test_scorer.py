@@ -16,7 +16,8 @@ from markets import CONFIG, SPOT, decide, entry, rich_if_volatile
 from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
-from covered_call.value_model.scorer import Gates, QScorer, QScorerError, features, fit, learn
+from covered_call.value_model.learning import Gates, QScorerError, features, fit, learn
+from covered_call.value_model.scorer import QScorer
 from covered_call.value_model.walk_forward import candidate_pairs
 
 # Learning

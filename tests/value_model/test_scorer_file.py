@@ -16,7 +16,8 @@ import sklearn
 from markets import decide, entry, rich_if_volatile
 
 from covered_call.candidates.columns import columns_of
-from covered_call.value_model.scorer import MAX_PART, Gates, QScorer, QScorerError, read, save
+from covered_call.value_model.learning import Gates, QScorerError
+from covered_call.value_model.scorer import MAX_PART, QScorer, read, save
 
 
 @pytest.fixture

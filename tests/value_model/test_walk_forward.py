@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from markets import CONFIG, entry, rich_if_volatile
 
 from covered_call.candidates.columns import columns_of
-from covered_call.value_model.scorer import QScorerError
+from covered_call.value_model.learning import QScorerError
 from covered_call.value_model.walk_forward import HEAD, blocks, compare, comparison_json, fold_rows, walk_forward
 
 # Predicted against realised
