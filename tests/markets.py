@@ -23,7 +23,7 @@ def day(number: float) -> datetime.datetime:
 def entry(number: float, ivs, outcomes, dte=7.0, spot=SPOT, style="hold_to_expiry", label_end=None) -> LoggedDecision:
     """A decision with a candidate for each iv and its net outcome, in % of spot; None is unknown."""
     candidates = tuple(
-        Candidate(f"BTC-{index}-C", spot * (1.05 + 0.05 * index), dte, 0.2, 3.0, iv, None)
+        Candidate(f"BTC-{index}-C", spot * (1 + 0.001 * index), dte, 0.2, 3.0, iv, None)
         for index, iv in enumerate(ivs)
     )
     ends = day(number + dte if label_end is None else label_end)

@@ -8,7 +8,7 @@ import numpy as np
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns
 from covered_call.candidates.decisions import Decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, as_recorded, code_of
+from covered_call.candidates.outcomes import DAYS_PER_YEAR, HOLD_TO_EXPIRY, as_recorded, black_scholes_call, code_of
 from covered_call.candidates.preferences import at, best_places
 
 MIN_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
@@ -26,6 +26,18 @@ class Cases(NamedTuple):
     computed: np.ndarray  # (R,)
     worst: np.ndarray  # (D,)
     best: np.ndarray  # (D,)
+    premium: np.ndarray  # (R,) of each call before costs: Black-Scholes at the row's iv
+    label_end: np.ndarray  # (D,) microseconds since 1970: when the last of its outcomes is known
+
+    @property
+    def by_record(self) -> np.ndarray:
+        """(D,) bool: whether answers are judged by recorded outcomes, for the teacher's call has no computed one.
+
+        The teacher's settlement may differ from the formula of computed outcomes; so of one decision all answers are
+        judged by outcomes of one kind, and a figure of one policy minus that of another is their difference.
+        """
+        chosen = at(self.columns.chosen, self.computed, self.columns, math.nan)
+        return np.isnan(chosen) & ~np.isnan(self.recorded)
 
 
 class Recorded(NamedTuple):
@@ -71,7 +83,23 @@ def make_cases(columns: Columns, of_all: Recorded) -> Cases:
                 extremes = np.full(len(markets), begin)
                 fold.at(extremes, place, known.recorded)
                 extreme[has] = extremes[found[has]]
-    return Cases(columns, recorded, columns.numbers[COUNTERFACTUAL], worst, best)
+    return Cases(
+        columns, recorded, columns.numbers[COUNTERFACTUAL], worst, best, premiums(columns), label_ends(columns)
+    )
+
+
+def premiums(columns: Columns) -> np.ndarray:
+    """(R,) USD a unit; NaN where iv is unknown."""
+    numbers, spot = columns.numbers, columns.spot[columns.decision_of]
+    return black_scholes_call(spot, numbers["strike"], numbers["dte"] / DAYS_PER_YEAR, numbers["iv"])
+
+
+def label_ends(columns: Columns) -> np.ndarray:
+    """(D,) the last of each decision's candidates, or its own time where it has none."""
+    ends, offered = columns.time.copy(), np.diff(columns.offsets) > 0
+    if offered.any():
+        ends[offered] = np.maximum.reduceat(columns.label_end, columns.offsets[:-1][offered])
+    return ends
 
 
 def market_of(decisions: Columns | Recorded, yearly: bool = False) -> np.ndarray:
@@ -89,14 +117,11 @@ def years_of(time: np.ndarray) -> np.ndarray:
 
 
 def outcome(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    """(E,) 0 for no trade, what was recorded where the teacher did the same, else what can be computed, else NaN."""
-    recorded = recorded_for(cases, of, picks)
-    return np.where(np.isnan(recorded), computed_for(cases, of, picks), recorded)
-
-
-def recorded_for(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    same = picks == cases.columns.chosen[of]
-    return np.where(picks < 0, 0.0, np.where(same, cases.recorded[of], math.nan))
+    """(E,) 0 for no trade, else what is computed or, where the decision is judged by records, what was recorded of the
+    teacher's call; NaN where unknown."""
+    recorded = np.where(picks == cases.columns.chosen[of], cases.recorded[of], math.nan)
+    by_record = cases.by_record[of] & (picks >= 0)
+    return np.where(by_record, recorded, computed_for(cases, of, picks))
 
 
 def computed_for(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
@@ -112,17 +137,9 @@ def bounds(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
 
 
 def difference(cases: Cases, of: np.ndarray, picks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(E, 2) bounds of the P&L of one answer minus another's, like with like: both as recorded, or else both as
-    computed.
-
-    The teacher's own settlement may differ from the formula of computed outcomes; a computed outcome minus a recorded
-    one would count that as skill. No trade is 0 in either.
-    """
-    low, high = (bounds(cases, of, answers).T for answers in (picks, others))
-    found = np.stack([low[0] - high[1], low[1] - high[0]], axis=1)
-    for outcomes in (computed_for, recorded_for):
-        known = outcomes(cases, of, picks) - outcomes(cases, of, others)
-        found = np.where(np.isnan(known)[:, None], found, known[:, None])
+    """(E, 2) bounds of the P&L of one answer minus another's; 0 where they are the same, known or not."""
+    mine, its = (bounds(cases, of, answers).T for answers in (picks, others))
+    found = np.stack([mine[0] - its[1], mine[1] - its[0]], axis=1)
     return np.where((picks == others)[:, None], 0.0, found)
 
 

@@ -11,6 +11,7 @@ mean different things.
 import argparse
 import datetime
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,13 @@ from covered_call.evaluation.cases import (
     trusted,
     validate_styles,
 )
-from covered_call.evaluation.money import Result, judge, make_groups
-from covered_call.evaluation.report import Evaluation, Study, report_files, terminal_table, write_report
-from covered_call.evaluation.rows import Q_SCORER, best_rule, make_rows
+from covered_call.evaluation.details import make_detail
+from covered_call.evaluation.money import ALL, Result, judge, make_groups
+from covered_call.evaluation.report import report_files, terminal_table, write_report
+from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, RANDOM, TEACHER, Row, best_rule, make_rows
+from covered_call.evaluation.scenarios import scenarios_of
+from covered_call.evaluation.sections import Evaluation, Study
+from covered_call.evaluation.slices import regimes
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
 from covered_call.value_model.scorer import QScorer, picks_of
@@ -83,18 +88,67 @@ def judge_all(
     cases, found = judged_cases(backtest, columns)
     fitted, notes = find_scorer(saved, splits, args.split, config)
     predicted = fitted.predict(columns) if fitted else None
-    rows = make_rows(splits["train"], columns, fitted, predicted, model)
+    rows, trials = make_rows(splits["train"], columns, fitted, predicted, model)
     rule = best_rule(rows, columns)
-    groups = make_groups(cases, cutoff)
+    groups = make_groups(cases, cutoff, regimes(backtest.decisions, columns))
     print(f"Judging {len(rows)} policies, with {resampling.REPLICATES:,} resamples ...", flush=True)
     bar = tqdm(groups, desc="Judging", unit=" groups", disable=None, leave=False)
     results = [judge(rows, rule, cases, group) for group in bar]
+    scenarios = scenarios_of(backtest.decisions, columns, config)
+    details = [
+        make_detail(result, rows, trials, rule, cases, scenarios) for result in results if result.group.name == ALL
+    ]
     checked = [validation.sentence(style) for style, validation in found.items()]
     notes = [*checked, *notes, *warn(args.split, columns, results, model)]
     if not as_recorded(config):
         notes.append("Costs or a horizon are set: all outcomes, the teacher's too, are computed and net of them.")
     study = make_study(fitted, predicted, columns, config, found) if fitted and predicted else None
-    return Evaluation(args.model, args.split, backtest.files, config, cases, rows, rule, results, notes, study)
+    fitted_here = fitted_on(args.split, columns, rows, fitted, model)
+    first = not_tuned_on(model.manifest, backtest, columns) if model else []
+    files = backtest.files
+    return Evaluation(
+        args.model, args.split, files, config, cases, rows, trials, rule, results, details, fitted_here, first, notes,
+        study,
+    )  # fmt: skip
+
+
+def fitted_on(split: str, columns: Columns, rows: list[Row], fitted: Fitted | None, model) -> set[str]:
+    """The policies that were fitted on some of these decisions."""
+    here = {row.name for row in rows} - {TEACHER, HODL, RANDOM, Q_SCORER, MODEL} if split == "train" else set()
+    if fitted and any(seen_by(fitted.metadata, columns).values()):
+        here.add(Q_SCORER)
+    if model and learnt_by(model.manifest, columns):
+        here.add(MODEL)
+    return here
+
+
+def seen_by(metadata: dict, columns: Columns) -> dict[str, int]:
+    """How many of these decisions are of the time of each split that a Q-scorer was fitted on."""
+    found = {}
+    for split in ("train", "validation"):
+        first, last = (microseconds(datetime.datetime.fromisoformat(metadata[split][end])) for end in ("from", "to"))
+        found[split] = int(((columns.time >= first) & (columns.time <= last)).sum())
+    return found
+
+
+def learnt_by(manifest: dict, columns: Columns) -> int:
+    """How many of these decisions are not later than the last that a model was tuned on."""
+    tuned_to = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
+    return int((columns.time <= microseconds(tuned_to)).sum())
+
+
+def not_tuned_on(manifest: dict, backtest: Backtest, columns: Columns) -> list[str]:
+    """In one line what is judged here that the model was not tuned on; none if it was tuned on all of it."""
+    tuned, strange = manifest.get("tuned_on", {}), []
+    for name, codes in (("underlying", columns.underlying), ("exit style", columns.exit_style)):
+        known = tuned.get(f"{name.replace(' ', '_')}s")
+        its = sorted(columns.names[code] for code in np.unique(codes))
+        strange += [f"the {name} {one}" for one in its if known is not None and one not in known]
+    hashes = manifest.get("data_files")
+    if hashes is not None:
+        others = [path for path, digest in backtest.hashes.items() if digest not in hashes.values()]
+        strange += [f"the file {os.path.basename(path)}" for path in others]
+    return [f"WARNING: the model was not tuned on {', '.join(strange)}."] if strange else []
 
 
 def judged_cases(backtest: Backtest, columns: Columns) -> tuple[Cases, dict[str, Validation]]:
@@ -139,14 +193,13 @@ def find_scorer(
 
 
 def warn_of_scorer(metadata: dict, columns: Columns, config: CoveredCallCandidatesConfig) -> list[str]:
-    warnings = []
-    for split, what in (("train", " learnt from"), ("validation", "'s offset, and perhaps its gates, were fitted on")):
-        first, last = (datetime.datetime.fromisoformat(metadata[split][end]) for end in ("from", "to"))
-        seen = int(((columns.time >= microseconds(first)) & (columns.time <= microseconds(last))).sum())
+    warnings, what = [], {"train": " learnt from", "validation": "'s offset, and perhaps its gates, were fitted on"}
+    for split, seen in seen_by(metadata, columns).items():
         if seen:
+            first, last = (metadata[split][end][:10] for end in ("from", "to"))
             warnings.append(
-                f"WARNING: {seen} of these {len(columns)} decisions are of the time that the {Q_SCORER}{what}: "
-                f"{first.date()} to {last.date()}."
+                f"WARNING: {seen} of these {len(columns)} decisions are of the time that the {Q_SCORER}{what[split]}: "
+                f"{first} to {last}."
             )
     its, ours = metadata["outcome_options"], {name: getattr(config, name) for name in OUTCOME_OPTIONS}
     other = [f"{name} {number(its[name])} (here {number(ours[name])})" for name in ours if its[name] != ours[name]]
@@ -183,18 +236,18 @@ def warn(split: str, columns: Columns, results: list[Result], model) -> list[str
     if split == "train":
         warnings.append("WARNING: these are the decisions that the baselines, and the model, were fitted on.")
     elif model:
-        tuned_to = datetime.datetime.fromisoformat(model.manifest["splits"]["train"]["to"])
-        seen = int((columns.time <= microseconds(tuned_to)).sum())
+        seen = learnt_by(model.manifest, columns)
         if seen:
             warnings.append(
                 f"WARNING: {seen} of these {len(columns)} decisions are not later than the model's training "
-                f"decisions, which end on {tuned_to.date()}: it may have learnt them."
+                f"decisions, which end on {model.manifest['splits']['train']['to'][:10]}: it may have learnt them."
             )
-    for group, times, block, _ in results:
-        if len(times) < resampling.MIN_BLOCKS * block:
+    for result in results:
+        group, times, block = result.group, len(result.times), result.block
+        if times < resampling.MIN_BLOCKS * block:
             warnings.append(
-                f"{group.exit_style}, {group.name}: no intervals, for {len(times)} decision times are fewer than "
-                f"{resampling.MIN_BLOCKS} blocks of {block}."
+                f"{group.underlying}, {group.exit_style}, {group.name}: no intervals, for {times} decision times are "
+                f"fewer than {resampling.MIN_BLOCKS} blocks of {block}."
             )
     return warnings
 

@@ -19,7 +19,7 @@ from covered_call.evaluation.resampling import (
     worst_months,
 )
 
-VERSION = 2  # raise it when a definition changes: figures of two versions are not compared
+VERSION = 3  # raise it when a definition changes: figures of two versions are not compared
 CALIBRATION_BINS = 10
 
 
@@ -31,7 +31,7 @@ class Metric(NamedTuple):
     meaning: str
 
 
-METRICS = {
+IMITATION = {
     "accuracy": Metric("higher", ".3f", "share of decisions answered as the teacher did, NO_TRADE included"),
     "balanced_accuracy": Metric("higher", ".3f", "recall of each answer that the teacher gave, averaged"),
     "macro_f1": Metric("higher", ".3f", "F1 of each answer that the teacher or the policy gave, averaged"),
@@ -41,18 +41,49 @@ METRICS = {
     "top_1": Metric("higher", ".3f", "where both sold a call, the share in which it was the same"),
     "trade_rate": Metric("", ".3f", "share of decisions at which the policy sold a call"),
     "permutation_consistency": Metric("higher", ".3f", "share of decisions with the same pick in 4 shuffled orders"),
-    "calibration_error": Metric("lower", ".3f", "gap between probability and accuracy in 10 bins, by their weight"),
+    "calibration_error": Metric(
+        "lower", ".3f", "gap between probability and how often it is right, in 10 bins, by their weight; of what the "
+        "probability is of: an answer to a decision, or to one candidate"
+    ),
+}  # fmt: skip
+IN_PERCENT = {  # of spot at the decision
+    "mean_percent": Metric("higher", "+.3f", "P&L vs HODL a decision, in % of spot, over all decisions"),
+    "annual_percent": Metric(
+        "higher", "+.2f", "the same a year, in % of the coin held: the sum of P&L in % of spot / the coin-years that "
+        "all decisions tie up, one coin each until its label end"
+    ),
+    "worst_5_percent": Metric("higher", "+.2f", "expected shortfall: mean P&L of the worst 5 % of decisions, in %"),
+    "premium_captured": Metric("higher", ".3f", "P&L of the calls sold / their premiums, over known outcomes"),
+    "turnover": Metric("", ".1f", "calls sold a year for each coin tied up"),
+    "hit_rate": Metric("higher", ".3f", "of the calls sold with a known outcome, the share with a P&L above 0"),
     "coverage": Metric("higher", ".3f", "share of decisions with a known outcome; a call not sold has outcome 0"),
+}  # fmt: skip
+IN_USD = {  # a unit of underlying
     "total_pnl": Metric("higher", ",.0f", "P&L vs HODL, summed over all decisions"),
     "mean_pnl": Metric("higher", ",.1f", "P&L vs HODL a decision, over all decisions"),
     "mean_pnl_known": Metric("higher", ",.1f", "P&L vs HODL a decision, over those with a known outcome alone"),
-    "hit_rate": Metric("higher", ".3f", "of the calls sold with a known outcome, the share with a P&L above 0"),
     "worst_month": Metric("higher", ",.0f", "least P&L vs HODL of a calendar month, by decision time"),
     "max_drawdown": Metric("lower", ",.0f", "largest fall of the cumulative P&L vs HODL from its peak, or from 0"),
     "mean_regret": Metric("lower", ",.1f", "what the best answer in hindsight, NO_TRADE included, would have added"),
-    "minus_teacher": Metric("higher", ",.1f", "mean P&L a decision, minus the teacher's at the same decisions"),
-    "minus_best_rule": Metric("higher", ",.1f", "mean P&L a decision, minus the best rule's at the same decisions"),
 }
+DIFFERENCES = {
+    "percent_minus_teacher": Metric("higher", "+.3f", "mean_percent minus the teacher's at the same decisions"),
+    "percent_minus_best_rule": Metric("higher", "+.3f", "mean_percent minus the best rule's at the same decisions"),
+    "minus_teacher": Metric("higher", ",.1f", "mean_pnl minus the teacher's at the same decisions, USD"),
+    "minus_best_rule": Metric("higher", ",.1f", "mean_pnl minus the best rule's at the same decisions, USD"),
+}
+METRICS = IMITATION | IN_PERCENT | IN_USD | DIFFERENCES
+
+
+class Beliefs(NamedTuple):
+    """B probabilities that a policy gave, and what came; what they are of is what it was calibrated on."""
+
+    time: np.ndarray  # (B,) which of the decision times
+    probability: np.ndarray  # (B,)
+    right: np.ndarray  # (B,) bool
+
+
+NO_BELIEFS = Beliefs(np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
 
 
 class Played(NamedTuple):
@@ -67,12 +98,15 @@ class Played(NamedTuple):
     pick: np.ndarray
     weight: np.ndarray  # the probability of this answer; adds up to 1 over the entries of a decision
     consistent: np.ndarray  # 1.0 or 0.0, NaN where it was not tried
-    probability: np.ndarray  # of the answer, NaN where the policy gives none
     known: np.ndarray  # whether the outcome is
     pnl: np.ndarray
     regret: np.ndarray  # NaN where an outcome is unknown
     minus_teacher: np.ndarray
     minus_best_rule: np.ndarray
+    spot: np.ndarray  # USD
+    premium: np.ndarray  # USD that selling the call brings before costs; 0 for no trade, NaN where iv is unknown
+    years: np.ndarray  # that the decision ties up a coin
+    beliefs: Beliefs
 
 
 class Figure(NamedTuple):
@@ -114,7 +148,7 @@ def measure(played: dict[str, Played], draws: Draws, months: np.ndarray) -> dict
         ends = begin + np.cumsum([0, *(values.shape[1] for values in sums.values())])
         its = {name: totals[:, ends[i] : ends[i + 1]] for i, name in enumerate(sums)}
         of_paths = {name: np.sort(values[:, 2 * place : 2 * place + 2].T, axis=0) for name, values in paths.items()}
-        found[policy] = metrics_of(its) | of_paths
+        found[policy] = metrics_of(its) | of_paths | {"worst_5_percent": shortfalls(played[policy], its)}
         begin = ends[-1]
     return {policy: {name: its[name] for name in METRICS} for policy, its in found.items()}
 
@@ -130,8 +164,9 @@ def sums_by_time(played: Played, size: int, answers: int) -> dict[str, np.ndarra
         return np.concatenate([total(side) for side in sides.T], axis=1)
 
     sold, right, one = played.pick > 0, played.pick == played.teacher, np.ones(len(played.time))
-    tried, compared, given = (~np.isnan(values) for values in (played.consistent, played.regret, played.probability))
-    gap = np.where(given, played.probability - right, 0.0)
+    tried, compared = ~np.isnan(played.consistent), ~np.isnan(played.regret)
+    priced = played.known & sold & ~np.isnan(played.premium)
+    to_percent = 100 / played.spot[:, None]
     return {
         "decisions": total(one),
         "right": total(right, played.pick, answers),
@@ -140,18 +175,67 @@ def sums_by_time(played: Played, size: int, answers: int) -> dict[str, np.ndarra
         "both_sold": total(sold & (played.teacher > 0)),
         "tried": total(tried),
         "consistent": total(np.where(tried, played.consistent, 0.0)),
-        "given": total(given),
-        "gap": total(gap, calibration_bin(played.probability), CALIBRATION_BINS),
+        **belief_sums(played.beliefs, size),
         "known": total(played.known),
         "known_pnl": total(np.where(played.known, played.pnl[:, 0], 0.0)),
         "known_sold": total(played.known & sold),
         "hits": total(played.known & sold & (played.pnl[:, 0] > 0)),
+        "captured": total(np.where(priced, played.pnl[:, 0], 0.0)),
+        "premium": total(np.where(priced, played.premium, 0.0)),
+        "years": total(played.years),
         "compared": total(compared),
         "regret": total(np.where(compared, played.regret, 0.0)),
+        **{name: both(sides) for name, sides in below(played).items()},
         "pnl": both(played.pnl),
-        "minus_teacher": both(played.minus_teacher),
-        "minus_best_rule": both(played.minus_best_rule),
+        "percent": both(played.pnl * to_percent),
+        **{name: both(getattr(played, name)) for name in MINUS},
+        **{f"percent_{name}": both(getattr(played, name) * to_percent) for name in MINUS},
     }
+
+
+MINUS = ("minus_teacher", "minus_best_rule")
+
+
+def belief_sums(beliefs: Beliefs, size: int) -> dict[str, np.ndarray]:
+    """How many there are, and the gap of each bin, by time; nothing where a policy has none."""
+    place = beliefs.time * CALIBRATION_BINS + calibration_bin(beliefs.probability)
+    gap = np.bincount(place, beliefs.probability - beliefs.right, size * CALIBRATION_BINS)
+    given = np.bincount(beliefs.time, minlength=size).astype(float)
+    bins = CALIBRATION_BINS if len(place) else 1
+    return {"given": given[:, None], "gap": gap.reshape(size, -1)[:, :bins]}
+
+
+WORST = 0.05  # of the decisions: those that the expected shortfall is the mean of
+QUANTILES = (0.01, 0.02, 0.03, 0.04, WORST, 0.06, 0.08, 0.1, 0.15)
+
+
+def quantiles(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of (E,) values by their weight, one for each of QUANTILES; NaN where a value is."""
+    if np.isnan(values).any():
+        return np.full(len(QUANTILES), np.nan)
+    order = np.argsort(values)
+    below = weight[order].cumsum()
+    places = np.searchsorted(below, np.array(QUANTILES) * below[-1] * (1 - 1e-12))
+    return values[order][places]
+
+
+def below(played: Played) -> dict[str, np.ndarray]:
+    """(E, quantiles) by how much each P&L in % of spot, at the least and at the most, lies below each quantile."""
+    sides = {name: 100 * side / played.spot for name, side in zip(("low", "high"), played.pnl.T, strict=True)}
+    return {name: np.maximum(quantiles(side, played.weight) - side[:, None], 0) for name, side in sides.items()}
+
+
+def shortfalls(played: Played, sums: dict[str, np.ndarray]) -> np.ndarray:
+    """(2, orders): the expected shortfall, the most that q less the mean below q / WORST is at any q (Rockafellar and
+    Uryasev 2000).
+
+    Of the decisions as they were that is exact, for their own quantile is among the q; of a resample it is nearly so.
+    """
+    found = []
+    for name, side in zip(("low", "high"), played.pnl.T, strict=True):
+        levels = quantiles(100 * side / played.spot, played.weight)
+        found.append((levels - sums[name] / sums["decisions"] / WORST).max(1))
+    return np.stack(found)
 
 
 def metrics_of(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,15 +249,18 @@ def metrics_of(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "coverage": share(one["known"], decisions),
         "mean_pnl_known": share(one["known_pnl"], one["known"]),
         "hit_rate": share(one["hits"], one["known_sold"]),
+        "premium_captured": share(one["captured"], one["premium"]),
+        "turnover": share(sums["policy"][:, 1:].sum(1), one["years"]),
         "mean_regret": share(one["regret"], one["compared"]),
     }
-    means = {
-        name: share(sums[of].T, decisions)
-        for name, of in (("mean_pnl", "pnl"), ("minus_teacher",) * 2, ("minus_best_rule",) * 2)
-    }
+    means = {name: share(sums[of].T, decisions) for name, of in MEANS.items()}
+    means["annual_percent"] = share(sums["percent"].T, one["years"])
     return (
         {name: np.stack([values, values]) for name, values in certain.items()} | means | {"total_pnl": sums["pnl"].T}
     )
+
+
+MEANS = {"mean_pnl": "pnl", "mean_percent": "percent"} | {name: name for name in DIFFERENCES}
 
 
 def imitation(right: np.ndarray, teacher: np.ndarray, policy: np.ndarray, both_sold: np.ndarray) -> dict:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import microseconds, time_of
+from covered_call.candidates.columns import DAY, Columns, microseconds, time_of
 from covered_call.evaluation import metrics
 from covered_call.evaluation.cases import Cases, bounds, difference, outcome, regret, years_of
-from covered_call.evaluation.metrics import Figure, Played
+from covered_call.evaluation.metrics import NO_BELIEFS, Beliefs, Figure, Played
 from covered_call.evaluation.resampling import block_length
 from covered_call.evaluation.rows import HODL, TEACHER, Row
 
 ALL = "all"
+YEAR = 365.25 * DAY  # microseconds
 
 
 class Group(NamedTuple):
@@ -28,6 +29,15 @@ class Group(NamedTuple):
     places: np.ndarray  # (K,) of the decisions that are judged
 
 
+class Held(NamedTuple):
+    """How much the decisions of a group overlap: coins tied up, each from a decision to its label end; and by which
+    kind of outcome decisions are judged."""
+
+    mean: float  # from the first decision to the last label end
+    most: int  # at once
+    by_record: int  # decisions that are judged by recorded outcomes; the others by computed ones
+
+
 class Result(NamedTuple):
     """A group's figures by row, and the decision times, (T,) in microseconds since 1970, that they rest on."""
 
@@ -35,6 +45,7 @@ class Result(NamedTuple):
     times: np.ndarray
     block: int
     figures: dict[str, dict[str, Figure]]
+    held: Held
 
     @property
     def first(self) -> datetime.datetime:
@@ -45,7 +56,7 @@ class Result(NamedTuple):
         return time_of(int(self.times[-1]))
 
 
-def make_groups(cases: Cases, cutoff: datetime.datetime | None) -> list[Group]:
+def make_groups(cases: Cases, cutoff: datetime.datetime | None, regimes: dict[str, np.ndarray]) -> list[Group]:
     columns, groups = cases.columns, []
     for code in np.unique(columns.underlying * len(columns.names) + columns.exit_style).tolist():
         market = divmod(code, len(columns.names))
@@ -55,6 +66,7 @@ def make_groups(cases: Cases, cutoff: datetime.datetime | None) -> list[Group]:
         slices |= {str(year): years == year for year in np.unique(years)}
         after = columns.time[its] > microseconds(cutoff) if cutoff else np.zeros(0)
         slices |= {f"after {cutoff.date()}": after} if cutoff and after.any() else {}
+        slices |= {name: inside[its] for name, inside in regimes.items() if inside[its].any()}
         names = [columns.names[part] for part in market]
         groups += [Group(*names, name, its[rows]) for name, rows in slices.items()]
     return sorted(groups, key=lambda group: group[:2])
@@ -74,37 +86,52 @@ def play(row: Row, rule: Row, cases: Cases, places: np.ndarray, times: np.ndarra
         picks + 1,
         weight,
         row.consistent[of],
-        row.probabilities[of],
         ~np.isnan(outcome(cases, of, picks)),
         bounds(cases, of, picks),
         regret(cases, of, picks),
         difference(cases, of, picks, columns.chosen[of]),
         difference(cases, of, picks, rule.picks[of]),
+        columns.spot[of],
+        premium_of(cases, of, picks),
+        (cases.label_end - columns.time)[of] / YEAR,
+        beliefs_of(row, columns, places, times),
     )
+
+
+def premium_of(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """(E,) of each call that is sold, 0 for no trade."""
+    found, sold = np.zeros(len(of)), picks >= 0
+    found[sold] = cases.premium[cases.columns.offsets[of[sold]] + picks[sold]]
+    return found
+
+
+def beliefs_of(row: Row, columns: Columns, places: np.ndarray, times: np.ndarray) -> Beliefs:
+    if row.said is None:
+        return NO_BELIEFS
+    its = np.isin(row.said.of, places)
+    of, probability, right = (values[its] for values in row.said)
+    return Beliefs(np.searchsorted(times, columns.time[of]), probability, right)
 
 
 def judge(rows: list[Row], rule: Row, cases: Cases, group: Group) -> Result:
     columns, places = cases.columns, group.places
     times, which = np.unique(columns.time[places], return_inverse=True)
     ends = np.zeros(len(times), np.int64)
-    np.maximum.at(ends, which, last_expiries(cases)[places])
+    np.maximum.at(ends, which, cases.label_end[places])
     block = block_length(times, ends)
     played = {row.name: play(row, rule, cases, places, times) for row in rows}
-    return Result(group, times, block, dict(sorted(metrics.figures(played, times, block).items(), key=best_first)))
+    figures = metrics.figures(played, times, block)
+    return Result(group, times, block, dict(sorted(figures.items(), key=best_first)), held(cases, places))
+
+
+def held(cases: Cases, places: np.ndarray) -> Held:
+    begins, ends = np.sort(cases.columns.time[places]), np.sort(cases.label_end[places])
+    open_then = np.arange(1, len(begins) + 1) - np.searchsorted(ends, begins, side="left")
+    span = max(int(ends[-1] - begins[0]), 1)
+    return Held(float((ends - begins).sum() / span), int(open_then.max()), int(cases.by_record[places].sum()))
 
 
 def best_first(item: tuple[str, dict[str, Figure]]) -> tuple:
     """The teacher and never selling are what the others are measured by: they come last."""
     name, found = item
-    return name in (TEACHER, HODL), -found["accuracy"].low, -np.nan_to_num(found["mean_pnl"].low, nan=-math.inf)
-
-
-def last_expiries(cases):
-    from covered_call.candidates.columns import timedelta_of
-    from covered_call.evaluation.baselines import tops_of
-
-    c = cases.columns
-    dte = tops_of(c.numbers["dte"], c)
-    dte[np.isinf(dte)] = 0
-    places_max = dte
-    return c.time + timedelta_of(places_max)
+    return name in (TEACHER, HODL), -found["accuracy"].low, -np.nan_to_num(found["mean_percent"].low, nan=-math.inf)

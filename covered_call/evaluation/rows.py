@@ -11,8 +11,9 @@ import numpy as np
 from covered_call.candidates.columns import Columns, logged_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import present_in_order
+from covered_call.candidates.records import is_sold
 from covered_call.candidates.schema import Decision
-from covered_call.evaluation.baselines import Rule, fit_baselines, highest
+from covered_call.evaluation.baselines import Rule, fit_baselines, highest, tops_of
 from covered_call.value_model.learning import Fitted, Predicted
 from covered_call.value_model.scorer import picks_of
 
@@ -21,17 +22,32 @@ MODEL, TEACHER, HODL, RANDOM = "model", "teacher", "never sell (HODL)", "random 
 Q_SCORER = "Q-scorer"
 
 
+class Said(NamedTuple):
+    """B probabilities that a model gave, of what it was calibrated on: an answer to a decision, or to a candidate."""
+
+    of: np.ndarray  # (B,) which of the decisions
+    probability: np.ndarray
+    right: np.ndarray  # (B,) bool: whether the teacher gave that answer
+
+
 class Row(NamedTuple):
     """What a policy does at the D decisions that are judged.
 
-    ``picks`` are (D,) places of candidates, -1 for no trade; None for the uniform random policy. ``consistent`` and
-    ``probabilities`` are (D,), NaN where there is none.
+    ``picks`` are (D,) places of candidates, -1 for no trade; None for the uniform random policy. ``consistent`` is
+    (D,), NaN where it was not tried.
     """
 
     name: str
     picks: np.ndarray | None
     consistent: np.ndarray
-    probabilities: np.ndarray
+    said: Said | None = None
+
+
+class Trial(NamedTuple):
+    """A policy of the table at another threshold, for the count of what was tried."""
+
+    name: str
+    picks: np.ndarray
 
 
 class Shuffled(NamedTuple):
@@ -43,30 +59,41 @@ class Shuffled(NamedTuple):
 
 def make_rows(
     train: Columns, columns: Columns, fitted: Fitted | None, predicted: Predicted | None, model
-) -> list[Row]:
-    """The teacher, never selling, the baselines and, if there are such, the Q-scorer and the model."""
-    none, shuffles = np.full(len(columns), math.nan), shuffles_of(columns)
+) -> tuple[list[Row], list[Trial]]:
+    """The teacher, never selling, the baselines and, if there are such, the Q-scorer and the model; and those with a
+    threshold at others."""
+    none, shuffles, trials = np.full(len(columns), math.nan), shuffles_of(columns), []
     print("Fitting the baselines, and asking them ...", flush=True)
     rows = [
-        Row(TEACHER, columns.chosen, none, none),
-        Row(HODL, np.full(len(columns), -1), np.ones(len(columns)), none),
-        Row(RANDOM, None, none, none),
-        *(rule_row(name, rule, columns, shuffles) for name, rule in fit_baselines(train).items()),
+        Row(TEACHER, columns.chosen, none),
+        Row(HODL, np.full(len(columns), -1), np.ones(len(columns))),
+        Row(RANDOM, None, none),
     ]
+    for name, rule in fit_baselines(train).items():
+        values = rule.values(columns)
+        rows.append(rule_row(name, rule, values, columns, shuffles))
+        trials += other_thresholds(name, values, columns) if rule.threshold != -math.inf and not rule.by_place else []
     if fitted and predicted:
         rows.append(scorer_row(fitted, predicted, columns, shuffles))
-    return [*rows, model_row(model, columns, shuffles)] if model else rows
+        trials += other_thresholds(Q_SCORER, predicted.values, columns)
+    return [*rows, model_row(model, columns, shuffles)] if model else rows, trials
 
 
-def rule_row(name: str, rule: Rule, columns: Columns, shuffles: list[Shuffled]) -> Row:
-    values = rule.values(columns)
+def other_thresholds(name: str, values: np.ndarray, columns: Columns) -> list[Trial]:
+    """At each tenth of the highest values of the decisions."""
+    tops = tops_of(values, columns)
+    levels = np.unique(np.quantile(tops[np.isfinite(tops)], np.arange(1, 10) / 10)) if np.isfinite(tops).any() else []
+    return [Trial(f"{name} from {level:g}", highest(values, columns, level)) for level in levels]
+
+
+def rule_row(name: str, rule: Rule, values: np.ndarray, columns: Columns, shuffles: list[Shuffled]) -> Row:
 
     def shuffled(one: Shuffled) -> np.ndarray:
         its = rule.values(one.columns) if rule.by_place else values[one.rows]
         return highest(its, one.columns, rule.threshold)
 
     picks = highest(values, columns, rule.threshold)
-    return Row(name, picks, consistency(shuffled, picks, columns, shuffles), np.full(len(columns), math.nan))
+    return Row(name, picks, consistency(shuffled, picks, columns, shuffles))
 
 
 def scorer_row(fitted: Fitted, predicted: Predicted, columns: Columns, shuffles: list[Shuffled]) -> Row:
@@ -74,29 +101,33 @@ def scorer_row(fitted: Fitted, predicted: Predicted, columns: Columns, shuffles:
         return picks_of(fitted, one.columns, predicted.at(one.rows))
 
     picks = picks_of(fitted, columns, predicted)
-    return Row(Q_SCORER, picks, consistency(shuffled, picks, columns, shuffles), np.full(len(columns), math.nan))
+    return Row(Q_SCORER, picks, consistency(shuffled, picks, columns, shuffles))
 
 
 def model_row(model, columns: Columns, shuffles: list[Shuffled]) -> Row:
     """That of a language model; a ranking one also answers SHUFFLES other orders of the candidates in its prompts."""
     passes = 1 if model.task == "per_candidate" else 1 + SHUFFLES
-    said = [
+    steps = [
         f"The model answers {len(columns):,} decisions, pass {one} of {passes} ..." for one in range(passes, 0, -1)
     ]
-    print(said.pop(), flush=True)
+    print(steps.pop(), flush=True)
     answers = model.decide(decisions_of(columns))
-    picks, probabilities = picks_in(answers), np.array([answer.probability for answer in answers])
+    picks = picks_in(answers)
     if model.task == "per_candidate":  # its prompts show one candidate: the order of the others cannot matter
-        return Row(MODEL, picks, np.ones(len(columns)), probabilities)
+        scores = [score for answer in answers for score in answer.scores.values()]
+        said = Said(columns.decision_of, np.exp(np.array(scores, float)), is_sold(columns))
+        return Row(MODEL, picks, np.ones(len(columns)), said)
 
     as_given = copy.copy(model)
     as_given.candidate_order = "csv"  # or it would put the shuffled candidates into its own order again
 
     def shuffled(one: Shuffled) -> np.ndarray:
-        print(said.pop(), flush=True)
+        print(steps.pop(), flush=True)
         return picks_in(as_given.decide(decisions_of(one.columns)))
 
-    return Row(MODEL, picks, consistency(shuffled, picks, columns, shuffles), probabilities)
+    probability = np.array([answer.probability for answer in answers])
+    said = Said(np.arange(len(columns)), probability, picks == columns.chosen)
+    return Row(MODEL, picks, consistency(shuffled, picks, columns, shuffles), said)
 
 
 def decisions_of(columns: Columns) -> list[Decision]:

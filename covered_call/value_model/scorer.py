@@ -24,7 +24,7 @@ import pyarrow as pa
 from covered_call import atomic
 from covered_call.candidates.columns import Columns, columns_of
 from covered_call.candidates.data_options import OUTCOME_OPTIONS
-from covered_call.candidates.outcomes import code_of
+from covered_call.candidates.outcomes import DAYS_PER_YEAR, HOLD_TO_EXPIRY, black_scholes_call, code_of
 from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import (
     NO_TRADE,
@@ -39,7 +39,7 @@ from covered_call.value_model.learning import FEATURES, VERSION, Fitted, Gates, 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "q_scorer.zip"
-NO_CANDIDATE, OTHER_STYLE = "no candidate", "unknown exit_style"
+NO_CANDIDATE, OTHER_STYLE, ABOVE_PREMIUM = "no candidate", "unknown exit_style", "above the premium"
 
 
 class Answer(NamedTuple):
@@ -54,7 +54,8 @@ class Answer(NamedTuple):
         confidence: the predicted probability that its net outcome is positive; NaN where there is none.
         scores: q_sell of each candidate, "1" to "N", and NO_TRADE, which is worth 0; USD.
         stopped_by: None if it sold, else what kept it from that: "threshold", "min_confidence", "min_abs_return",
-            "no candidate", or "unknown exit_style", for one that it was not fitted on.
+            "no candidate", "above the premium", for a prediction that no outcome can reach (hold_to_expiry), or
+            "unknown exit_style", for one that it was not fitted on.
     """
 
     pick: int | None
@@ -107,10 +108,22 @@ def choose(fitted: Fitted, columns: Columns, predicted: Predicted) -> tuple[np.n
     rows = (columns.offsets[:-1] + best)[best >= 0]
     stopped_by = np.full(len(columns), NO_CANDIDATE, object)
     stopped_by[best >= 0] = fitted.gates.stop(100 * predicted.values[rows], predicted.confidences[rows])
+    impossible = above_premium(columns, predicted, rows, best >= 0)
+    stopped_by[np.flatnonzero(best >= 0)[impossible & (stopped_by[best >= 0] == "")]] = ABOVE_PREMIUM
     known = [code_of(columns.names, style) for style in fitted.metadata["exit_styles"]]
     strange = ~np.isin(columns.exit_style, known)  # its outcomes mean something else
     stopped_by[strange & (best >= 0)] = OTHER_STYLE
     return best, stopped_by
+
+
+def above_premium(columns: Columns, predicted: Predicted, rows: np.ndarray, offered: np.ndarray) -> np.ndarray:
+    """(K,) bool: whether what is predicted of these (K,) rows, one for each of the ``offered`` decisions, is more than
+    the premium: a call that is held to its expiry cannot bring more, whatever comes."""
+    spot = columns.spot[offered]
+    strike, dte, iv = (columns.numbers[name][rows] for name in ("strike", "dte", "iv"))
+    premium = black_scholes_call(spot, strike, dte / DAYS_PER_YEAR, iv)
+    held = columns.exit_style[offered] == code_of(columns.names, HOLD_TO_EXPIRY)
+    return held & (predicted.values[rows] * spot > premium)
 
 
 def picks_of(fitted: Fitted, columns: Columns, predicted: Predicted) -> np.ndarray:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import REAL_DATA, decision, needs_real_data, write_csv
+from hypothesis import given
+from hypothesis import strategies as st
 from markets import day
 
 from covered_call.candidates.columns import columns_of
@@ -18,8 +20,10 @@ from covered_call.evaluation.cases import (
     Recorded,
     comparable,
     difference,
+    label_ends,
     make_cases,
     outcome,
+    premiums,
     recorded_of,
     regret,
     trusted,
@@ -66,9 +70,9 @@ def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
 
 def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
     """A recorded outcome knows of no cost: beside net ones, the teacher would look better than it is."""
-    cases = cases_of(read(hold(0, 100.0, 0) + hold(7, 108.0, 0), tmp_path))
+    cases = cases_of(read(hold(0, 100.0, 0, iv="") + hold(7, 108.0, 0, iv=""), tmp_path))
     gross, net = comparable(cases, OPTIONS), comparable(cases, replace(OPTIONS, fee=0.001))
-    assert (outcome_of(gross, 0), outcome_of(net, 0)) == (744.26, cases.computed[0])
+    assert (outcome_of(gross, 0), outcome_of(net, 0)) == (744.26, None)
 
 
 def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):
@@ -86,7 +90,7 @@ def case(chosen, recorded, computed, worst=-100.0, best=50.0, style="hold_to_exp
     decision = Decision(day(0), "BTC", style, 100.0, candidates)
     columns = columns_of([LoggedDecision(decision, chosen, (Outcome(None, None, None),) * len(computed))])
     known = [np.array(values, float) for values in ([recorded], computed, [worst], [best])]
-    return Cases(columns, *known)
+    return Cases(columns, *known, premiums(columns), label_ends(columns))
 
 
 def pick(place) -> np.ndarray:
@@ -105,18 +109,25 @@ def difference_of(cases: Cases, place, other) -> tuple[float, float]:
     return tuple(difference(cases, ONE, pick(place), pick(other))[0])
 
 
-def test_the_recorded_outcome_stands_where_policy_and_teacher_agree():
-    assert outcome_of(case(0, 10.0, (12.0, 30.0)), 0) == 10.0
-    assert outcome_of(case(0, 10.0, (12.0, 30.0)), 1) == 30.0
-    assert outcome_of(case(0, None, (12.0, 30.0)), 0) == 12.0
+def test_all_answers_to_a_decision_are_judged_by_outcomes_of_one_kind():
+    computed, recorded = case(0, 10.0, (12.0, 30.0)), case(0, 10.0, (None, 30.0))
+    assert [outcome_of(computed, place) for place in (0, 1, None)] == [12.0, 30.0, 0.0]
+    assert [outcome_of(recorded, place) for place in (0, 1, None)] == [10.0, None, 0.0]
+    assert [outcome_of(case(None, None, (None, 30.0)), place) for place in (0, 1)] == [None, 30.0]
+    assert (computed.by_record.tolist(), recorded.by_record.tolist()) == ([False], [True])
 
 
-def test_differences_compare_like_with_like():
-    both = case(0, 10.0, (12.0, 30.0))
-    assert difference_of(both, 0, 0) == (0.0, 0.0)
-    assert difference_of(both, 1, 0) == (18.0, 18.0)  # 30 - 12, both computed
-    assert difference_of(both, None, 0) == (-10.0, -10.0)  # recorded
-    assert difference_of(both, 1, None) == (30.0, 30.0)
+@given(
+    st.one_of(st.none(), st.integers(0, 2)),
+    st.one_of(st.none(), st.floats(-1e3, 1e3)),
+    st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3)), min_size=3, max_size=3),
+    st.one_of(st.none(), st.integers(0, 2)),
+)
+def test_a_difference_is_that_of_the_outcomes_in_the_table(chosen, recorded, computed, place):
+    cases = case(chosen, recorded, computed)
+    mine, its = outcome_of(cases, place), outcome_of(cases, chosen)
+    if mine is not None and its is not None:
+        assert difference_of(cases, place, chosen) == pytest.approx((mine - its, mine - its))
 
 
 def test_a_difference_with_an_unknown_outcome_is_bounds():

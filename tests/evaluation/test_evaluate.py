@@ -100,7 +100,7 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
     for plot in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.png", "equity_hold_to_expiry.png", "equity_tp_and_roll.png", "metrics.json", "q_scorer.png",
+        "calibration.png", "equity_btc_hold_to_expiry.png", "equity_btc_tp_and_roll.png", "metrics.json", "q_scorer.png",
         "report.md",
     ]  # fmt: skip
 
@@ -126,7 +126,10 @@ def test_years_and_the_time_after_the_cutoff_are_judged_apart(backtest, tmp_path
     run(capsys, *options, "--output_dir", out, "--cutoff", "2024-12-01")
     groups = json.loads((out / "metrics.json").read_text())["groups"]
     counts = {group["group"]: group["decisions"] for group in groups if group["exit_style"] == "tp_and_roll"}
-    assert counts == {"all": 120, "2024": 120, "after 2024-12-01": 28}
+    assert {name: counts[name] for name in list(counts)[:3]} == {"all": 120, "2024": 120, "after 2024-12-01": 28}
+    # Of the first 30 days nothing is known; from then on the spot of this backtest only rises.
+    assert counts["30-day trend up"] == 90 and "30-day trend down" not in counts
+    assert [counts[f"{name} realised vol"] for name in ("low", "middle", "high")] == [34, 33, 33]
 
 
 def test_a_cutoff_that_is_no_date_is_refused(backtest, capsys):

@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
-from covered_call.evaluation.metrics import METRICS, Played
+from covered_call.evaluation.metrics import METRICS, NO_BELIEFS, Beliefs, Played
 from covered_call.evaluation.resampling import as_it_was, month_starts
 
 NAN = math.nan
@@ -35,14 +35,21 @@ def played(teacher: list[int], pick: list[int], **given) -> Played:
         pick=np.array(pick),
         weight=np.ones(size),
         consistent=np.full(size, NAN),
-        probability=np.full(size, NAN),
         known=pair[:, 0] == pair[:, 1],
         pnl=pair,
         regret=np.full(size, NAN),
         minus_teacher=pair,
         minus_best_rule=pair,
+        spot=np.full(size, 100.0),
+        premium=np.full(size, NAN),
+        years=np.full(size, 0.02),
+        beliefs=given.pop("beliefs", NO_BELIEFS),
     )
     return base._replace(**{name: np.array(value) for name, value in given.items()})
+
+
+def believed(probability: list[float], right: list[bool]) -> Beliefs:
+    return Beliefs(np.arange(len(right)), np.array(probability), np.array(right))
 
 
 def measured(entries: Played, days: int | None = None) -> dict[str, tuple[float, float]]:
@@ -110,12 +117,19 @@ def test_a_policy_that_draws_is_an_expectation():
 
 def test_calibration_error_by_hand():
     # 0.95 and 0.95: one right of two, gap 0.45; 0.3: right, gap 0.7.
-    found = measured(played([1, 1, 1], [1, 2, 1], probability=[0.95, 0.95, 0.3]))
+    beliefs = believed([0.95, 0.95, 0.3], [True, False, True])
+    found = measured(played([1, 1, 1], [1, 2, 1], beliefs=beliefs))
     assert found["calibration_error"][0] == pytest.approx((2 * 0.45 + 0.7) / 3)
 
 
 def test_a_probability_of_one_is_in_the_last_bin():
-    assert measured(played([1], [1], probability=[1.0]))["calibration_error"][0] == 0.0
+    assert measured(played([1], [1], beliefs=believed([1.0], [True])))["calibration_error"][0] == 0.0
+
+
+def test_a_model_is_calibrated_on_what_it_answers():
+    """Of a decision with two candidates, two answers: SELL_CALL or SKIP of each."""
+    beliefs = Beliefs(np.array([0, 0]), np.array([0.9, 0.4]), np.array([True, False]))
+    assert measured(played([1], [1], beliefs=beliefs))["calibration_error"][0] == pytest.approx((0.1 + 0.4) / 2)
 
 
 def test_permutation_consistency_leaves_out_what_was_not_tried():
