@@ -8,7 +8,7 @@ import numpy as np
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns
 from covered_call.candidates.decisions import Decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import DAYS_PER_YEAR, HOLD_TO_EXPIRY, as_recorded, black_scholes_call, code_of
+from covered_call.candidates.outcomes import DAYS_PER_YEAR, HOLD_TO_EXPIRY, as_recorded, black_scholes_call
 from covered_call.candidates.preferences import at, best_places
 
 MIN_CORRELATION = 0.95  # of computed with recorded outcomes; below it the report says not to trust the computed ones
@@ -104,8 +104,11 @@ def label_ends(columns: Columns) -> np.ndarray:
 
 def market_of(decisions: Columns | Recorded, yearly: bool = False) -> np.ndarray:
     """(D,) int64: a number for each underlying and exit style, and year."""
-    market = decisions.underlying.astype(np.int64) * (1 << 20) + decisions.exit_style
-    return market * (1 << 20) + years_of(decisions.time) if yearly else market
+    market = decisions.underlying.astype(np.int64) * CODES + decisions.exit_style
+    return market * CODES + years_of(decisions.time) if yearly else market
+
+
+CODES = 1 << 20  # more than there are names, or years
 
 
 def years_of(time: np.ndarray) -> np.ndarray:
@@ -168,11 +171,12 @@ class Validation(NamedTuple):
     def follows(self) -> bool:
         return self.correlation >= MIN_CORRELATION
 
-    def sentence(self, style: str) -> str:
+    def sentence(self, underlying: str, style: str) -> str:
+        trade = f"{underlying} {style} trade"
         if not self.trades:
-            return f"No recorded {style} trade has a computed outcome beside it: the computation is unchecked here."
+            return f"No recorded {trade} has a computed outcome beside it: the computation is unchecked here."
         text = (
-            f"Computed against recorded outcomes on {self.trades:,} {style} trades: correlation "
+            f"Computed against recorded outcomes on {self.trades:,} {trade}s: correlation "
             f"{self.correlation:.4f}, median absolute error {self.median_error:,.2f} USD (median outcome "
             f"{self.median_outcome:,.2f}), computed minus recorded on average {self.mean_error:+,.2f}."
         )
@@ -197,19 +201,31 @@ def validate(recorded: np.ndarray, computed: np.ndarray) -> Validation:
     return Validation(len(recorded), float(correlation), *middle, float(error.mean()))
 
 
-def validate_styles(of_all: Recorded, names: tuple[str, ...]) -> dict[str, Validation]:
-    styles = sorted(names[code] for code in np.unique(of_all.exit_style))
-    its = {style: of_all.exit_style == names.index(style) for style in styles}
-    return {style: validate(of_all.recorded[rows], of_all.computed[rows]) for style, rows in its.items()}
+Market = tuple[str, str]  # an underlying and an exit style
 
 
-def trusted(cases: Cases, found: dict[str, Validation]) -> Cases:
-    """The cases without the computed outcomes of exit styles whose replay does not follow the recorded ones.
+def markets_of(decisions: Columns | Recorded, names: tuple[str, ...]) -> dict[Market, np.ndarray]:
+    """(D,) bool for each market: which of the decisions are of it."""
+    found = {}
+    for code in np.unique(market_of(decisions)).tolist():
+        underlying, style = divmod(code, CODES)
+        its = (decisions.underlying == underlying) & (decisions.exit_style == style)
+        found[names[underlying], names[style]] = its
+    return dict(sorted(found.items()))
+
+
+def validate_markets(of_all: Recorded, names: tuple[str, ...]) -> dict[Market, Validation]:
+    its = markets_of(of_all, names)
+    return {market: validate(of_all.recorded[rows], of_all.computed[rows]) for market, rows in its.items()}
+
+
+def trusted(cases: Cases, found: dict[Market, Validation]) -> Cases:
+    """The cases without the computed outcomes of markets where the replay does not follow the recorded ones.
 
     Those of hold_to_expiry stay, flagged: there the formula is what a settlement is, not a guess at a backtest's rule.
     """
     columns, computed = cases.columns, cases.computed.copy()
-    for style, validation in found.items():
-        if style != HOLD_TO_EXPIRY and not validation.follows:
-            computed[(columns.exit_style == code_of(columns.names, style))[columns.decision_of]] = math.nan
+    for market, its in markets_of(columns, columns.names).items():
+        if market[1] != HOLD_TO_EXPIRY and not found[market].follows:
+            computed[its[columns.decision_of]] = math.nan
     return cases._replace(computed=computed)

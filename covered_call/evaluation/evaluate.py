@@ -22,18 +22,20 @@ from covered_call.candidates.builder import Backtest
 from covered_call.candidates.columns import Columns, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import as_recorded, code_of
+from covered_call.candidates.outcomes import as_recorded
 from covered_call.candidates.schema import CandidatesError, iso_time, utc
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation import resampling
 from covered_call.evaluation.cases import (
     Cases,
+    Market,
     Validation,
     comparable,
     make_cases,
+    markets_of,
     recorded_of,
     trusted,
-    validate_styles,
+    validate_markets,
 )
 from covered_call.evaluation.details import make_detail
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
@@ -98,7 +100,7 @@ def judge_all(
     details = [
         make_detail(result, rows, trials, rule, cases, scenarios) for result in results if result.group.name == ALL
     ]
-    checked = [validation.sentence(style) for style, validation in found.items()]
+    checked = [validation.sentence(*market) for market, validation in found.items()]
     notes = [*checked, *notes, *warn(args.split, columns, results, model)]
     if not as_recorded(config):
         notes.append("Costs or a horizon are set: all outcomes, the teacher's too, are computed and net of them.")
@@ -151,10 +153,10 @@ def not_tuned_on(manifest: dict, backtest: Backtest, columns: Columns) -> list[s
     return [f"WARNING: the model was not tuned on {', '.join(strange)}."] if strange else []
 
 
-def judged_cases(backtest: Backtest, columns: Columns) -> tuple[Cases, dict[str, Validation]]:
+def judged_cases(backtest: Backtest, columns: Columns) -> tuple[Cases, dict[Market, Validation]]:
     """The cases of these decisions, with extremes from all of the backtest; and how far it can be recomputed."""
     of_all = recorded_of(backtest.decisions)
-    found = validate_styles(of_all, columns.names)
+    found = validate_markets(of_all, columns.names)
     return comparable(trusted(make_cases(columns, of_all), found), backtest.options), found
 
 
@@ -217,16 +219,19 @@ def make_study(
     predicted: Predicted,
     columns: Columns,
     config: CoveredCallCandidatesConfig,
-    found: dict[str, Validation],
+    found: dict[Market, Validation],
 ) -> Study:
     compared, pairs = {}, {}
     picks = picks_of(fitted, columns, predicted)
-    for style in sorted(columns.names[code] for code in np.unique(columns.exit_style)):
-        places = np.flatnonzero(columns.exit_style == code_of(columns.names, style))
+    markets = markets_of(columns, columns.names)
+    several, doubtful = len({underlying for underlying, _ in markets}) > 1, []
+    for (underlying, style), inside in markets.items():
+        validation, places = found[underlying, style], np.flatnonzero(inside)
+        style = f"{underlying} {style}" if several else style
+        doubtful += [style] if validation.trades and not validation.follows else []
         its, values = columns.take(places), predicted.values[np.isin(columns.decision_of, places)]
         compared[style] = compare(its, values, picks[places], config)
         pairs[style] = candidate_pairs(its, values, config)
-    doubtful = [style for style in compared if found[style].trades and not found[style].follows]
     return Study(fitted.metadata, doubtful, compared, pairs)
 
 

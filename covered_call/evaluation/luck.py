@@ -27,15 +27,23 @@ class Luck(NamedTuple):
 
 
 def against_luck(
-    rows: list[Row], trials: list[Trial], rule: Row, cases: Cases, places: np.ndarray, times: np.ndarray, draws
+    rows: list[Row],
+    trials: list[Trial],
+    rule: Row,
+    cases: Cases,
+    places: np.ndarray,
+    times: np.ndarray,
+    draws: Draws | None,
 ) -> Luck:
     """Against never selling, the teacher and the best rule. An outcome that is not known counts as the least that it
     can be; ``draws`` are resamples of the times, or None."""
-    policies = {row.name: row.picks for row in rows if row.picks is not None}
+    policies = {row.name: row.picks for row in rows if not row.at_random}
     tried = policies | {trial.name: trial.picks for trial in trials}
     count = len(tried) - len({HODL, TEACHER})
+    if draws is None:
+        return Luck(count, {})
     found = {}
-    for benchmark in (HODL, TEACHER, rule.name) if draws else ():
+    for benchmark in (HODL, TEACHER, rule.name):
         others = {name: picks for name, picks in tried.items() if name not in (benchmark, HODL)}
         gains = [gains_of(picks, policies[benchmark], cases, places, times) for picks in others.values()]
         p = reality_check(np.stack(gains, axis=1), draws)

@@ -11,7 +11,7 @@ import numpy as np
 
 from covered_call.candidates.columns import DAY, Columns, microseconds, time_of
 from covered_call.evaluation import metrics
-from covered_call.evaluation.cases import Cases, bounds, difference, outcome, regret, years_of
+from covered_call.evaluation.cases import Cases, bounds, difference, markets_of, outcome, regret, years_of
 from covered_call.evaluation.metrics import NO_BELIEFS, Beliefs, Figure, Played
 from covered_call.evaluation.resampling import block_length
 from covered_call.evaluation.rows import HODL, TEACHER, Row
@@ -58,28 +58,28 @@ class Result(NamedTuple):
 
 def make_groups(cases: Cases, cutoff: datetime.datetime | None, regimes: dict[str, np.ndarray]) -> list[Group]:
     columns, groups = cases.columns, []
-    for code in np.unique(columns.underlying * len(columns.names) + columns.exit_style).tolist():
-        market = divmod(code, len(columns.names))
-        its = np.flatnonzero((columns.underlying == market[0]) & (columns.exit_style == market[1]))
+    for market, inside in markets_of(columns, columns.names).items():
+        its = np.flatnonzero(inside)
         slices = {ALL: np.ones(len(its), bool)}
         years = years_of(columns.time[its])
         slices |= {str(year): years == year for year in np.unique(years)}
         after = columns.time[its] > microseconds(cutoff) if cutoff else np.zeros(0)
         slices |= {f"after {cutoff.date()}": after} if cutoff and after.any() else {}
-        slices |= {name: inside[its] for name, inside in regimes.items() if inside[its].any()}
-        names = [columns.names[part] for part in market]
-        groups += [Group(*names, name, its[rows]) for name, rows in slices.items()]
-    return sorted(groups, key=lambda group: group[:2])
+        slices |= {name: of_it[its] for name, of_it in regimes.items() if of_it[its].any()}
+        groups += [Group(*market, name, its[rows]) for name, rows in slices.items()]
+    return groups
 
 
 def play(row: Row, rule: Row, cases: Cases, places: np.ndarray, times: np.ndarray) -> Played:
     """The arrays that metrics are computed from, for the decisions at ``places``."""
     columns = cases.columns
-    of, picks, weight = places, None if row.picks is None else row.picks[places], np.ones(len(places))
-    if picks is None:  # each answer that there is
+    of, picks, weight = places, row.picks, np.ones(len(places))
+    if row.at_random:  # each answer that there is
         sizes = np.diff(columns.offsets)[places] + 1
         of, weight = np.repeat(places, sizes), np.repeat(1 / sizes, sizes)
         picks = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes) - 1
+    else:
+        picks = picks[places]
     return Played(
         np.searchsorted(times, columns.time[of]),
         columns.chosen[of] + 1,

@@ -48,7 +48,7 @@ def draw_equity(result: Result, rows: list[Row], rule: Row, cases: Cases) -> byt
     figure = Plot(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1, label="never sell (HODL)")
-    times = [time_of(time) for time in result.times.tolist()]
+    times: Any = [time_of(time) for time in result.times.tolist()]
     for row in [rows[0], rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
         style = LINES.get(row.name, {"color": "tab:orange", "linestyle": "--"})
         played = play(row, rule, cases, result.group.places, result.times)

@@ -1,5 +1,6 @@
 """What might have come instead: decision times drawn anew in blocks, and what sums and paths come to in each draw."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -108,24 +109,28 @@ class Stretches(NamedTuple):
 def stretches(steps: np.ndarray, length: int) -> Stretches:
     """Those of (T, K) steps, made of ever longer ones: the powers of two in ``length``."""
     power = Stretches(steps, np.maximum(steps, 0), np.minimum(steps, 0), np.maximum(-steps, 0))
-    starts, size, done, found = len(steps) - length + 1, 1, 0, None
+    starts, size, done = len(steps) - length + 1, 1, 0
+    found = nothing((starts, steps.shape[1]))
     while True:
         if length & size:
-            part = power.rows(slice(done, done + starts))
-            found, done = part if found is None else found.then(part), done + size
+            found, done = found.then(power.rows(slice(done, done + starts))), done + size
         if done == length:
             return found
         power, size = power.rows(slice(None, -size)).then(power.rows(slice(size, None))), 2 * size
 
 
+def nothing(shape: tuple[int, int]) -> Stretches:
+    """No step at all, which any stretch may follow."""
+    return Stretches(*np.zeros((4, *shape)))
+
+
 def drawdowns(steps: np.ndarray, draws: Draws) -> np.ndarray:
     """(orders, K): the largest fall of the cumulative path of (T, K) steps from its peak, or from 0."""
-    path, made = None, {}
+    path, made = nothing((len(draws.starts), steps.shape[1])), {}
     for starts, length in draws.blocks:
         if length not in made:
             made[length] = stretches(steps, length)
-        part = made[length].rows(starts)
-        path = part if path is None else path.then(part)
+        path = path.then(made[length].rows(starts))
     return path.fall
 
 
@@ -139,15 +144,12 @@ def worst_months(steps: np.ndarray, months: np.ndarray, draws: Draws) -> np.ndar
     """
     curve = np.concatenate([np.zeros((1, steps.shape[1])), steps.cumsum(0)])
     edges = np.unique([*months, *range(0, draws.size, draws.block), draws.size]).tolist()
-    worst, month = None, None
-    begins = set(months.tolist())
-    for begin, end in zip(edges, edges[1:], strict=False):
+    sums = {int(begin): np.zeros((len(draws.starts), steps.shape[1])) for begin in months}
+    for begin, end in itertools.pairwise(edges):
         starts = draws.starts[:, begin // draws.block] + begin % draws.block
-        part = curve[starts + end - begin] - curve[starts]
-        month = part if month is None or begin in begins else month + part
-        if end in begins or end == draws.size:
-            worst = month if worst is None else np.minimum(worst, month)
-    return worst
+        month = months[np.searchsorted(months, begin, side="right") - 1]
+        sums[int(month)] += curve[starts + end - begin] - curve[starts]
+    return np.minimum.reduce(list(sums.values()))
 
 
 def month_starts(times: np.ndarray) -> np.ndarray:

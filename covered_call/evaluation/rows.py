@@ -33,14 +33,18 @@ class Said(NamedTuple):
 class Row(NamedTuple):
     """What a policy does at the D decisions that are judged.
 
-    ``picks`` are (D,) places of candidates, -1 for no trade; None for the uniform random policy. ``consistent`` is
+    ``picks`` are (D,) places of candidates, -1 for no trade; the uniform random policy has none. ``consistent`` is
     (D,), NaN where it was not tried.
     """
 
     name: str
-    picks: np.ndarray | None
+    picks: np.ndarray
     consistent: np.ndarray
     said: Said | None = None
+
+    @property
+    def at_random(self) -> bool:
+        return not len(self.picks)
 
 
 class Trial(NamedTuple):
@@ -67,7 +71,7 @@ def make_rows(
     rows = [
         Row(TEACHER, columns.chosen, none),
         Row(HODL, np.full(len(columns), -1), np.ones(len(columns))),
-        Row(RANDOM, None, none),
+        Row(RANDOM, np.zeros(0, np.int64), none),
     ]
     for name, rule in fit_baselines(train).items():
         values = rule.values(columns)

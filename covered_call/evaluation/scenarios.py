@@ -74,7 +74,7 @@ def mean_percents(
     draws: Draws | None,
 ) -> dict[str, dict[float, Figure]]:
     """Of each policy the mean P&L a decision in % of spot, for each of the (R,) outcomes."""
-    rows = [row for row in rows if row.picks is not None]
+    rows = [row for row in rows if not row.at_random]
     time = np.searchsorted(times, columns.time[places])
     values = [percents(row, computed, columns, places) for row in rows for computed in outcomes.values()]
     sums = np.stack([np.bincount(time, one, len(times)) for one in (*values, np.ones(len(places)))], axis=1)
@@ -106,7 +106,7 @@ def break_evens(
 ) -> list[BreakEven]:
     found = []
     for row in rows:
-        its = places[row.picks[places] >= 0] if row.picks is not None else places[:0]
+        its = places[:0] if row.at_random else places[row.picks[places] >= 0]
         if not len(its):
             continue
         iv = columns.numbers["iv"][columns.offsets[its] + row.picks[its]]

@@ -23,9 +23,10 @@ EQUITY, CALIBRATION, RELIABILITY = "equity_{market}.png", "calibration.png", "q_
 
 
 class Study(NamedTuple):
-    """What the Q-scorer predicted beside what came, by exit style: see walk_forward.compare and candidate_pairs.
+    """What the Q-scorer predicted beside what came, by exit style, of several underlyings by both: see
+    walk_forward.compare and candidate_pairs.
 
-    ``doubtful`` are the exit styles whose computed outcomes do not follow the recorded ones.
+    ``doubtful`` are those whose computed outcomes do not follow the recorded ones.
     """
 
     metadata: dict

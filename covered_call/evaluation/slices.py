@@ -50,7 +50,7 @@ def daily_states(time: np.ndarray, spot: np.ndarray) -> pd.DataFrame:
     if first.empty:
         return pd.DataFrame({"trend": [], "vol": []}, dtype=float)
     days = first.reindex(range(first.index[0], first.index[-1] + 1))
-    returns = np.log(days).diff()
+    returns = days.map(math.log).diff()
     vol = returns.rolling(WINDOW, min_periods=2 * WINDOW // 3).std() * math.sqrt(DAYS_PER_YEAR)
     return pd.DataFrame({"trend": days / days.shift(WINDOW) - 1, "vol": vol})
 
@@ -67,29 +67,30 @@ class Bucket(NamedTuple):
     percent: Figure
 
 
+MIN_TRADES = 10  # of a bucket, for an interval
+
+
 def buckets(rows: list[Row], cases: Cases, places: np.ndarray, times: np.ndarray, draws: Draws | None) -> list[Bucket]:
     """Those that are not empty, policy by policy."""
-    asked = [(row, kind, *ends) for row in rows if row.picks is not None for kind in BUCKETS for ends in BUCKETS[kind]]
-    sums = [sums_of(row, cases, places, times, *bucket) for row, *bucket in asked]
-    if not sums:
-        return []
-    sums = np.concatenate(sums, axis=1)
-    (observed, drawn) = (one.sums(sums) if one else None for one in (as_it_was(len(times)), draws))
+    asked = [
+        (row, kind, low, high) for row in rows if not row.at_random for kind in BUCKETS for low, high in BUCKETS[kind]
+    ]
+    sums = np.concatenate([sums_of(cases, places, times, *one) for one in asked], axis=1)
+    observed, drawn = as_it_was(len(times)).sums(sums)[0], draws.sums(sums) if draws else None
     found = []
-    for i, (row, *bucket) in enumerate(asked):
-        trades = int(observed[0, 2 * i + 1])
+    for i, (row, kind, low, high) in enumerate(asked):
+        total, trades = observed[2 * i : 2 * i + 2].tolist()
         if trades:
-            mean = float(observed[0, 2 * i] / trades)
-            means = None if drawn is None else share(drawn[:, 2 * i], drawn[:, 2 * i + 1])
-            found.append(
-                Bucket(
-                    row.name, *bucket, trades, Figure(mean, mean, None if means is None else interval(means, means))
-                )
-            )
+            enough = drawn is not None and trades >= MIN_TRADES
+            means = share(*drawn[:, 2 * i : 2 * i + 2].T) if enough else None
+            percent = Figure(total / trades, total / trades, None if means is None else interval(means, means))
+            found.append(Bucket(row.name, kind, low, high, int(trades), percent))
     return found
 
 
-def sums_of(row: Row, cases: Cases, places: np.ndarray, times: np.ndarray, kind: str, low: float, high: float):
+def sums_of(
+    cases: Cases, places: np.ndarray, times: np.ndarray, row: Row, kind: str, low: float, high: float
+) -> np.ndarray:
     """(T, 2): P&L in % of spot, and trades, of a policy in a bucket, which holds its lower end."""
     columns, picks = cases.columns, row.picks[places]
     of, picks = places[picks >= 0], picks[picks >= 0]
@@ -97,6 +98,5 @@ def sums_of(row: Row, cases: Cases, places: np.ndarray, times: np.ndarray, kind:
     percent = 100 * outcome(cases, of, picks) / columns.spot[of]
     inside = (low <= value) & (value < high) & ~np.isnan(percent)
     time = np.searchsorted(times, columns.time[of[inside]])
-    return np.stack(
-        [np.bincount(time, weights, len(times)) for weights in (percent[inside], np.ones(inside.sum()))], 1
-    )
+    sides = (percent[inside], np.ones(inside.sum()))
+    return np.stack([np.bincount(time, weights, len(times)) for weights in sides], axis=1)

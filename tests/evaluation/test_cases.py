@@ -28,7 +28,7 @@ from covered_call.evaluation.cases import (
     regret,
     trusted,
     validate,
-    validate_styles,
+    validate_markets,
 )
 
 OPTIONS = CoveredCallCandidatesConfig()
@@ -60,12 +60,12 @@ def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
     """Settling at expiry is no guess at a rule: there, a bad correlation is flagged, and the outcomes stay."""
     recorded = np.array([1.0, 5.0, -9.0])
     one, codes = case(0, 1.0, (off, 2.0), style=style), np.ones(3, int)
-    found = validate_styles(Recorded(codes - 1, codes, codes, recorded, off * recorded), one.columns.names)
+    found = validate_markets(Recorded(codes - 1, codes, codes, recorded, off * recorded), one.columns.names)
     kept = trusted(one, found).computed.tolist()
     unknown = off < 0 and style == "tp_and_roll"
     np.testing.assert_array_equal(kept, [math.nan] * 2 if unknown else [off, 2.0])
-    assert ("count as unknown" in found[style].sentence(style)) == unknown
-    assert ("WARNING" in found[style].sentence(style)) == (off < 0 and style == "hold_to_expiry")
+    assert ("count as unknown" in found["BTC", style].sentence("BTC", style)) == unknown
+    assert ("WARNING" in found["BTC", style].sentence("BTC", style)) == (off < 0 and style == "hold_to_expiry")
 
 
 def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
@@ -154,11 +154,13 @@ def test_the_formula_is_validated_and_a_bad_one_flagged():
     found = validate(recorded, np.array([2.0, 6.0, -8.0, 1.0, math.nan]))
     assert (found.trades, found.median_error, found.median_outcome) == (3, 1.0, 5.0)
     assert found.mean_error == pytest.approx(1.0) and found.correlation == pytest.approx(1.0)
-    assert "WARNING" not in found.sentence("hold_to_expiry")
+    assert "WARNING" not in found.sentence("BTC", "hold_to_expiry")
     bad = validate(np.array([1.0, 5.0, 2.0]), np.array([5.0, 1.0, 2.0]))
-    assert "WARNING: the correlation is below 0.95" in bad.sentence("hold_to_expiry")
-    assert "WARNING" in validate(recorded[:1], recorded[:1]).sentence("hold_to_expiry")  # one trade shows nothing
-    assert "unchecked" in validate(recorded[3:4], recorded[3:4]).sentence("hold_to_expiry")
+    assert "WARNING: the correlation is below 0.95" in bad.sentence("BTC", "hold_to_expiry")
+    assert "WARNING" in validate(recorded[:1], recorded[:1]).sentence(
+        "BTC", "hold_to_expiry"
+    )  # one trade shows nothing
+    assert "unchecked" in validate(recorded[3:4], recorded[3:4]).sentence("BTC", "hold_to_expiry")
 
 
 @needs_real_data
@@ -169,6 +171,6 @@ def test_real_trades_are_copied_by_the_score_rule_and_recomputed_by_the_formula(
     trades = columns.take(np.flatnonzero(columns.chosen >= 0))
     np.testing.assert_array_equal(fit_baselines(columns)["score rule"].picks(trades), trades.chosen)
     assert len(trades) >= 2 * 122
-    found = validate_styles(of_all, columns.names)
-    assert found["hold_to_expiry"].correlation >= 0.98
-    assert not found["tp_and_roll"].follows  # that backtest rolls by another rule than the replay
+    found = validate_markets(of_all, columns.names)
+    assert found["BTC", "hold_to_expiry"].correlation >= 0.98
+    assert not found["BTC", "tp_and_roll"].follows  # that backtest rolls by another rule than the replay

@@ -100,8 +100,8 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
     for plot in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.png", "equity_btc_hold_to_expiry.png", "equity_btc_tp_and_roll.png", "metrics.json", "q_scorer.png",
-        "report.md",
+        "calibration.png", "equity_btc_hold_to_expiry.png", "equity_btc_tp_and_roll.png", "metrics.json",
+        "q_scorer.png", "report.md",
     ]  # fmt: skip
 
 
