@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.evaluation.cases import Cases, difference
-from covered_call.evaluation.resampling import Draws
+from covered_call.evaluation.resampling import Draws, share
 from covered_call.evaluation.rows import HODL, TEACHER, Row, Trial
 
 LEVEL = 0.05  # of p below which a result is called shown
@@ -79,8 +79,8 @@ def reality_check(gains: np.ndarray, draws: Draws) -> np.ndarray:
 def placebo(cases: Cases, block: int, seed: int) -> Cases:
     """The cases with outcomes of other times: what a policy earns on them, it earns by luck.
 
-    Outcomes, as shares of spot less their mean, are dealt out anew in blocks of ``block`` decisions; a candidate gets
-    that of the candidate at its place. The premium that selling earns on average, without any choice, is so taken out.
+    Outcomes, as shares of spot less the mean of their place, are dealt out anew in blocks of ``block`` decisions; a
+    candidate gets that of the candidate at its place. What selling earns on average, without any choice, is taken out.
     """
     columns, rng = cases.columns, np.random.default_rng(seed)
     starts = rng.permutation(np.arange(0, len(columns), block))
@@ -89,6 +89,9 @@ def placebo(cases: Cases, block: int, seed: int) -> Cases:
     its = order[columns.decision_of]
     rows = columns.offsets[its] + np.minimum(columns.place, np.maximum(sizes[its], 1) - 1)
     shares = cases.computed / columns.spot[columns.decision_of]
-    shares = np.where(sizes[its] > 0, (shares - np.nanmean(shares))[np.minimum(rows, len(shares) - 1)], math.nan)
+    known, places = ~np.isnan(shares), columns.place
+    sums, counts = (np.bincount(places[known], weights, 1 + places.max()) for weights in (shares[known], None))
+    shares = (shares - share(sums, counts)[places])[np.minimum(rows, len(shares) - 1)]
+    shares[sizes[its] == 0] = math.nan
     computed = shares * columns.spot[columns.decision_of]
     return cases._replace(computed=computed, recorded=np.full(len(columns), math.nan))

@@ -21,16 +21,16 @@ LEVELS = (0.3, 0.4, 0.5, 0.6, *VOLS, 1.15, 1.3, 1.6, 2.0)  # between which a bre
 
 
 def computed_with(
-    decisions: Decisions, columns: Columns, options: CoveredCallCandidatesConfig, vol: float = 1.0
+    decisions: Decisions, columns: Columns, rolls: Calls, options: CoveredCallCandidatesConfig, vol: float = 1.0
 ) -> np.ndarray:
-    """(R,) the outcome of each candidate of these decisions under other options, its iv and all later ones times
-    ``vol``; USD a unit, NaN where unknown."""
+    """(R,) the outcome of each candidate of some of the decisions under other options, its iv and all later ones times
+    ``vol``; USD a unit, NaN where unknown.
+
+    Args:
+        rolls: what is rolled into at each of the decisions; not read where nothing rolls.
+    """
     key = (decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, decisions.size)
-    roll = Calls(*np.zeros((3, 0)))
-    if TP_AND_ROLL in columns.names:
-        roll = rolls_of(decisions.columns(), options)
-        roll = roll._replace(iv=roll.iv * vol)
-    market = Market(columns.names, *key, roll, options)
+    market = Market(columns.names, *key, rolls._replace(iv=rolls.iv * vol), options)
     numbers = columns.numbers | {"iv": columns.numbers["iv"] * vol}
     return counterfactuals(dataclasses.replace(columns, numbers=numbers), market, options)[0]
 
@@ -44,9 +44,10 @@ class Scenarios(NamedTuple):
 
 def scenarios_of(decisions: Decisions, columns: Columns, options: CoveredCallCandidatesConfig) -> Scenarios:
     costs = {times: dataclasses.replace(options, half_spread=times * HALF_SPREAD, fee=times * FEE) for times in COSTS}
+    rolls = rolls_of(decisions.columns(), options) if TP_AND_ROLL in columns.names else Calls(*np.zeros((3, 0)))
     return Scenarios(
-        {times: computed_with(decisions, columns, other) for times, other in costs.items()},
-        {vol: computed_with(decisions, columns, options, vol) for vol in LEVELS},
+        {times: computed_with(decisions, columns, rolls, other) for times, other in costs.items()},
+        {vol: computed_with(decisions, columns, rolls, options, vol) for vol in LEVELS},
     )
 
 

@@ -143,6 +143,63 @@ def test_decisions_that_the_model_may_have_learnt_are_told(backtest, tmp_path, c
     assert "not later than the model's training decisions, which end on 2024-12-25" in printed
 
 
+def test_a_model_on_what_it_was_not_tuned_on_is_told_so_first(backtest, tmp_path, capsys, monkeypatch):
+    tuned = {"underlyings": ["ETH"], "exit_styles": ["hold_to_expiry"]}
+    use(monkeypatch, lambda *_: Stub(tuned_on=tuned, data_files={"other.csv": "0" * 64}))
+    _, printed = run(capsys, "--model", "x", "--data_files", backtest, "--output_dir", tmp_path / "report")
+    expected = (
+        "WARNING: the model was not tuned on the underlying BTC, the exit style tp_and_roll, the file backtest.csv."
+    )
+    lines = printed.split("resamples ...")[1].strip().splitlines()
+    assert lines[0] == expected
+    assert (tmp_path / "report" / "report.md").read_text().splitlines()[2] == expected
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"][0] == expected
+
+
+def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(market, tmp_path, capsys):
+    printed = judged(capsys, "--data_files", market, *SPLITS, "--output_dir", tmp_path)
+    report, found = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "metrics.json").read_text())
+    [(name, said)] = found["verdict"].items()
+    assert report.index(name) < report.index(said[0]) < report.index("## ")
+    assert all(sentence in printed and "policies and thresholds compared" in sentence for sentence in said)
+    titles = ("Against luck", "Costs", "Break-even vol", "Calls by delta", "Calls by dte", "The 10 best and 10 worst")
+    places = [report.index(f"### {title}") for title in titles]
+    assert places == sorted(places) and "### Vol\n" not in report  # of these files the vol varies
+    [detail] = found["details"]
+    costs = {
+        policy: [of[level]["value"] for level in ("0", "1", "2")] for policy, of in detail["percent_by_costs"].items()
+    }
+    assert all(a >= b >= c for a, b, c in costs.values()) and costs["highest score"][0] > costs["highest score"][1]
+    assert detail["tried"] > 20 and set(detail["p_against_luck"]) == {
+        "never sell (HODL)",
+        "teacher",
+        found["best_rule"],
+    }
+    percents = [trade["percent"] for trade in detail["best"]]
+    assert percents == sorted(percents, reverse=True) and detail["worst"][0]["percent"] < percents[-1]
+
+
+def test_premiums_of_one_fixed_vol_are_told_first_and_tried_at_others(tmp_path, capsys):
+    rows = walk(280)
+    for row in rows:
+        row["iv"] = "0.7"
+    printed = judged(
+        capsys, "--data_files", write_csv(tmp_path / "fixed.csv", rows), *SPLITS, "--output_dir", tmp_path / "out"
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    for text in (printed, report.split("## ")[0]):
+        assert "The premiums are of one fixed vol, 0.7, and of no market's" in text
+    [detail] = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
+    levels = [detail["percent_by_vol"]["highest score"][level]["value"] for level in ("0.7", "0.8", "0.9", "1")]
+    assert levels == sorted(levels) and "### Vol\n" in report
+
+
+def test_what_was_fitted_on_these_decisions_shows_nothing(market, tmp_path, capsys):
+    printed = judged(capsys, "--data_files", market, *SPLITS, "--split", "train", "--output_dir", tmp_path)
+    said = [line for line in printed.splitlines() if line.startswith(("The rule", "The Q-scorer"))]
+    assert said and all("fitted on these decisions" in line or "nothing is shown" in line for line in said)
+
+
 def test_the_data_are_those_of_the_recipe_unless_the_command_line_says_other(backtest):
     recipe = {"data_files": [backtest], "splits": [0.5, 0.2, 0.3], "exit_style": "tp_and_roll", "purge": None,
               "candidate_order": "shuffle", "lora_r": 4}  # fmt: skip

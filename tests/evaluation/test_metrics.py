@@ -19,7 +19,7 @@ from sklearn.metrics import (
 from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
 from covered_call.evaluation.metrics import METRICS, NO_BELIEFS, Beliefs, Played
-from covered_call.evaluation.resampling import as_it_was, month_starts
+from covered_call.evaluation.resampling import as_it_was, draw, month_starts
 
 NAN = math.nan
 
@@ -178,6 +178,43 @@ def test_bounds_hold_whatever_the_unknown_outcome_was(triples):
         assert bounds[name][0] - 1e-6 <= true[name][0] <= bounds[name][1] + 1e-6
 
 
+def test_money_in_percent_by_hand():
+    """Three decisions at a spot of 100, and one at 50: each ties up a coin for 0.02 years, and one sold nothing."""
+    found = measured(
+        played(
+            [1, 1, 1, 0],
+            [1, 1, 1, 0],
+            pnl=[3.0, -1.0, 2.0, 0.0],
+            spot=[100.0, 100.0, 50.0, 50.0],
+            premium=[4.0, 2.0, 2.0, 0.0],
+        )
+    )
+    assert found["mean_percent"] == pytest.approx(((3 - 1 + 4) / 4,) * 2)
+    assert found["annual_percent"] == pytest.approx((6 / 0.08,) * 2)
+    assert found["premium_captured"][0] == pytest.approx(4 / 8)
+    assert found["turnover"][0] == pytest.approx(3 / 0.08)
+    assert found["worst_5_percent"] == (-1.0, -1.0)
+    assert found["percent_minus_teacher"][0] == pytest.approx(6 / 4)
+
+
+def test_premiums_that_are_not_known_are_left_out_of_what_was_captured():
+    found = measured(played([1, 1], [1, 1], pnl=[3.0, -1.0], premium=[6.0, NAN]))
+    assert found["premium_captured"][0] == 0.5
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 3)), min_size=1, max_size=80))
+def test_the_expected_shortfall_is_the_mean_of_the_worst_twentieth(pairs):
+    pnl, weight = np.array(pairs).T
+    size = len(pnl)
+    found = measured(played([1] * size, [1] * size, pnl=pnl, weight=weight))["worst_5_percent"]
+    order = np.argsort(pnl)
+    left, total = 0.05 * weight.sum(), 0.0
+    for place in order:
+        part = min(left, weight[place])
+        left, total = left - part, total + part * pnl[place]
+    assert found == pytest.approx((total / (0.05 * weight.sum()),) * 2, abs=1e-6)
+
+
 # Intervals
 
 
@@ -195,3 +232,14 @@ def test_blocks_widen_the_interval_of_outcomes_that_overlap():
 def test_a_metric_that_is_not_defined_has_no_interval():
     found = metrics.figures({"policy": played([0] * 60, [0] * 60)}, times_of(60), 8)["policy"]
     assert math.isnan(found["hit_rate"].low) and found["hit_rate"].interval is None
+
+
+def test_a_shortfall_of_resamples_is_nearly_that_of_each():
+    pnl = np.random.default_rng(2).normal(size=400) * 10
+    one, draws = played([1] * 400, [1] * 400, pnl=pnl), draw(400, 5)
+    found = metrics.measure({"policy": one}, draws, month_starts(times_of(400)))["policy"]["worst_5_percent"][0]
+    worst = []
+    for row in draws.counts(slice(None)).astype(int):
+        worst.append(np.sort(np.repeat(pnl, row))[:20].mean())
+    np.testing.assert_allclose(found, worst, rtol=0.03)
+    assert np.abs(found - worst).mean() < 0.05

@@ -179,3 +179,18 @@ def test_a_dict_is_a_decision_and_the_answer_names_the_instrument(fitted):
 def test_deciding_needs_no_torch():
     code = "from covered_call import QScorer; import sys; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True, timeout=120)
+
+
+def test_a_prediction_above_the_premium_is_refused_where_the_call_is_held(fitted):
+    """A call far out of the money brings a fraction of a percent at most; its iv alone would promise 2.5 %."""
+    far = entry(0, [0.75], [0])
+    candidate = far.decision.candidates[0]._replace(strike=2 * SPOT)
+    held, rolled = (
+        far._replace(decision=far.decision._replace(candidates=(candidate,), exit_style=style))
+        for style in ("hold_to_expiry", "tp_and_roll")
+    )
+    [answer] = decide(fitted, held)
+    assert (answer.pick, answer.stopped_by, answer.best) == (None, "above the premium", 0)
+    assert 100 * answer.q_sell / SPOT > 1
+    both = fit([*rich_if_volatile(range(300)), rolled], rich_if_volatile(range(310, 350), 1), CONFIG)
+    assert decide(both, rolled)[0].pick == 0  # what is rolled earns several premiums
