@@ -60,7 +60,7 @@ ONE = "one of 9 policies and thresholds compared"
     ids=["not shown", "shown", "luck", "worse", "bounds", "short", "fitted", "unknown"],
 )
 def test_a_sentence_says_what_is_shown_and_of_how_many(sentence, expected):
-    who = "The Q-scorer" if "0.40" in expected else "The model"
+    who = "The Q-scorer" if "p = 0.40" in expected else "The model"
     assert sentence == f"{who} {expected}"
 
 
