@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "d5d4ae9bc17f307151846da20589421406346f65978739ce548b6e77b85a912d"  # their SHA-256
+MADE_FROM = "34bdd49492a4171b856df4a579241202c5f04d76cd5ce7d3e51cff0b097b76a4"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2688,7 +2688,7 @@ def follow(
     market: Market,
     nodes: Nodes,
     options: CoveredCallCandidatesConfig,
-    trail: list[Segment] | None = None,
+    trail: list[Segment],
 ) -> Outcomes:
     """What each chain brings that begins with one of these sales.
 
@@ -2710,9 +2710,7 @@ def follow(
         gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
         costs[rows] += opening + closed.costs
         final[rows], label_end[rows] = closed.place, closed.label_end
-        if trail is not None:
-            income = legs.premium - opening
-            trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, income))
+        trail.append(Segment(rows, legs, begin, closed.place, closed.value + closed.costs, legs.premium - opening))
         its = np.flatnonzero(closed.bought)
         following = next_of(closed.place[its], pick(legs, its), nodes, rule) if rolls else np.full(len(its), -1)
         its = its[following >= 0]
@@ -3042,6 +3040,24 @@ class Terms(NamedTuple):
     def text(self) -> str:
         return f"settlement={self.preset!r}" + (f" at {self.vols.text()}" if self.vols != Vols() else "")
 
+    def sentence(self, style: str, options: CoveredCallCandidatesConfig) -> str:
+        """How an outcome comes about."""
+        rule, early = self.rule, self.rule.settle_hours
+        when = f"{early:g} hours before its expiry" if early else "at its expiry"
+        said = f"{style}, settlement={self.preset!r}: a call is sold at its Black-Scholes value at {self.vols.text()}"
+        if style == HOLD_TO_EXPIRY:
+            return f"{said}, and settled at its value {when}."
+        defended = f" or spot / strike is {rule.defend:g}" if rule.defend < np.inf else ""
+        rolls = "" if rule.max_rolls == np.inf else f", {rule.max_rolls:g} times at most"
+        best = f"the best score from {rule.roll_min_score:g}, of another instrument"
+        into = f"the call nearest to delta {options.roll_delta:g}" if rule.roll_min_score is None else best
+        end = "" if rule.own_expiry else " What is open when the first call would have expired is bought back then."
+        return (
+            f"{said}; bought back once {rule.take_profit:.0%} of its premium is earned{defended}, with more than "
+            f"{rule.min_dte_to_roll:g} days left; {into} is sold next{rolls}; the last is settled at its value {when}."
+            f"{end}"
+        )
+
 
 class Quotes(NamedTuple):
     """D decisions of all files by time, ties in the order of the files: what outcomes rest on."""
@@ -3074,6 +3090,16 @@ class Replay:
         """The same trades with the costs of other options, and with all vols times ``vol``."""
         terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
+
+    def vols_of(self, columns: Columns) -> np.ndarray:
+        """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
+        of, found = columns.decision_of, columns.numbers["iv"].copy()
+        calls = Calls(*(columns.numbers[name] for name in Calls._fields))
+        for style, terms in self.terms.items():
+            its = np.flatnonzero(columns.exit_style[of] == code_of(columns.names, style))
+            its_time, its_underlying = columns.time[of[its]], columns.underlying[of[its]]
+            found[its] = terms.vols.priced(pick(calls, its), its_underlying, its_time).iv
+        return found
 
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""
@@ -3109,8 +3135,12 @@ class Replay:
         return found
 
     @np.errstate(all="ignore")
-    def of_sales(self, sales: Sales, style: str) -> Outcomes:
-        """Of calls (C,) that are sold under an exit style."""
+    def of_sales(self, sales: Sales, style: str, trail: list[Segment] | None = None) -> Outcomes:
+        """Of calls (C,) that are sold under an exit style.
+
+        Args:
+            trail: takes in what was open when, call after call.
+        """
         stop, end = self.stops(sales, style)
         gross, costs = np.full(len(end), np.nan), np.full(len(end), np.nan)
         found = Outcomes(gross, costs, end.copy(), np.zeros(len(end), bool))
@@ -3119,7 +3149,10 @@ class Replay:
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
-        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options)
+        part = []
+        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
+        if trail is not None:
+            trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
         gross[~np.isfinite(gross - costs)] = np.nan
@@ -3358,7 +3391,7 @@ def settle_style(
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
-    They choose, and are checked, at the vol that they may have been paid at: the market's is another, and a constant may be.
+    They choose, and are checked, at a vol that they may have been paid at: the market's is another, a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
@@ -3609,8 +3642,18 @@ class Decisions(NamedTuple):
     spot: np.ndarray  # (D,) float64
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
-    replay: Replay | None = None  # what computes their outcomes
-    fits: dict[tuple[str, str], Fit] = {}  # how computed outcomes fit recorded ones, by underlying and exit style
+    outcomes: tuple[Replay, dict[tuple[str, str], Fit]] | None = None  # replay and fits, when they are computed
+
+    @property
+    def replay(self) -> Replay:
+        """What computes their outcomes."""
+        assert self.outcomes is not None
+        return self.outcomes[0]
+
+    @property
+    def fits(self) -> dict[tuple[str, str], Fit]:
+        """How computed outcomes fit recorded ones, by underlying and exit style."""
+        return self.outcomes[1] if self.outcomes else {}
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""
@@ -3742,7 +3785,7 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
 
 
 def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
-    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-2]})
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-1]})
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -3770,7 +3813,7 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
 
     decisions.spool.compute(outcomes)
     label_end = np.concatenate(label_ends)[decisions.place]
-    return decisions._replace(label_end=label_end, replay=replay, fits=fits)
+    return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 
 
 def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:

@@ -30,14 +30,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call import atomic, tuning  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs  # noqa: E402
+from covered_call.candidates.columns import columns_of, microseconds  # noqa: E402
 from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
 from covered_call.candidates.schema import CandidatesError, LoggedDecision  # noqa: E402
 from covered_call.candidates.splits import split_decisions  # noqa: E402
-from covered_call.evaluation import metrics  # noqa: E402
-from covered_call.evaluation.baselines import Pick, fit_threshold, highest, scores  # noqa: E402
+from covered_call.evaluation import resampling  # noqa: E402
+from covered_call.evaluation.baselines import score_rule  # noqa: E402
 from covered_call.tables import markdown  # noqa: E402
 from covered_call.training.runs import RecipeError, TrainingStopped  # noqa: E402
-from covered_call.value_model.scorer import QScorer, fit  # noqa: E402
+from covered_call.value_model.learning import fit  # noqa: E402
+from covered_call.value_model.scorer import QScorer  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = str(ROOT / "data" / "sample" / "*.csv")
@@ -61,7 +63,7 @@ class Fold(NamedTuple):
 class Played(NamedTuple):
     """What each policy sold in a period (None: nothing), and what each answer would have brought."""
 
-    picks: dict[str, list[Pick]]
+    picks: dict[str, list[int | None]]
     entries: list[LoggedDecision]
     unknown: int
 
@@ -82,7 +84,7 @@ def make_folds(logged: list[LoggedDecision], period: str) -> Iterator[Fold]:
             yield Fold(name, entries, before[-validation].isoformat(), begins.isoformat())
 
 
-def decide(fold: Fold, backtest: Backtest, args: argparse.Namespace) -> dict[str, list[Pick]]:
+def decide(fold: Fold, backtest: Backtest, args: argparse.Namespace) -> dict[str, list[int | None]]:
     """The picks of each policy on the fold's decisions, fitted on what lies before them."""
     config = make_config(args, validation_from=fold.validation_from, test_from=fold.test_from)
     splits = split_decisions(backtest.logged, config)
@@ -90,7 +92,10 @@ def decide(fold: Fold, backtest: Backtest, args: argparse.Namespace) -> dict[str
     scorer = QScorer(fit(splits["train"], splits["validation"], config))
     picks = {
         TEACHER: [entry.chosen for entry in fold.entries],
-        RULE: highest(scores, fit_threshold(scores, splits["train"]))(decisions),
+        RULE: [
+            None if pick < 0 else pick
+            for pick in score_rule(columns_of(splits["train"])).picks(columns_of(fold.entries)).tolist()
+        ],
         Q: [answer.pick for answer in scorer.decide(decisions)],
     }
     if args.models:
@@ -156,12 +161,12 @@ def play(fold: Fold, backtest: Backtest, args: argparse.Namespace) -> Played:
     return Played(picks, entries, known.count(False))
 
 
-def best_in_hindsight(entry: LoggedDecision) -> Pick:
+def best_in_hindsight(entry: LoggedDecision) -> int | None:
     worth = [counterfactual.pnl_vs_hodl for counterfactual in entry.counterfactuals]
     return int(np.argmax(worth)) if worth and max(worth) > 0 else None
 
 
-def paid(entries: list[LoggedDecision], picks: list[Pick]) -> np.ndarray:
+def paid(entries: list[LoggedDecision], picks: list[int | None]) -> np.ndarray:
     """P&L vs HODL of each decision in USD, shape (decisions,)."""
     return np.array(
         [0.0 if p is None else e.counterfactuals[p].pnl_vs_hodl for e, p in zip(entries, picks, strict=True)]
@@ -170,10 +175,11 @@ def paid(entries: list[LoggedDecision], picks: list[Pick]) -> np.ndarray:
 
 def with_interval(pnl: np.ndarray, block: int) -> str:
     """Mean, and its 95 % interval by the moving-block bootstrap of an evaluation."""
-    orders = metrics.resample(len(pnl), block)
-    if orders is None:
+    draws = resampling.draw(len(pnl), block)
+    if draws is None:
         return f"{pnl.mean():,.1f}"
-    low, high = np.quantile(pnl[orders].mean(1), [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2])
+    means = draws.sums(pnl[:, None])[:, 0] / len(pnl)
+    low, high = resampling.interval(means, means)
     return f"{pnl.mean():,.1f} [{low:,.1f}, {high:,.1f}]"
 
 
@@ -244,8 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
         played[fold.name] = play(fold, backtest, args)
     played = {name: one for name, one in played.items() if one.entries}
     entries = [entry for one in played.values() for entry in one.entries]
-    longest = max(entry.decision.last_expiry - entry.decision.decision_time for entry in entries)
-    block = metrics.block_length([entry.decision.decision_time for entry in entries], longest)
+    spans = [(microseconds(entry.decision.decision_time), microseconds(entry.label_end)) for entry in entries]
+    block = resampling.block_length(*np.array(spans).T)
     draw(played, Path(args.output_dir) / "equity.png")
     print(f"\n{table(played, block)}\n\nPlot in {args.output_dir}/equity.png")
 

@@ -7,7 +7,8 @@ from conftest import decision, time
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Counterfactual, Decision, LoggedDecision, Outcome
-from covered_call.value_model.scorer import Answer, Fitted, Gates, QScorer
+from covered_call.value_model.learning import Fitted, Gates
+from covered_call.value_model.scorer import Answer, QScorer
 
 CONFIG = CoveredCallCandidatesConfig()
 SPOT = 50_000.0
@@ -22,7 +23,7 @@ def day(number: float) -> datetime.datetime:
 def entry(number: float, ivs, outcomes, dte=7.0, spot=SPOT, style="hold_to_expiry", label_end=None) -> LoggedDecision:
     """A decision with a candidate for each iv and its net outcome, in % of spot; None is unknown."""
     candidates = tuple(
-        Candidate(f"BTC-{index}-C", spot * (1.05 + 0.05 * index), dte, 0.2, 3.0, iv, None)
+        Candidate(f"BTC-{index}-C", spot * (1 + 0.001 * index), dte, 0.2, 3.0, iv, None)
         for index, iv in enumerate(ivs)
     )
     ends = day(number + dte if label_end is None else label_end)

@@ -43,8 +43,18 @@ class Decisions(NamedTuple):
     spot: np.ndarray  # (D,) float64
     size: np.ndarray  # (D,) int32, its candidates
     label_end: np.ndarray  # (D,) int64, as time: when the last of its outcomes is known
-    replay: Replay | None = None  # what computes their outcomes
-    fits: dict[tuple[str, str], Fit] = {}  # how computed outcomes fit recorded ones, by underlying and exit style
+    outcomes: tuple[Replay, dict[tuple[str, str], Fit]] | None = None  # replay and fits, when they are computed
+
+    @property
+    def replay(self) -> Replay:
+        """What computes their outcomes."""
+        assert self.outcomes is not None
+        return self.outcomes[0]
+
+    @property
+    def fits(self) -> dict[tuple[str, str], Fit]:
+        """How computed outcomes fit recorded ones, by underlying and exit style."""
+        return self.outcomes[1] if self.outcomes else {}
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""
@@ -176,7 +186,7 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
 
 
 def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
-    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-2]})
+    return decisions._replace(**{name: getattr(decisions, name)[numbers] for name in Decisions._fields[1:-1]})
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -204,7 +214,7 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
 
     decisions.spool.compute(outcomes)
     label_end = np.concatenate(label_ends)[decisions.place]
-    return decisions._replace(label_end=label_end, replay=replay, fits=fits)
+    return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 
 
 def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:

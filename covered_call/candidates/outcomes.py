@@ -31,6 +31,24 @@ class Terms(NamedTuple):
     def text(self) -> str:
         return f"settlement={self.preset!r}" + (f" at {self.vols.text()}" if self.vols != Vols() else "")
 
+    def sentence(self, style: str, options: CoveredCallCandidatesConfig) -> str:
+        """How an outcome comes about."""
+        rule, early = self.rule, self.rule.settle_hours
+        when = f"{early:g} hours before its expiry" if early else "at its expiry"
+        said = f"{style}, settlement={self.preset!r}: a call is sold at its Black-Scholes value at {self.vols.text()}"
+        if style == HOLD_TO_EXPIRY:
+            return f"{said}, and settled at its value {when}."
+        defended = f" or spot / strike is {rule.defend:g}" if rule.defend < np.inf else ""
+        rolls = "" if rule.max_rolls == np.inf else f", {rule.max_rolls:g} times at most"
+        best = f"the best score from {rule.roll_min_score:g}, of another instrument"
+        into = f"the call nearest to delta {options.roll_delta:g}" if rule.roll_min_score is None else best
+        end = "" if rule.own_expiry else " What is open when the first call would have expired is bought back then."
+        return (
+            f"{said}; bought back once {rule.take_profit:.0%} of its premium is earned{defended}, with more than "
+            f"{rule.min_dte_to_roll:g} days left; {into} is sold next{rolls}; the last is settled at its value {when}."
+            f"{end}"
+        )
+
 
 class Quotes(NamedTuple):
     """D decisions of all files by time, ties in the order of the files: what outcomes rest on."""
@@ -63,6 +81,16 @@ class Replay:
         """The same trades with the costs of other options, and with all vols times ``vol``."""
         terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
+
+    def vols_of(self, columns: Columns) -> np.ndarray:
+        """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
+        of, found = columns.decision_of, columns.numbers["iv"].copy()
+        calls = Calls(*(columns.numbers[name] for name in Calls._fields))
+        for style, terms in self.terms.items():
+            its = np.flatnonzero(columns.exit_style[of] == code_of(columns.names, style))
+            its_time, its_underlying = columns.time[of[its]], columns.underlying[of[its]]
+            found[its] = terms.vols.priced(pick(calls, its), its_underlying, its_time).iv
+        return found
 
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""

@@ -128,7 +128,7 @@ def settle_style(
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
-    They choose, and are checked, at the vol that they may have been paid at: the market's is another, and a constant may be.
+    They choose, and are checked, at a vol that they may have been paid at: the market's is another, a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
     early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True

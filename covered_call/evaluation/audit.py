@@ -17,13 +17,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from covered_call.candidates.columns import columns_of
 from covered_call.candidates.data_options import Help, add_data_options, backtest_of, config_of, typed
 from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.evaluation.baselines import Pick, fit_threshold, highest, scores
+from covered_call.evaluation.baselines import score_rule
 from covered_call.tables import align
 
 SCORE_RULE = "score rule"
@@ -86,20 +87,20 @@ def make_readers(task: str, train: Corpus | None) -> dict[str, Reader]:
     if train is None or not train.prompts:
         raise CandidatesError("The training split holds no candidate: give more data, or other splits.")
     commonest = collections.Counter(train.answers).most_common(1)[0][0]
-    rule = highest(scores, fit_threshold(scores, train.entries))
+    rule = score_rule(columns_of(train.entries))
     return {
         "majority answer": lambda corpus: [commonest] * len(corpus.prompts),
         "always the first": lambda corpus: answers_to(task, corpus.entries, [0] * len(corpus.entries)),
-        SCORE_RULE: lambda corpus: answers_to(task, corpus.entries, rule([e.decision for e in corpus.entries])),
+        SCORE_RULE: lambda corpus: answers_to(task, corpus.entries, rule.picks(columns_of(corpus.entries)).tolist()),
         "bag of tokens": bag_of_tokens(train, commonest),
         "patterns of hindsight": lambda corpus: [read_hindsight(task, prompt) for prompt in corpus.prompts],
     }
 
 
-def answers_to(task: str, entries: list[LoggedDecision], picks: list[Pick]) -> list[str]:
-    """Picks as the answers of a task, in the order of its prompts."""
+def answers_to(task: str, entries: list[LoggedDecision], picks: list[int]) -> list[str]:
+    """Picks, -1 for no trade, as the answers of a task, in the order of its prompts."""
     if task == "per_decision_ranking":
-        return [answer_of(pick) for pick in picks]
+        return [answer_of(None if pick < 0 else pick) for pick in picks]
     sizes = [len(entry.decision.candidates) for entry in entries]
     return [SELL_CALL if i == pick else SKIP for size, pick in zip(sizes, picks, strict=True) for i in range(size)]
 

@@ -1,11 +1,11 @@
 """What a tuned model must be compared with: the simplest policies, fitted on the training split alone.
 
-A policy is a function from decisions to picks: for each decision the index of the call to sell, or None.
+A pick is the place of the call to sell among the candidates of a decision, from 0; in arrays -1 is NO_TRADE.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,121 +16,136 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from covered_call.candidates.schema import CandidatesError, Decision, LoggedDecision
+from covered_call.candidates.columns import Columns
+from covered_call.candidates.records import is_sold
+from covered_call.candidates.schema import CandidatesError
 
-Pick = int | None
-Policy = Callable[[list[Decision]], list[Pick]]
-Values = Callable[[list[Decision]], list[np.ndarray]]  # a number for each candidate of each decision
+Values = Callable[[Columns], np.ndarray]  # (R,) a number for each candidate
 NUMBERS = ["spot", "strike", "dte", "delta", "score", "iv", "ivrv_ratio"]
 
 
-def fit_baselines(train: list[LoggedDecision]) -> dict[str, Policy]:
+class Rule(NamedTuple):
+    """Sells the candidate of the highest value (the first of equals), if that is at least ``threshold``.
+
+    ``by_place`` says that the value of a candidate is its place's, whatever stands there.
+    """
+
+    values: Values
+    threshold: float = -math.inf
+    by_place: bool = False
+
+    def picks(self, columns: Columns) -> np.ndarray:
+        """(D,) int64"""
+        return highest(self.values(columns), columns, self.threshold)
+
+
+def fit_baselines(train: Columns) -> dict[str, Rule]:
     """All baselines but the random one, the simpler first. ``train`` is in the order that prompts show.
 
     Raises:
         CandidatesError: if the training split holds no trade, or nothing but trades, so that nothing can be fitted.
     """
-    sold = sold_candidates(train)
-    if len(set(sold)) < 2:
+    sold = is_sold(train)
+    if not 0 < sold.sum() < len(sold):
         raise CandidatesError(
             f"The training split has {len(train)} decisions, and not both a call that was sold and one that was not: "
             "no baseline can be fitted. Give more data, or other splits."
         )
     return {
         "majority answer": majority_answer(train),
-        "first candidate": highest(lambda decisions: [-np.arange(len(d.candidates)) for d in decisions]),
-        "highest score": highest(scores),
-        "score rule": highest(scores, fit_threshold(scores, train)),
+        "first candidate": Rule(lambda columns: -columns.place, by_place=True),
+        "highest score": Rule(scores),
+        "score rule": score_rule(train),
         "logistic regression": classifier(logistic_regression(), train, sold),
         "gradient boosting": classifier(gradient_boosting(), train, sold),
     }
 
 
-def never_sell(decisions: list[Decision]) -> list[Pick]:
-    return [None] * len(decisions)
-
-
-def majority_answer(train: list[LoggedDecision]) -> Policy:
+def majority_answer(train: Columns) -> Rule:
     """The answer that the teacher gave most often, among those that a decision has."""
-    ranked = [answer for answer, _ in Counter(entry.chosen for entry in train).most_common()]
+    answers, first, counts = np.unique(train.chosen, return_index=True, return_counts=True)
+    ranked = answers[np.lexsort((first, -counts))]
+    rank = dict(zip(ranked.tolist(), range(0, -len(ranked), -1), strict=True))
+    worth = np.full(1 + int(ranked.max(initial=0)), -math.inf)
+    worth[ranked[ranked >= 0]] = [rank[place] for place in ranked.tolist() if place >= 0]
 
-    def pick(decisions: list[Decision]) -> list[Pick]:
-        return [next((a for a in ranked if a is None or a < len(d.candidates)), None) for d in decisions]
+    def values(columns: Columns) -> np.ndarray:
+        known = columns.place < len(worth)
+        return np.where(known, worth[np.where(known, columns.place, 0)], -math.inf)
 
-    return pick
-
-
-def highest(values: Values, threshold: float = -math.inf) -> Policy:
-    """Sells the candidate of the highest value (the first of equals), if that is at least ``threshold``."""
-
-    def pick(decisions: list[Decision]) -> list[Pick]:
-        return [int(v.argmax()) if len(v) and v.max() >= threshold else None for v in values(decisions)]
-
-    return pick
+    return Rule(values, rank.get(-1, -len(ranked)), by_place=True)
 
 
-def fit_threshold(values: Values, train: list[LoggedDecision]) -> float:
-    """The threshold of ``highest`` with which it agrees most often with the teacher; the lowest of equally good ones.
+def score_rule(train: Columns) -> Rule:
+    return Rule(scores, fit_threshold(scores(train), train))
+
+
+def highest(values: np.ndarray, columns: Columns, threshold: float = -math.inf) -> np.ndarray:
+    """(D,) int64: the place of the highest of (R,) values, -1 where it is below the threshold, or there is none."""
+    tops = tops_of(values, columns)
+    rows = np.flatnonzero(values == tops[columns.decision_of])[::-1]  # backwards, so that the first is written last
+    picks = np.full(len(columns), -1)
+    picks[columns.decision_of[rows]] = columns.place[rows]
+    return np.where(tops >= threshold, picks, -1)
+
+
+def tops_of(values: np.ndarray, columns: Columns) -> np.ndarray:
+    """(D,) the highest of the values of each decision, -inf where it has no candidate."""
+    tops, begins = np.full(len(columns), -math.inf), columns.offsets[:-1]
+    offered = np.diff(columns.offsets) > 0
+    if offered.any():
+        tops[offered] = np.maximum.reduceat(values, begins[offered])
+    return tops
+
+
+def fit_threshold(values: np.ndarray, train: Columns) -> float:
+    """The threshold with which (R,) values agree most often with the teacher; the lowest of equally good ones.
 
     It lies halfway between two values that occur, or is -inf or inf.
     """
-    decisions = [entry.decision for entry in train]
-    tops = np.array([v.max() if len(v) else -math.inf for v in values(decisions)])
-    picks = highest(values)(decisions)
-    right_if_sold = [
-        entry.chosen is not None and entry.chosen == pick for entry, pick in zip(train, picks, strict=True)
-    ]
-    right_if_not = [entry.chosen is None for entry in train]
-    gain = np.subtract(right_if_not, right_if_sold, dtype=float)  # of not selling
-    levels, place = np.unique(tops, return_inverse=True)
-    gains = np.concatenate(
-        [[0.0], np.cumsum(np.bincount(place, gain))]
-    )  # where all levels below the i-th are not sold
+    picks, sold = highest(values, train), train.chosen >= 0
+    gain = (~sold).astype(float) - (sold & (train.chosen == picks))  # of not selling
+    levels, place = np.unique(tops_of(values, train), return_inverse=True)
+    # What is gained where all levels below the i-th are not sold.
+    gains = np.concatenate([[0.0], np.cumsum(np.bincount(place, gain))])
     edges = np.concatenate([[-math.inf], (levels[:-1] + levels[1:]) / 2, [math.inf]])
     return float(edges[gains.argmax()])
 
 
-def scores(decisions: list[Decision]) -> list[np.ndarray]:
-    return [np.array([c.score for c in decision.candidates]) for decision in decisions]
+def scores(columns: Columns) -> np.ndarray:
+    return columns.numbers["score"]
 
 
-def features(decisions: list[Decision]) -> pd.DataFrame:
+def features(columns: Columns) -> pd.DataFrame:
     """What a prompt tells of each candidate, one row each; NaN where it is missing."""
-    rows = [
-        (d.exit_style, d.spot, c.strike, c.dte, c.delta, c.score, c.iv, c.ivrv_ratio)
-        for d in decisions
-        for c in d.candidates
-    ]
-    return pd.DataFrame(rows, columns=["exit_style", *NUMBERS]).astype(dict.fromkeys(NUMBERS, float))
-
-
-def sold_candidates(train: list[LoggedDecision]) -> list[bool]:
-    return [index == entry.chosen for entry in train for index in range(len(entry.decision.candidates))]
+    rows = columns.decision_of
+    numbers = columns.numbers | {"spot": columns.spot[rows]}
+    styles = pd.Categorical.from_codes(columns.exit_style[rows], columns.names)
+    return pd.DataFrame({"exit_style": styles, **{name: numbers[name] for name in NUMBERS}})
 
 
 def logistic_regression():
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    return make_pipeline(columns(numbers), LogisticRegression(max_iter=1000))
+    return make_pipeline(in_columns(numbers), LogisticRegression(max_iter=1000))
 
 
 def gradient_boosting():
-    return make_pipeline(columns("passthrough"), HistGradientBoostingClassifier(random_state=0))
+    return make_pipeline(in_columns("passthrough"), HistGradientBoostingClassifier(random_state=0))
 
 
-def columns(numbers):
+def in_columns(numbers):
     styles = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
     return make_column_transformer((numbers, NUMBERS), (styles, ["exit_style"]))
 
 
-def classifier(model, train: list[LoggedDecision], sold: list[bool]) -> Policy:
+def classifier(model, train: Columns, sold: np.ndarray) -> Rule:
     """Sells the candidate that is likeliest to be one the teacher sells, above a threshold fitted on train too."""
-    known = features([entry.decision for entry in train])
+    known = features(train)
     empty = [name for name in NUMBERS if known[name].isna().all()]
     model.fit(known.fillna(dict.fromkeys(empty, 0.0)), sold)  # trees fail on a column without a number
 
-    def likelihoods(decisions: list[Decision]) -> list[np.ndarray]:
-        rows = features(decisions)
-        found = model.predict_proba(rows)[:, 1] if len(rows) else np.zeros(0)
-        return np.split(found, np.cumsum([len(d.candidates) for d in decisions])[:-1])
+    def likelihoods(columns: Columns) -> np.ndarray:
+        rows = features(columns)
+        return model.predict_proba(rows)[:, 1] if len(rows) else np.zeros(0)
 
-    return highest(likelihoods, fit_threshold(likelihoods, train))
+    return Rule(likelihoods, fit_threshold(likelihoods(train), train))

@@ -11,34 +11,40 @@ mean different things.
 import argparse
 import datetime
 import math
+import os
 from pathlib import Path
 
+import numpy as np
 from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.columns import Columns, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
-from covered_call.candidates.schema import CandidatesError, LoggedDecision, iso_time, utc
+from covered_call.candidates.schema import CandidatesError, iso_time, utc
+from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.evaluation import metrics
-from covered_call.evaluation.money import (
-    Q_SCORER,
-    Case,
-    Result,
-    Validation,
-    comparable,
-    judge,
+from covered_call.evaluation import resampling
+from covered_call.evaluation.cases import (
+    Cases,
+    Market,
     make_cases,
-    make_groups,
+    markets_of,
+    recorded_of,
     trusted,
-    validate_styles,
 )
-from covered_call.evaluation.report import Evaluation, Study, report_files, terminal_table, write_report
-from covered_call.evaluation.rows import best_rule, make_rows
+from covered_call.evaluation.details import make_detail
+from covered_call.evaluation.money import ALL, Result, judge, make_groups
+from covered_call.evaluation.report import report_files, terminal_table, write_report
+from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, RANDOM, TEACHER, Row, best_rule, make_rows
+from covered_call.evaluation.scenarios import scenarios_of
+from covered_call.evaluation.sections import Evaluation, Study
+from covered_call.evaluation.slices import regimes
 from covered_call.language_model.manifest import PolicyError, read_manifest
-from covered_call.value_model.scorer import QScorer, QScorerError, decide, fit
+from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
+from covered_call.value_model.scorer import QScorer, picks_of
 from covered_call.value_model.walk_forward import candidate_pairs, compare
 
 SPLITS = ("train", "validation", "test")
@@ -61,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with atomic.locked(folder):
         print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
-        if not backtest.splits.get(args.split):
+        if not len(backtest.numbers.get(args.split, ())):
             raise CandidatesError(f"The {args.split} split is empty: give more data, or set splits, or test_from.")
         evaluation = judge_all(args, backtest, cutoff, saved)
         print(terminal_table(evaluation))
@@ -75,31 +81,79 @@ def judge_all(
     args: argparse.Namespace, backtest: Backtest, cutoff: datetime.datetime | None, saved: QScorer | None
 ) -> Evaluation:
     """Every policy on the decisions of the split; says what it does, for it takes long."""
-    config, splits = backtest.options, backtest.splits
-    entries = splits[args.split]
+    config = backtest.options
+    splits = {name: backtest.decisions.columns(numbers) for name, numbers in backtest.numbers.items() if len(numbers)}
+    columns = splits[args.split]
     model = load_model(args.model, args.batch_tokens) if args.model else None
-    cases, found = judged_cases(backtest, entries)
-    scorer, notes = find_scorer(saved, splits, args.split, config)
-    rows = make_rows(splits["train"], entries, scorer, model)
-    rule = best_rule(rows, entries)
-    groups = make_groups(cases, cutoff)
-    print(f"Judging {len(rows)} policies, with {metrics.REPLICATES:,} resamples ...", flush=True)
+    cases, found = judged_cases(backtest, columns), backtest.decisions.fits
+    fitted, notes = find_scorer(saved, splits, args.split, config)
+    predicted = fitted.predict(columns) if fitted else None
+    rows, trials = make_rows(splits["train"], columns, fitted, predicted, model)
+    rule = best_rule(rows, columns)
+    groups = make_groups(cases, cutoff, regimes(backtest.decisions, columns))
+    print(f"Judging {len(rows)} policies, with {resampling.REPLICATES:,} resamples ...", flush=True)
     bar = tqdm(groups, desc="Judging", unit=" groups", disable=None, leave=False)
     results = [judge(rows, rule, cases, group) for group in bar]
-    checked = [validation.sentence(style) for style, validation in found.items()]
-    notes = [*checked, *notes, *warn(args.split, entries, results, model)]
+    scenarios = scenarios_of(backtest.decisions, columns, config)
+    overall, replay = [result for result in results if result.group.name == ALL], backtest.decisions.replay
+    details = [make_detail(result, rows, trials, rule, cases, scenarios, replay) for result in overall]
+    checked = [fit.sentence(*market) for market, fit in found.items()]
+    notes = [*checked, *notes, *warn(args.split, columns, results, model)]
     if not as_recorded(config):
         notes.append("Costs or a horizon are set: all outcomes, the teacher's too, are computed and net of them.")
-    study = make_study(scorer, entries, config, found) if scorer else None
-    return Evaluation(args.model, args.split, backtest.files, config, cases, rows, rule, results, notes, study)
+    study = make_study(fitted, predicted, columns, config, found) if fitted and predicted else None
+    fitted_here = fitted_on(args.split, columns, rows, fitted, model)
+    first = not_tuned_on(model.manifest, backtest, columns) if model else []
+    files = backtest.files
+    return Evaluation(
+        args.model, args.split, files, config, replay.terms, cases, rows, trials, rule, results, details, fitted_here,
+        first, notes, study,
+    )  # fmt: skip
 
 
-def judged_cases(backtest: Backtest, entries: list[LoggedDecision]) -> tuple[list[Case], dict[str, Validation]]:
-    """The cases of these decisions, with extremes from all of the backtest; and how far it can be recomputed."""
-    cases = make_cases(backtest.logged)
-    found = validate_styles(cases)
-    of_decision = {case.decision[:3]: case for case in comparable(trusted(cases, found), backtest.options)}
-    return [of_decision[entry.decision[:3]] for entry in entries], found
+def fitted_on(split: str, columns: Columns, rows: list[Row], fitted: Fitted | None, model) -> set[str]:
+    """The policies that were fitted on some of these decisions."""
+    here = {row.name for row in rows} - {TEACHER, HODL, RANDOM, Q_SCORER, MODEL} if split == "train" else set()
+    if fitted and any(seen_by(fitted.metadata, columns).values()):
+        here.add(Q_SCORER)
+    if model and learnt_by(model.manifest, columns):
+        here.add(MODEL)
+    return here
+
+
+def seen_by(metadata: dict, columns: Columns) -> dict[str, int]:
+    """How many of these decisions are of the time of each split that a Q-scorer was fitted on."""
+    found = {}
+    for split in ("train", "validation"):
+        first, last = (microseconds(datetime.datetime.fromisoformat(metadata[split][end])) for end in ("from", "to"))
+        found[split] = int(((columns.time >= first) & (columns.time <= last)).sum())
+    return found
+
+
+def learnt_by(manifest: dict, columns: Columns) -> int:
+    """How many of these decisions are not later than the last that a model was tuned on."""
+    tuned_to = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
+    return int((columns.time <= microseconds(tuned_to)).sum())
+
+
+def not_tuned_on(manifest: dict, backtest: Backtest, columns: Columns) -> list[str]:
+    """In one line what is judged here that the model was not tuned on; none if it was tuned on all of it."""
+    tuned, strange = manifest.get("tuned_on", {}), []
+    for name, codes in (("underlying", columns.underlying), ("exit style", columns.exit_style)):
+        known = tuned.get(f"{name.replace(' ', '_')}s")
+        its = sorted(columns.names[code] for code in np.unique(codes))
+        strange += [f"the {name} {one}" for one in its if known is not None and one not in known]
+    hashes = manifest.get("data_files")
+    if hashes is not None:
+        others = [path for path, digest in backtest.hashes.items() if digest not in hashes.values()]
+        strange += [f"the file {os.path.basename(path)}" for path in others]
+    return [f"WARNING: the model was not tuned on {', '.join(strange)}."] if strange else []
+
+
+def judged_cases(backtest: Backtest, columns: Columns) -> Cases:
+    """The cases of these decisions, with extremes from all of the backtest."""
+    of_all = recorded_of(backtest.decisions, backtest.options)
+    return trusted(make_cases(columns, of_all, backtest.decisions.replay, backtest.options), backtest.decisions.fits)
 
 
 def what_next(args: argparse.Namespace) -> str:
@@ -123,31 +177,27 @@ def load_model(folder: str, batch_tokens: int | None):
 
 
 def find_scorer(
-    saved: QScorer | None,
-    splits: dict[str, list[LoggedDecision]],
-    split: str,
-    config: CoveredCallCandidatesConfig,
-) -> tuple[QScorer | None, list[str]]:
+    saved: QScorer | None, splits: dict[str, Columns], split: str, config: CoveredCallCandidatesConfig
+) -> tuple[Fitted | None, list[str]]:
     """The saved Q-scorer, or one learnt on train with its offset from validation; and what to know of it.
 
     Data on which none can be fitted go without.
     """
     try:
-        scorer = saved or QScorer(fit(splits["train"], splits.get("validation", []), config))
+        fitted = saved.fitted if saved else fit(splits["train"], splits.get("validation", []), config)
     except QScorerError as error:
         return None, [f"There is no {Q_SCORER}. {error}"]
-    return scorer, warn_of_scorer(scorer.fitted.metadata, splits[split], config)
+    return fitted, warn_of_scorer(fitted.metadata, splits[split], config)
 
 
-def warn_of_scorer(metadata: dict, entries: list[LoggedDecision], config: CoveredCallCandidatesConfig) -> list[str]:
-    warnings = []
-    for split, what in (("train", " learnt from"), ("validation", "'s offset, and perhaps its gates, were fitted on")):
-        first, last = (datetime.datetime.fromisoformat(metadata[split][end]) for end in ("from", "to"))
-        seen = sum(first <= entry.decision.decision_time <= last for entry in entries)
+def warn_of_scorer(metadata: dict, columns: Columns, config: CoveredCallCandidatesConfig) -> list[str]:
+    warnings, what = [], {"train": " learnt from", "validation": "'s offset, and perhaps its gates, were fitted on"}
+    for split, seen in seen_by(metadata, columns).items():
         if seen:
+            first, last = (metadata[split][end][:10] for end in ("from", "to"))
             warnings.append(
-                f"WARNING: {seen} of these {len(entries)} decisions are of the time that the {Q_SCORER}{what}: "
-                f"{first.date()} to {last.date()}."
+                f"WARNING: {seen} of these {len(columns)} decisions are of the time that the {Q_SCORER}{what[split]}: "
+                f"{first} to {last}."
             )
     its, ours = metadata["outcome_options"], {name: getattr(config, name) for name in OUTCOME_OPTIONS}
     other = [f"{name} {number(its[name])} (here {number(ours[name])})" for name in ours if its[name] != ours[name]]
@@ -161,39 +211,44 @@ def number(value: float | str | None) -> str:
 
 
 def make_study(
-    scorer: QScorer,
-    entries: list[LoggedDecision],
+    fitted: Fitted,
+    predicted: Predicted,
+    columns: Columns,
     config: CoveredCallCandidatesConfig,
-    found: dict[str, Validation],
+    fits: dict[Market, Fit],
 ) -> Study:
     compared, pairs = {}, {}
-    for style in sorted({entry.decision.exit_style for entry in entries}):
-        its = [entry for entry in entries if entry.decision.exit_style == style]
-        answers = decide(scorer.fitted, [entry.decision for entry in its])
-        compared[style] = compare(answers, its, config)
-        pairs[style] = candidate_pairs(answers, its, config)
-    doubtful = [style for style in compared if found[style].trades and not found[style].follows]
-    return Study(scorer.fitted.metadata, doubtful, compared, pairs)
+    picks = picks_of(fitted, columns, predicted)
+    markets = markets_of(columns, columns.names)
+    several, doubtful = len({underlying for underlying, _ in markets}) > 1, []
+    for (underlying, style), inside in markets.items():
+        fit, places = fits.get((underlying, style)), np.flatnonzero(inside)
+        style = f"{underlying} {style}" if several else style
+        doubtful += [style] if fit and not fit.trusted else []
+        its, values = columns.take(places), predicted.values[np.isin(columns.decision_of, places)]
+        compared[style] = compare(its, values, picks[places], config)
+        pairs[style] = candidate_pairs(its, values, config)
+    return Study(fitted.metadata, doubtful, compared, pairs)
 
 
-def warn(split: str, entries: list[LoggedDecision], results: list[Result], model) -> list[str]:
+def warn(split: str, columns: Columns, results: list[Result], model) -> list[str]:
     """What a reader of the figures must know beside them."""
     warnings = []
     if split == "train":
         warnings.append("WARNING: these are the decisions that the baselines, and the model, were fitted on.")
     elif model:
-        tuned_to = datetime.datetime.fromisoformat(model.manifest["splits"]["train"]["to"])
-        seen = sum(entry.decision.decision_time <= tuned_to for entry in entries)
+        seen = learnt_by(model.manifest, columns)
         if seen:
             warnings.append(
-                f"WARNING: {seen} of these {len(entries)} decisions are not later than the model's training "
-                f"decisions, which end on {tuned_to.date()}: it may have learnt them."
+                f"WARNING: {seen} of these {len(columns)} decisions are not later than the model's training "
+                f"decisions, which end on {model.manifest['splits']['train']['to'][:10]}: it may have learnt them."
             )
-    for group, times, block, _ in results:
-        if len(times) < metrics.MIN_BLOCKS * block:
+    for result in results:
+        group, times, block = result.group, len(result.times), result.block
+        if times < resampling.MIN_BLOCKS * block:
             warnings.append(
-                f"{group.exit_style}, {group.name}: no intervals, for {len(times)} decision times are fewer than "
-                f"{metrics.MIN_BLOCKS} blocks of {block}."
+                f"{group.underlying}, {group.exit_style}, {group.name}: no intervals, for {times} decision times are "
+                f"fewer than {resampling.MIN_BLOCKS} blocks of {block}."
             )
     return warnings
 

@@ -1,19 +1,25 @@
 """What is measured of a policy, in one place: names, directions, formulas, and their intervals.
 
 Every figure is computed from the same arrays (``Played``) for an order of decision times: the order that was, and a
-thousand orders that a block bootstrap draws, in one vectorised pass.
+thousand orders that a block bootstrap draws. What is a ratio of sums takes one matrix product for all policies.
 """
 
-import datetime
 from typing import NamedTuple
 
 import numpy as np
-from arch.bootstrap import MovingBlockBootstrap
 
-VERSION = 2  # raise it when a definition changes: figures of two versions are not compared
-REPLICATES = 1000
-LEVEL = 0.95
-MIN_BLOCKS = 5  # with fewer blocks the resamples are too much alike, and the interval would be too narrow
+from covered_call.evaluation.resampling import (
+    Draws,
+    as_it_was,
+    draw,
+    drawdowns,
+    interval,
+    month_starts,
+    share,
+    worst_months,
+)
+
+VERSION = 3  # raise it when a definition changes: figures of two versions are not compared
 CALIBRATION_BINS = 10
 
 
@@ -25,7 +31,7 @@ class Metric(NamedTuple):
     meaning: str
 
 
-METRICS = {
+IMITATION = {
     "accuracy": Metric("higher", ".3f", "share of decisions answered as the teacher did, NO_TRADE included"),
     "balanced_accuracy": Metric("higher", ".3f", "recall of each answer that the teacher gave, averaged"),
     "macro_f1": Metric("higher", ".3f", "F1 of each answer that the teacher or the policy gave, averaged"),
@@ -35,18 +41,49 @@ METRICS = {
     "top_1": Metric("higher", ".3f", "where both sold a call, the share in which it was the same"),
     "trade_rate": Metric("", ".3f", "share of decisions at which the policy sold a call"),
     "permutation_consistency": Metric("higher", ".3f", "share of decisions with the same pick in 4 shuffled orders"),
-    "calibration_error": Metric("lower", ".3f", "gap between probability and accuracy in 10 bins, by their weight"),
+    "calibration_error": Metric(
+        "lower", ".3f", "gap between probability and how often it is right, in 10 bins, by their weight; of what the "
+        "probability is of: an answer to a decision, or to one candidate"
+    ),
+}  # fmt: skip
+IN_PERCENT = {  # of spot at the decision
+    "mean_percent": Metric("higher", "+.3f", "P&L vs HODL a decision, in % of spot, over all decisions"),
+    "annual_percent": Metric(
+        "higher", "+.2f", "the same a year, in % of the coin held: the sum of P&L in % of spot / the coin-years that "
+        "all decisions tie up, one coin each until its label end"
+    ),
+    "worst_5_percent": Metric("higher", "+.2f", "expected shortfall: mean P&L of the worst 5 % of decisions, in %"),
+    "premium_captured": Metric("higher", ".3f", "P&L of the calls sold / their premiums, over known outcomes"),
+    "turnover": Metric("", ".1f", "calls sold a year for each coin tied up"),
+    "hit_rate": Metric("higher", ".3f", "of the calls sold with a known outcome, the share with a P&L above 0"),
     "coverage": Metric("higher", ".3f", "share of decisions with a known outcome; a call not sold has outcome 0"),
+}  # fmt: skip
+IN_USD = {  # a unit of underlying
     "total_pnl": Metric("higher", ",.0f", "P&L vs HODL, summed over all decisions"),
     "mean_pnl": Metric("higher", ",.1f", "P&L vs HODL a decision, over all decisions"),
     "mean_pnl_known": Metric("higher", ",.1f", "P&L vs HODL a decision, over those with a known outcome alone"),
-    "hit_rate": Metric("higher", ".3f", "of the calls sold with a known outcome, the share with a P&L above 0"),
     "worst_month": Metric("higher", ",.0f", "least P&L vs HODL of a calendar month, by decision time"),
     "max_drawdown": Metric("lower", ",.0f", "largest fall of the cumulative P&L vs HODL from its peak, or from 0"),
     "mean_regret": Metric("lower", ",.1f", "what the best answer in hindsight, NO_TRADE included, would have added"),
-    "minus_teacher": Metric("higher", ",.1f", "mean P&L a decision, minus the teacher's at the same decisions"),
-    "minus_best_rule": Metric("higher", ",.1f", "mean P&L a decision, minus the best rule's at the same decisions"),
 }
+DIFFERENCES = {
+    "percent_minus_teacher": Metric("higher", "+.3f", "mean_percent minus the teacher's at the same decisions"),
+    "percent_minus_best_rule": Metric("higher", "+.3f", "mean_percent minus the best rule's at the same decisions"),
+    "minus_teacher": Metric("higher", ",.1f", "mean_pnl minus the teacher's at the same decisions, USD"),
+    "minus_best_rule": Metric("higher", ",.1f", "mean_pnl minus the best rule's at the same decisions, USD"),
+}
+METRICS = IMITATION | IN_PERCENT | IN_USD | DIFFERENCES
+
+
+class Beliefs(NamedTuple):
+    """B probabilities that a policy gave, and what came; what they are of is what it was calibrated on."""
+
+    time: np.ndarray  # (B,) which of the decision times
+    probability: np.ndarray  # (B,)
+    right: np.ndarray  # (B,) bool
+
+
+NO_BELIEFS = Beliefs(np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
 
 
 class Played(NamedTuple):
@@ -61,122 +98,181 @@ class Played(NamedTuple):
     pick: np.ndarray
     weight: np.ndarray  # the probability of this answer; adds up to 1 over the entries of a decision
     consistent: np.ndarray  # 1.0 or 0.0, NaN where it was not tried
-    probability: np.ndarray  # that the policy gave its answer, NaN where it gives none
     known: np.ndarray  # whether the outcome is
     pnl: np.ndarray
-    regret: np.ndarray  # NaN where unknown
+    regret: np.ndarray  # NaN where an outcome is unknown
     minus_teacher: np.ndarray
     minus_best_rule: np.ndarray
+    spot: np.ndarray  # USD
+    premium: np.ndarray  # USD that selling the call brings before costs; 0 for no trade, NaN where iv is unknown
+    years: np.ndarray  # that the decision ties up a coin
+    beliefs: Beliefs
 
 
 class Figure(NamedTuple):
-    """Least and most that a figure can be (equal where all is known) and its 95 % interval, None where it has none."""
+    """A metric: least and most it can be (equal where all is known), and a 95 % interval, None for too few blocks."""
 
     low: float
     high: float
     interval: tuple[float, float] | None
 
 
-def figures(played: Played, times: list[datetime.datetime], block: int) -> dict[str, Figure]:
-    """All metrics of one policy with their intervals; NaN where a metric is not defined.
+def figures(played: dict[str, Played], times: np.ndarray, block: int) -> dict[str, dict[str, Figure]]:
+    """All metrics of each policy with their intervals; NaN where a metric is not defined.
 
     Args:
-        times: the decision times, ascending and distinct, shape (T,).
+        times: the decision times, ascending and distinct, shape (T,), in microseconds since 1970.
         block: decision times in a block; see block_length.
     """
-    months = month_starts(times)
-    as_it_was = measure(played, np.arange(len(times))[None], months)
-    resampled = resample(len(times), block)
-    drawn = {} if resampled is None else measure(played, resampled, months)
+    months, draws = month_starts(times), draw(len(times), block)
+    observed = measure(played, as_it_was(len(times)), months)
+    drawn = measure(played, draws, months) if draws else {}
     return {
-        name: Figure(float(low[0]), float(high[0]), interval(*drawn[name]) if drawn else None)
-        for name, (low, high) in as_it_was.items()
+        policy: {
+            name: Figure(float(low[0]), float(high[0]), interval(*drawn[policy][name]) if drawn else None)
+            for name, (low, high) in found.items()
+        }
+        for policy, found in observed.items()
     }
 
 
-def interval(low: np.ndarray, high: np.ndarray) -> tuple[float, float] | None:
-    """Percentiles of the resampled figures; a figure with bounds gets its lower bound's lower one and so on."""
-    if np.isnan(low).all() or np.isnan(high).all():
-        return None
-    tail = (1 - LEVEL) / 2
-    return float(np.nanquantile(low, tail)), float(np.nanquantile(high, 1 - tail))
+def measure(played: dict[str, Played], draws: Draws, months: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """The metrics of each policy for each order of decision times: name to [least, most], shape (2, orders)."""
+    answers = 1 + max(int(max(one.teacher.max(), one.pick.max())) for one in played.values())
+    by_time = [sums_by_time(one, draws.size, answers) for one in played.values()]
+    totals = draws.sums(np.concatenate([values for sums in by_time for values in sums.values()], axis=1))
+    steps = np.concatenate([sums["pnl"] for sums in by_time], axis=1)
+    paths = {"worst_month": worst_months(steps, months, draws), "max_drawdown": drawdowns(steps, draws)}
+    found, begin = {}, 0
+    for place, (policy, sums) in enumerate(zip(played, by_time, strict=True)):
+        ends = begin + np.cumsum([0, *(values.shape[1] for values in sums.values())])
+        its = {name: totals[:, ends[i] : ends[i + 1]] for i, name in enumerate(sums)}
+        of_paths = {name: np.sort(values[:, 2 * place : 2 * place + 2].T, axis=0) for name, values in paths.items()}
+        found[policy] = metrics_of(its) | of_paths | {"worst_5_percent": shortfalls(played[policy], its)}
+        begin = ends[-1]
+    return {policy: {name: its[name] for name in METRICS} for policy, its in found.items()}
 
 
-def block_length(times: list[datetime.datetime], longest: datetime.timedelta) -> int:
-    """The most decision times within the life of the longest option, both ends counted: outcomes overlap so far."""
-    stamps = np.array([time.timestamp() for time in times])
-    ends = np.searchsorted(stamps, stamps + longest.total_seconds(), side="right")
-    return int((ends - np.arange(len(stamps))).max())
+def sums_by_time(played: Played, size: int, answers: int) -> dict[str, np.ndarray]:
+    """What the metrics are ratios of, each of shape (T, columns)."""
+
+    def total(values: np.ndarray, kind: np.ndarray | None = None, kinds: int = 1) -> np.ndarray:
+        place = played.time if kind is None else played.time * kinds + kind
+        return np.bincount(place, played.weight * values, size * kinds).reshape(size, kinds)
+
+    def both(sides: np.ndarray) -> np.ndarray:
+        return np.concatenate([total(side) for side in sides.T], axis=1)
+
+    sold, right, one = played.pick > 0, played.pick == played.teacher, np.ones(len(played.time))
+    tried, compared = ~np.isnan(played.consistent), ~np.isnan(played.regret)
+    priced = played.known & sold & ~np.isnan(played.premium)
+    to_percent = 100 / played.spot[:, None]
+    return {
+        "decisions": total(one),
+        "right": total(right, played.pick, answers),
+        "teacher": total(one, played.teacher, answers),
+        "policy": total(one, played.pick, answers),
+        "both_sold": total(sold & (played.teacher > 0)),
+        "tried": total(tried),
+        "consistent": total(np.where(tried, played.consistent, 0.0)),
+        **belief_sums(played.beliefs, size),
+        "known": total(played.known),
+        "known_pnl": total(np.where(played.known, played.pnl[:, 0], 0.0)),
+        "known_sold": total(played.known & sold),
+        "hits": total(played.known & sold & (played.pnl[:, 0] > 0)),
+        "captured": total(np.where(priced, played.pnl[:, 0], 0.0)),
+        "premium": total(np.where(priced, played.premium, 0.0)),
+        "years": total(played.years),
+        "compared": total(compared),
+        "regret": total(np.where(compared, played.regret, 0.0)),
+        **{name: both(sides) for name, sides in below(played).items()},
+        "pnl": both(played.pnl),
+        "percent": both(played.pnl * to_percent),
+        **{name: both(getattr(played, name)) for name in MINUS},
+        **{f"percent_{name}": both(getattr(played, name) * to_percent) for name in MINUS},
+    }
 
 
-def resample(times: int, block: int, replicates: int = REPLICATES) -> np.ndarray | None:
-    """Orders of decision times, shape (replicates, times), by the moving-block bootstrap (Kuensch 1989).
+MINUS = ("minus_teacher", "minus_best_rule")
 
-    None where there are fewer than MIN_BLOCKS blocks in the data.
+
+def belief_sums(beliefs: Beliefs, size: int) -> dict[str, np.ndarray]:
+    """How many there are, and the gap of each bin, by time; nothing where a policy has none."""
+    place = beliefs.time * CALIBRATION_BINS + calibration_bin(beliefs.probability)
+    gap = np.bincount(place, beliefs.probability - beliefs.right, size * CALIBRATION_BINS)
+    given = np.bincount(beliefs.time, minlength=size).astype(float)
+    bins = CALIBRATION_BINS if len(place) else 1
+    return {"given": given[:, None], "gap": gap.reshape(size, -1)[:, :bins]}
+
+
+WORST = 0.05  # of the decisions: those that the expected shortfall is the mean of
+QUANTILES = (0.01, 0.02, 0.03, 0.04, WORST, 0.06, 0.08, 0.1, 0.15)
+
+
+def quantiles(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of (E,) values by their weight, one for each of QUANTILES; NaN where a value is."""
+    if np.isnan(values).any():
+        return np.full(len(QUANTILES), np.nan)
+    order = np.argsort(values)
+    below = weight[order].cumsum()
+    places = np.searchsorted(below, np.array(QUANTILES) * below[-1] * (1 - 1e-12))
+    return values[order][places]
+
+
+def below(played: Played) -> dict[str, np.ndarray]:
+    """(E, quantiles) by how much each P&L in % of spot, at the least and at the most, lies below each quantile."""
+    sides = {name: 100 * side / played.spot for name, side in zip(("low", "high"), played.pnl.T, strict=True)}
+    return {name: np.maximum(quantiles(side, played.weight) - side[:, None], 0) for name, side in sides.items()}
+
+
+def shortfalls(played: Played, sums: dict[str, np.ndarray]) -> np.ndarray:
+    """(2, orders): the expected shortfall, the most that q less the mean below q / WORST is at any q (Rockafellar and
+    Uryasev 2000).
+
+    Of the decisions as they were that is exact, for their own quantile is among the q; of a resample it is nearly so.
     """
-    if times < MIN_BLOCKS * block:
-        return None
-    bootstrap = MovingBlockBootstrap(block, np.arange(times), seed=0)
-    return np.stack([drawn for (drawn,), _ in bootstrap.bootstrap(replicates)])
+    found = []
+    for name, side in zip(("low", "high"), played.pnl.T, strict=True):
+        levels = quantiles(100 * side / played.spot, played.weight)
+        found.append((levels - sums[name] / sums["decisions"] / WORST).max(1))
+    return np.stack(found)
 
 
-def month_starts(times: list[datetime.datetime]) -> np.ndarray:
-    """The places at which a calendar month begins."""
-    months = np.array([time.year * 12 + time.month for time in times])
-    return np.flatnonzero(np.diff(months, prepend=-1))
-
-
-def measure(played: Played, order: np.ndarray, months: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics for each order of decision times: name to [least, most], shape (2, orders)."""
-    size = order.shape[1]
-    counts = np.stack([np.bincount(row, minlength=size) for row in order])
-
-    def total(values: np.ndarray | float) -> np.ndarray:
-        return counts @ np.bincount(played.time, played.weight * values, size)
-
-    def mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-        return share(total(np.where(where, values, 0.0)), total(where))
-
-    sold = played.pick > 0
-    both = {
-        **imitation(np.tensordot(counts, confusion(played, size), 1)),
-        "permutation_consistency": mean(played.consistent, ~np.isnan(played.consistent)),
-        "calibration_error": calibration_error(played, total),
-        "coverage": share(total(played.known), total(1.0)),
-        "mean_pnl_known": mean(played.pnl[:, 0], played.known),
-        "hit_rate": mean(played.pnl[:, 0] > 0, played.known & sold),
-        "mean_regret": mean(played.regret, ~np.isnan(played.regret)),
+def metrics_of(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The metrics that are ratios of sums, (2, orders) each, from sums of shape (orders, columns)."""
+    one = {name: values[:, 0] for name, values in sums.items()}
+    decisions = one["decisions"]
+    certain = {
+        **imitation(sums["right"], sums["teacher"], sums["policy"], one["both_sold"]),
+        "permutation_consistency": share(one["consistent"], one["tried"]),
+        "calibration_error": share(abs(sums["gap"]).sum(1), one["given"]),
+        "coverage": share(one["known"], decisions),
+        "mean_pnl_known": share(one["known_pnl"], one["known"]),
+        "hit_rate": share(one["hits"], one["known_sold"]),
+        "premium_captured": share(one["captured"], one["premium"]),
+        "turnover": share(sums["policy"][:, 1:].sum(1), one["years"]),
+        "mean_regret": share(one["regret"], one["compared"]),
     }
-    money = [money_of(np.bincount(played.time, played.weight * side, size)[order], months) for side in played.pnl.T]
-    bounds = {name: np.sort([part[name] for part in money], axis=0) for name in money[0]}
-    for name in ("pnl", "minus_teacher", "minus_best_rule"):
-        sides = [share(total(side), total(1.0)) for side in getattr(played, name).T]
-        bounds["mean_pnl" if name == "pnl" else name] = np.stack(sides)
-    found = {name: np.stack([values, values]) for name, values in both.items()} | bounds
-    return {name: found[name] for name in METRICS}
+    means = {name: share(sums[of].T, decisions) for name, of in MEANS.items()}
+    means["annual_percent"] = share(sums["percent"].T, one["years"])
+    return (
+        {name: np.stack([values, values]) for name, values in certain.items()} | means | {"total_pnl": sums["pnl"].T}
+    )
 
 
-def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, NaN where the whole is 0."""
-    part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
+MEANS = {"mean_pnl": "pnl", "mean_percent": "percent"} | {name: name for name in DIFFERENCES}
 
 
-def confusion(played: Played, size: int) -> np.ndarray:
-    """Weight of each (teacher's answer, policy's answer) by decision time, shape (T, answers, answers)."""
-    answers = 1 + int(max(played.teacher.max(), played.pick.max()))
-    by_time = np.zeros((size, answers, answers))
-    np.add.at(by_time, (played.time, played.teacher, played.pick), played.weight)
-    return by_time
-
-
-def imitation(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Agreement with the teacher from confusion matrices of shape (..., answers, answers), as scikit-learn counts it.
+def imitation(right: np.ndarray, teacher: np.ndarray, policy: np.ndarray, both_sold: np.ndarray) -> dict:
+    """Agreement with the teacher, (orders,) each, as scikit-learn counts it.
 
     A policy that draws its answers gets ratios of expected counts.
+
+    Args:
+        right, teacher, policy: (orders, answers) how often both gave that answer, and how often each of them did.
+        both_sold: (orders,) how often both sold a call, the same or not.
     """
-    right, teacher, policy = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(-1), matrix.sum(-2)
-    all_right, everything, same = right.sum(-1), matrix.sum((-2, -1)), right[..., 1:].sum(-1)
+    all_right, everything, same = right.sum(-1), policy.sum(-1), right[:, 1:].sum(-1)
     spread = (everything**2 - (policy**2).sum(-1)) * (everything**2 - (teacher**2).sum(-1))
     covariance = all_right * everything - (teacher * policy).sum(-1)
     return {
@@ -184,34 +280,13 @@ def imitation(matrix: np.ndarray) -> dict[str, np.ndarray]:
         "balanced_accuracy": np.nanmean(share(right, teacher), axis=-1),
         "macro_f1": np.nanmean(share(2 * right, teacher + policy), axis=-1),
         "mcc": np.nan_to_num(share(covariance, np.sqrt(np.maximum(spread, 0.0)))),
-        "sell_precision": share(same, policy[..., 1:].sum(-1)),
-        "sell_recall": share(same, teacher[..., 1:].sum(-1)),
-        "top_1": share(same, matrix[..., 1:, 1:].sum((-2, -1))),
-        "trade_rate": share(policy[..., 1:].sum(-1), everything),
+        "sell_precision": share(same, policy[:, 1:].sum(-1)),
+        "sell_recall": share(same, teacher[:, 1:].sum(-1)),
+        "top_1": share(same, both_sold),
+        "trade_rate": share(policy[:, 1:].sum(-1), everything),
     }
-
-
-def calibration_error(played: Played, total) -> np.ndarray:
-    """Expected calibration error (Naeini et al. 2015) of the probability of the answer given; bins of equal width."""
-    given = ~np.isnan(played.probability)
-    gap = np.where(given, played.probability - (played.pick == played.teacher), 0.0)
-    gaps = [abs(total(gap * (calibration_bin(played.probability) == place))) for place in range(CALIBRATION_BINS)]
-    return share(np.sum(gaps, axis=0), total(given))
 
 
 def calibration_bin(probability: np.ndarray) -> np.ndarray:
-    """0 to CALIBRATION_BINS - 1."""
+    """0 to CALIBRATION_BINS - 1: the bins of the expected calibration error (Naeini et al. 2015), of equal width."""
     return np.minimum(np.nan_to_num(probability) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
-
-
-def money_of(path: np.ndarray, months: np.ndarray) -> dict[str, np.ndarray]:
-    """Money metrics of paths of P&L by decision time, shape (orders, T).
-
-    A resampled path keeps the calendar: its i-th time lies in the month of the i-th.
-    """
-    curve = np.pad(path.cumsum(1), ((0, 0), (1, 0)))
-    return {
-        "total_pnl": path.sum(1),
-        "worst_month": np.add.reduceat(path, months, axis=1).min(1),
-        "max_drawdown": (np.maximum.accumulate(curve, axis=1) - curve).max(1),
-    }

@@ -1,7 +1,8 @@
 """The overlay of a policy, marked at each time: what its short calls are worth on a coin that is held, day by day.
 
-Outcomes of neighbouring decisions overlap, so their sum is no equity. Here each call that is sold ties up one coin until
-its outcome is settled, and what all open calls gain or lose from one time to the next is divided by the coins it takes.
+Outcomes of neighbouring decisions overlap, so their sum is no equity. Here each call that is sold ties up one coin
+until its outcome is settled, and what all open calls gain or lose from one time to the next is divided by the coins
+that this takes.
 """
 
 import math
@@ -62,9 +63,7 @@ def make_overlay(
 
 def pick_known(segment: Segment, known: np.ndarray) -> Segment:
     its = known[segment.chain]
-    return Segment(
-        segment.chain[its], pick(segment.legs, its), *(values[its] for values in segment[2:])
-    )
+    return Segment(segment.chain[its], pick(segment.legs, its), *(values[its] for values in segment[2:]))
 
 
 def gains(segment: Segment, replay: Replay, style: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from covered_call.evaluation.money import HODL, MODEL, Q_SCORER, TEACHER
+from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, TEACHER
 
 BEST_RULE = "best rule"  # followed, behind a colon, by the name of the rule
 OTHER = "#8c8c8c"

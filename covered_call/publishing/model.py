@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from covered_call.evaluation import metrics
-from covered_call.evaluation.money import ALL, HODL, MODEL, TEACHER
+from covered_call.evaluation.money import ALL
 from covered_call.evaluation.report import markdown_table
+from covered_call.evaluation.rows import HODL, MODEL, TEACHER
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
 from covered_call.publishing.dataset import CARD, fill, load_card
 from covered_call.publishing.hub import PublishError, check_no_secrets, private_folders, push
@@ -35,7 +36,7 @@ STRUCTURED = {RECIPE: YAML} | dict.fromkeys(
 )
 WEIGHTS = ("adapter_*", "model*.safetensors*")  # of an earlier push: those of another kind would be loaded
 REPORT = Path("report") / "metrics.json"
-REPORTED = ["accuracy", "balanced_accuracy", "trade_rate", "coverage", "mean_pnl", "minus_teacher"]
+REPORTED = ["accuracy", "trade_rate", "coverage", "mean_percent", "percent_minus_teacher", "mean_pnl"]
 
 
 def push_model(
@@ -206,14 +207,17 @@ def read_report(folder: Path, given: str | None) -> str | None:
 
 
 def describe_report(found: dict) -> str:
-    """The model beside the best rule, the teacher and never selling, for each exit style."""
+    """The verdict, and the model beside the best rule, the teacher and never selling, for each market."""
     parts = [
-        f"By `covered-call evaluate` on the {found['split']} split; [95 % intervals]; P&L in USD a unit, against HODL."
+        f"By `covered-call evaluate` on the {found['split']} split; [95 % intervals]; P&L against HODL, in % of spot "
+        "and in USD a unit."
     ]
+    parts += ["\n".join([f"{name}:\n", *(f"- {one}" for one in said)]) for name, said in found["verdict"].items()]
     for group in found["groups"]:
         if group["group"] == ALL:
             since, until = group["from"][:10], group["to"][:10]
-            parts.append(f"**{group['exit_style']}**: {group['decisions']:,} decisions, {since} to {until}")
+            market = f"{group['underlying']}, {group['exit_style']}"
+            parts.append(f"**{market}**: {group['decisions']:,} decisions, {since} to {until}")
             rows = {name: group["rows"][name] for name in (MODEL, found["best_rule"], TEACHER, HODL)}
             figures = {who: {name: figure(of[name]) for name in REPORTED} for who, of in rows.items()}
             parts.append(markdown_table(figures, REPORTED))

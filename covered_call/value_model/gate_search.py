@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,16 +14,8 @@ from matplotlib.patches import Rectangle
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_outcomes
 from covered_call.candidates.schema import LoggedDecision
-from covered_call.value_model.scorer import (
-    OTHER_STYLE,
-    Fitted,
-    Gates,
-    QScorerError,
-    decide,
-    fit_offset,
-    gates_text,
-    outcomes,
-)
+from covered_call.value_model.learning import Fitted, Gates, QScorerError, fit_offset, gates_text, outcomes
+from covered_call.value_model.scorer import ABOVE_PREMIUM, OTHER_STYLE, decide
 from covered_call.value_model.walk_forward import cut, decision_times, png
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)  # % of spot
@@ -49,7 +42,8 @@ class Cell(NamedTuple):
 
 
 class Best(NamedTuple):
-    """A decision's best candidate, with its predictions and its net outcome as % of spot and in USD."""
+    """A decision's best candidate, with its predictions and its net outcome as % of spot and in USD. What is refused
+    whatever the gates are, as its prediction cannot be, has -inf for it."""
 
     percent: float
     confidence: float
@@ -117,12 +111,14 @@ def known_bests(fitted: Fitted, entries: Sequence[LoggedDecision], config: Cover
         came = None if answer.best is None else net_outcomes(entry, config)[answer.best].value
         if came is not None and answer.stopped_by != OTHER_STYLE:
             to_percent = 100 / entry.decision.spot
-            found.append(Best(answer.q_sell * to_percent, answer.confidence, came * to_percent, came))
+            predicted = -math.inf if answer.stopped_by == ABOVE_PREMIUM else answer.q_sell * to_percent
+            found.append(Best(predicted, answer.confidence, came * to_percent, came))
     return found
 
 
 def sells(gates: Gates, bests: Sequence[Best]) -> list[bool]:
-    return [gates.stop(best.percent, best.confidence) is None for best in bests]
+    percent, confidence = np.array([best[:2] for best in bests]).T
+    return (gates.stop(percent, confidence) == "").tolist()
 
 
 def measure(gates: Gates, bests: Sequence[Best]) -> Cell:

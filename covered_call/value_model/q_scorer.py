@@ -24,16 +24,8 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.tables import align
 from covered_call.value_model.gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
-from covered_call.value_model.scorer import (
-    FILE_NAME,
-    Fitted,
-    Gates,
-    check_weight,
-    fit_offset,
-    gates_text,
-    learn,
-    to_bytes,
-)
+from covered_call.value_model.learning import Fitted, Gates, check_weight, fit_offset, gates_text, learn
+from covered_call.value_model.scorer import FILE_NAME, to_bytes
 from covered_call.value_model.walk_forward import FOLDS, fold_json, fold_rows, walk_forward
 
 GRID, PICTURE = "grid.csv", "grid.png"

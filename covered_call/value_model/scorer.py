@@ -19,83 +19,29 @@ from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
-import sklearn
-from scipy.special import expit
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+import pyarrow as pa
 
 from covered_call import atomic
+from covered_call.candidates.columns import Columns, columns_of
 from covered_call.candidates.data_options import OUTCOME_OPTIONS
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import net_outcomes
+from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, code_of
+from covered_call.candidates.pricing import DAYS_PER_YEAR, black_scholes_call
 from covered_call.candidates.prompts import answer_of
 from covered_call.candidates.schema import (
     NO_TRADE,
-    CandidatesError,
     Decision,
     LoggedDecision,
     checked_decision,
     iso_time,
 )
 from covered_call.value_model.boosted_trees import Trees, number
+from covered_call.value_model.learning import FEATURES, VERSION, Fitted, Gates, Predicted, QScorerError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when a saved file would be read otherwise, or its numbers mean something else
 FILE_NAME = "q_scorer.zip"
-FEATURES = ["moneyness", "dte", "delta", "score", "iv", "ivrv_ratio", "exit_style"]
-# Few, small steps and large leaves: outcomes of neighbouring days share most of their week, and in the sample their
-# standard deviation is 4 % of spot around a mean of -0.2 %. Chosen beforehand, not by what they earned.
-BOOSTING = {"max_iter": 60, "learning_rate": 0.05, "max_leaf_nodes": 6, "l2_regularization": 10.0, "random_state": 0}
-LEAF_SHARE, MIN_LEAF = 0.05, 20
-MIN_ROWS = 2 * MIN_LEAF  # of fewer no tree could be grown
-CERTAIN = 1_000.0  # log-odds, of which the probability is 1.0, and of their negative 0.0
-NO_CANDIDATE, OTHER_STYLE = "no candidate", "unknown exit_style"
-
-
-class QScorerError(CandidatesError):
-    """Nothing can be fitted on these data, or a saved file cannot be used; the message says why and what to do."""
-
-
-class Gates(NamedTuple):
-    """When the best candidate is sold.
-
-    Args:
-        threshold: its predicted net outcome must be above this, in % of spot.
-        min_confidence: the predicted probability of a positive outcome must be at least this.
-        min_abs_return: the predicted net outcome, whatever its sign, must be at least this, in % of spot. With a
-            threshold of 0 or more it only matters where it is larger than that.
-    """
-
-    threshold: float = 0.0
-    min_confidence: float = 0.0
-    min_abs_return: float = 0.0
-
-    def check(self) -> None:
-        """Raises QScorerError for values that cannot be."""
-        most = sys.float_info.max
-        for name, low, high, what in (
-            ("threshold", -most, most, "a number, in % of spot"),
-            ("min_confidence", 0, 1, "a probability, from 0 to 1"),
-            ("min_abs_return", 0, most, "0 or more, in % of spot"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise QScorerError(f"{name}={value!r:.40}: give {what}.")
-
-    def stop(self, percent: float, confidence: float) -> str | None:
-        """The gate that keeps a candidate from being sold, in the order they are asked; None if it may be."""
-        if confidence < self.min_confidence:
-            return "min_confidence"
-        if abs(percent) < self.min_abs_return:
-            return "min_abs_return"
-        return None if percent > self.threshold else "threshold"
-
-
-def gates_text(gates: Gates) -> str:
-    return (
-        f"threshold {gates.threshold:g} %, min_confidence {gates.min_confidence:g}, min_abs_return "
-        f"{gates.min_abs_return:g} %"
-    )
+NO_CANDIDATE, OTHER_STYLE, ABOVE_PREMIUM = "no candidate", "unknown exit_style", "above the premium"
 
 
 class Answer(NamedTuple):
@@ -110,7 +56,8 @@ class Answer(NamedTuple):
         confidence: the predicted probability that its net outcome is positive; NaN where there is none.
         scores: q_sell of each candidate, "1" to "N", and NO_TRADE, which is worth 0; USD.
         stopped_by: None if it sold, else what kept it from that: "threshold", "min_confidence", "min_abs_return",
-            "no candidate", or "unknown exit_style", for one that it was not fitted on.
+            "no candidate", "above the premium", for a prediction that no outcome can reach (hold_to_expiry), or
+            "unknown exit_style", for one that it was not fitted on.
     """
 
     pick: int | None
@@ -128,184 +75,81 @@ class Answer(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning
-
-
-def features(decisions: Sequence[Decision], exit_styles: Sequence[str]) -> np.ndarray:
-    """One row a candidate, shape (candidates, 6 + exit styles), none with a scale of its own; NaN where missing.
-
-    Strike / spot, dte (days), delta, score, iv, ivrv_ratio, and 1.0 in the column of the decision's exit style.
-    """
-    rows = [
-        (c.strike / d.spot, c.dte, c.delta, c.score, c.iv, c.ivrv_ratio, *(d.exit_style == s for s in exit_styles))
-        for d in decisions
-        for c in d.candidates
-    ]
-    return np.array(rows, dtype=float).reshape(len(rows), len(FEATURES) - 1 + len(exit_styles))
-
-
-def outcomes(entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> np.ndarray:
-    """Net outcome of selling each candidate as a share of spot, shape (candidates,), in order; NaN where unknown."""
-    found = [
-        math.nan if net.value is None else net.value / entry.decision.spot
-        for entry in entries
-        for net in net_outcomes(entry, config)
-    ]
-    return np.array(found, dtype=float)
-
-
-class Fitted(NamedTuple):
-    """Trees of outcomes as a share of spot, trees of the log-odds that they are positive, and what is told of them.
-
-    ``metadata`` is what JSON can hold; "offset" in it is added to what the first say.
-    """
-
-    value: Trees
-    positive: Trees
-    metadata: dict
-
-    @property
-    def gates(self) -> Gates:
-        return Gates(**self.metadata["gates"])
-
-    def with_gates(self, gates: Gates) -> "Fitted":
-        gates.check()
-        return self._replace(metadata=self.metadata | {"gates": gates._asdict()})
-
-    def predict(self, decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:
-        """Net outcomes as a share of spot, the offset added, and confidences, each of shape (candidates,)."""
-        rows = features(decisions, self.metadata["exit_styles"])
-        return self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows))
-
-
-def learn(
-    train: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig, positive_weight: float = 1.0
-) -> Fitted:
-    """Fits both models on the known outcomes of ``train``; with no offset yet, and no gate but q_sell > 0.
-
-    Args:
-        config: the friction and horizon that outcomes are net of.
-        positive_weight: what a positive outcome weighs in the regression, beside 1 for another. The confidence stays
-            a probability: no weight touches it.
-
-    Raises:
-        QScorerError: for fewer than MIN_ROWS known outcomes, or a weight that is not above 0.
-    """
-    check_weight(positive_weight)
-    styles = sorted({entry.decision.exit_style for entry in train})
-    target = outcomes(train, config)
-    known = ~np.isnan(target)
-    if known.sum() < MIN_ROWS:
-        raise QScorerError(
-            f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {MIN_ROWS} are "
-            "needed. Give more data, or other splits."
-        )
-    rows, target = features([entry.decision for entry in train], styles)[known], target[known]
-    rows[:, np.isnan(rows).all(axis=0)] = 0.0  # scikit-learn fails on a column without a number; no tree asks this one
-    positive = target > 0
-    options = BOOSTING | {"min_samples_leaf": max(MIN_LEAF, round(LEAF_SHARE * len(target)))}
-    value = HistGradientBoostingRegressor(**options, early_stopping=False)
-    value.fit(rows, target, sample_weight=np.where(positive, positive_weight, 1.0))
-    if 0 < positive.sum() < len(positive):
-        sign = Trees.of(HistGradientBoostingClassifier(**options, early_stopping=False).fit(rows, positive))
-    else:
-        sign = Trees.constant(CERTAIN if positive.all() else -CERTAIN)
-    metadata = {
-        "version": VERSION,
-        "features": FEATURES,
-        "exit_styles": styles,
-        "target": "net outcome of selling against holding, as a share of spot",
-        "max_iv": config.max_iv,
-        "outcome_options": {name: getattr(config, name) for name in OUTCOME_OPTIONS},
-        "positive_weight": positive_weight,
-        "gates": Gates()._asdict(),
-        "offset": 0.0,
-        "train": describe(train, known),
-        "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
-    }
-    return Fitted(Trees.of(value), sign, metadata)
-
-
-def check_weight(positive_weight: float) -> None:
-    if not 0 < positive_weight < math.inf:
-        raise QScorerError(f"positive_weight={positive_weight!r}: give a number above 0; 1 is symmetric.")
-
-
-def fit_offset(fitted: Fitted, validation: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig) -> Fitted:
-    """With the offset by which outcomes of ``validation`` were, on average, better than predicted.
-
-    Raises:
-        QScorerError: if no outcome there is known.
-    """
-    target = outcomes(validation, config)
-    known = ~np.isnan(target)
-    if not known.any():
-        raise QScorerError(
-            "No outcome of the validation split is known, so that no offset can be fitted. Give more "
-            "data, or other splits."
-        )
-    predicted, _ = fitted.predict([entry.decision for entry in validation])
-    offset = fitted.metadata["offset"] + float(np.mean(target[known] - predicted[known]))
-    return fitted._replace(metadata=fitted.metadata | {"offset": offset, "validation": describe(validation, known)})
-
-
-def fit(
-    train: Sequence[LoggedDecision],
-    validation: Sequence[LoggedDecision],
-    config: CoveredCallCandidatesConfig,
-    positive_weight: float = 1.0,
-) -> Fitted:
-    """Learnt on one split, with the offset of the next; see learn and fit_offset for what they raise."""
-    return fit_offset(learn(train, config, positive_weight), validation, config)
-
-
-def describe(entries: Sequence[LoggedDecision], known: np.ndarray) -> dict:
-    times = [entry.decision.decision_time for entry in entries]
-    return {
-        "from": min(times).isoformat(),
-        "to": max(times).isoformat(),
-        "decisions": len(entries),
-        "candidates": len(known),
-        "known": int(known.sum()),
-        "unknown": int((~known).sum()),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Deciding
 
 
 def decide(fitted: Fitted, decisions: Sequence[Decision]) -> list[Answer]:
     """As QScorer.decide, of decisions that are taken for valid, as those that were read from files are."""
-    values, confidences = fitted.predict(decisions)
-    ends = np.cumsum([len(decision.candidates) for decision in decisions])[:-1]
-    parts = zip(decisions, np.split(values, ends), np.split(confidences, ends), strict=True) if decisions else ()
-    return [decide_one(*part, fitted) for part in parts]
+    columns = columns_of([LoggedDecision(decision, None, ()) for decision in decisions])
+    predicted = fitted.predict(columns)
+    best, stopped_by = choose(fitted, columns, predicted)
+    parts = zip(decisions, columns.offsets.tolist(), best.tolist(), stopped_by.tolist(), strict=False)
+    return [answer_to(decision, predicted, *where) for decision, *where in parts]
 
 
-def decide_one(decision: Decision, values: np.ndarray, confidences: np.ndarray, fitted: Fitted) -> Answer:
-    """From predicted outcomes (shares of spot) and confidences of one decision's candidates."""
-    if not len(values):
+def answer_to(decision: Decision, predicted: Predicted, begin: int, best: int, stopped_by: str) -> Answer:
+    """From what is predicted of its candidates, which stand from ``begin`` on."""
+    if best < 0:
         return Answer(None, None, None, math.nan, math.nan, {NO_TRADE: 0.0}, NO_CANDIDATE)
-    q_sell = [float(value * decision.spot) for value in values]
-
-    def rank(i: int) -> tuple:
-        return values[i], confidences[i], decision.candidates[i].strike, decision.candidates[i].instrument
-
-    best = max(range(len(values)), key=rank)
-    stopped_by = fitted.gates.stop(100 * values[best], confidences[best])
-    if decision.exit_style not in fitted.metadata["exit_styles"]:
-        stopped_by = OTHER_STYLE  # its outcomes mean something else
-    sold = stopped_by is None
+    q_sell = [float(value * decision.spot) for value in predicted.values[begin : begin + len(decision.candidates)]]
+    sold = not stopped_by
     return Answer(
         best if sold else None,
         decision.candidates[best].instrument if sold else None,
         best,
         q_sell[best],
-        float(confidences[best]),
+        float(predicted.confidences[begin + best]),
         {answer_of(i): value for i, value in enumerate(q_sell)} | {NO_TRADE: 0.0},
-        stopped_by,
+        stopped_by or None,
     )
+
+
+def choose(fitted: Fitted, columns: Columns, predicted: Predicted) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) the best candidate's place, -1 where there is none, and (D,) what stops its sale, "" if nothing."""
+    best = best_of(columns, predicted)
+    rows = (columns.offsets[:-1] + best)[best >= 0]
+    stopped_by = np.full(len(columns), NO_CANDIDATE, object)
+    stopped_by[best >= 0] = fitted.gates.stop(100 * predicted.values[rows], predicted.confidences[rows])
+    impossible = above_premium(columns, predicted, rows, best >= 0)
+    stopped_by[np.flatnonzero(best >= 0)[impossible & (stopped_by[best >= 0] == "")]] = ABOVE_PREMIUM
+    known = [code_of(columns.names, style) for style in fitted.metadata["exit_styles"]]
+    strange = ~np.isin(columns.exit_style, known)  # its outcomes mean something else
+    stopped_by[strange & (best >= 0)] = OTHER_STYLE
+    return best, stopped_by
+
+
+def above_premium(columns: Columns, predicted: Predicted, rows: np.ndarray, offered: np.ndarray) -> np.ndarray:
+    """(K,) bool: whether what is predicted of these (K,) rows, one for each of the ``offered`` decisions, is more than
+    the premium: a call that is held to its expiry cannot bring more, whatever comes."""
+    spot = columns.spot[offered]
+    strike, dte, iv = (columns.numbers[name][rows] for name in ("strike", "dte", "iv"))
+    premium = black_scholes_call(spot, strike, dte / DAYS_PER_YEAR, iv)
+    held = columns.exit_style[offered] == code_of(columns.names, HOLD_TO_EXPIRY)
+    return held & (predicted.values[rows] * spot > premium)
+
+
+def picks_of(fitted: Fitted, columns: Columns, predicted: Predicted) -> np.ndarray:
+    """(D,) int64 the place of the call that is sold, -1 for no trade."""
+    best, stopped_by = choose(fitted, columns, predicted)
+    return np.where(stopped_by == "", best, -1)
+
+
+def best_of(columns: Columns, predicted: Predicted) -> np.ndarray:
+    """(D,) int64 the place of the highest value; of equals the more confident, then the higher strike; -1 for none."""
+    best, offered = np.full(len(columns), -1), np.diff(columns.offsets) > 0
+    if not offered.any():
+        return best
+    top = np.full(len(columns), np.nan)
+    top[offered] = np.maximum.reduceat(predicted.values, columns.offsets[:-1][offered])
+    rows = np.flatnonzero(predicted.values == top[columns.decision_of])
+    of = columns.decision_of[rows]
+    if len(np.unique(of)) < len(of):
+        names = np.array(columns.instrument.take(pa.array(rows)).to_pylist(), object)
+        rank = np.unique(names, return_inverse=True)[1]
+        order = np.lexsort((rank, columns.numbers["strike"][rows], predicted.confidences[rows], of))
+        rows, of = rows[order], of[order]
+    best[of] = columns.place[rows]  # of several the last is written last
+    return best
 
 
 class QScorer:

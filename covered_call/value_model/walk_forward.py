@@ -15,11 +15,12 @@ import numpy as np
 from datasets.utils import tqdm
 from matplotlib.figure import Figure as Plot
 
+from covered_call.candidates.columns import Columns, columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import net_outcomes
-from covered_call.candidates.prompts import answer_of
+from covered_call.candidates.preferences import at, best_places
 from covered_call.candidates.schema import LoggedDecision
-from covered_call.value_model.scorer import Answer, Fitted, Gates, QScorerError, decide, fit, outcomes
+from covered_call.value_model.learning import Fitted, Gates, QScorerError, fit, net_outcomes, outcomes
+from covered_call.value_model.scorer import picks_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,49 +89,42 @@ def usd(value: float) -> str:
 
 
 def compare(
-    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+    columns: Columns, values: np.ndarray, picks: np.ndarray, config: CoveredCallCandidatesConfig
 ) -> Comparison:
-    """Answers of ``decide`` beside the net outcomes of the same decisions."""
-    predicted, realised = candidate_pairs(answers, entries, config)
-    sold, positive, missed, pnl = [], 0, 0, []
-    for answer, entry in zip(answers, entries, strict=True):
-        values = [net.value for net in net_outcomes(entry, config)]
-        some_positive = any(value is not None and value > 0 for value in values)
-        positive += some_positive
-        missed += some_positive and answer.pick is None
-        came = 0.0 if answer.pick is None else values[answer.pick]
-        pnl += [] if came is None else [came]
-        if answer.pick is not None and came is not None:
-            sold.append((answer.q_sell, came, entry.decision.spot))
-    pairs = np.array(sold).reshape(-1, 3)
-    shares = pairs[:, :2] / pairs[:, 2:]
+    """What was predicted and picked at D decisions beside the net outcomes of their R candidates.
+
+    Args:
+        values: (R,) predicted, as shares of spot.
+        picks: (D,) places of candidates, -1 for no trade.
+    """
+    net, sold = net_outcomes(columns, config), picks >= 0
+    positive = best_places(net, columns) >= 0
+    came = at(picks, net, columns)
+    known = sold & ~np.isnan(came)
+    predicted, shares = at(picks, values, columns)[known], came[known] / columns.spot[known]
+    pairs = candidate_pairs(columns, values, config)
     return Comparison(
-        decisions=len(answers),
-        sold=sum(answer.pick is not None for answer in answers),
-        sold_known=len(sold),
-        predicted=mean(pairs[:, 0]),
-        realised=mean(pairs[:, 1]),
-        correlation=correlation(*shares.T),
-        candidates=len(predicted),
-        candidate_correlation=correlation(predicted, realised),
-        mean_pnl=mean(pnl),
-        positive=int(positive),
-        missed=int(missed),
+        decisions=len(columns),
+        sold=int(sold.sum()),
+        sold_known=int(known.sum()),
+        predicted=mean(predicted * columns.spot[known]),
+        realised=mean(came[known]),
+        correlation=correlation(predicted, shares),
+        candidates=len(pairs[0]),
+        candidate_correlation=correlation(*pairs),
+        mean_pnl=mean(came[~np.isnan(came)]),
+        positive=int(positive.sum()),
+        missed=int((positive & ~sold).sum()),
     )
 
 
 def candidate_pairs(
-    answers: Sequence[Answer], entries: Sequence[LoggedDecision], config: CoveredCallCandidatesConfig
+    columns: Columns, values: np.ndarray, config: CoveredCallCandidatesConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and realised net outcomes of all candidates for which it is known, as shares of spot."""
-    predicted = [
-        answer.scores[answer_of(pick)] / entry.decision.spot
-        for answer, entry in zip(answers, entries, strict=True)
-        for pick in range(len(entry.decision.candidates))
-    ]
-    realised = outcomes(entries, config)
+    realised = outcomes(columns, config)
     known = ~np.isnan(realised)
-    return np.array(predicted, dtype=float)[known], realised[known]
+    return values[known], realised[known]
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
@@ -186,11 +180,11 @@ def png(figure: Plot) -> bytes:
 
 
 class Fold(NamedTuple):
-    """A scorer, the decisions that it was judged on, its answers to them, and what came of them."""
+    """A scorer, the decisions that it was judged on, its (D,) picks there, and what came of them."""
 
     fitted: Fitted
     entries: list[LoggedDecision]
-    answers: list[Answer]
+    picks: np.ndarray
     compared: Comparison
 
 
@@ -247,8 +241,10 @@ def walk_forward(
         except QScorerError as error:
             logger.warning("No fold from %s: %s", block[0].decision.decision_time.date(), error)
             continue
-        answers = decide(fitted, [entry.decision for entry in block])
-        found.append(Fold(fitted, block, answers, compare(answers, block, config)))
+        columns = columns_of(block)
+        predicted = fitted.predict(columns)
+        picks = picks_of(fitted, columns, predicted)
+        found.append(Fold(fitted, block, picks, compare(columns, predicted.values, picks, config)))
     return found
 
 

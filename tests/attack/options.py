@@ -46,7 +46,7 @@ from covered_call.publishing.hub import PublishError
 from covered_call.training.recipe import DPO, SFT, parse_command
 from covered_call.training.runs import RecipeError
 from covered_call.value_model import q_scorer
-from covered_call.value_model.scorer import Gates, check_weight
+from covered_call.value_model.learning import Gates, check_weight
 
 NOTHING = object()  # what a value means that no option takes
 HANDLED, UNCLEAR, WRONG = "handled", "unclear", "wrong"

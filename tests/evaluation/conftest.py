@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import decision, write_csv
+from markets import walk
 
 from evaluation.chromium import Chromium
 
@@ -27,3 +28,9 @@ def backtest(tmp_path) -> str:
                 row["score"] = (2.0 if low else 4.0) - abs(index - number % 2)
             rows += made
     return write_csv(tmp_path / "backtest.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def market_of_days(tmp_path_factory) -> str:
+    """200 days of hold_to_expiry on a spot that wanders, 2024-09-01 to 2025-03-19: two calls a day."""
+    return write_csv(tmp_path_factory.mktemp("market_of_days") / "market.csv", walk(200))

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import decision, no_candidates, read_candidates, write_csv
+from conftest import decision, no_candidates, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
 from covered_call.candidates.data_options import backtest_of
+from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
-from covered_call.evaluation.rows import model_row
+from covered_call.evaluation.rows import model_row, shuffles_of
 from covered_call.language_model.scoring import MemoryFull
 from covered_call.value_model import q_scorer
 from evaluation.stub import FirstShown, Stub
@@ -24,13 +25,13 @@ from evaluation.stub import FirstShown, Stub
 
 def test_a_ranking_model_is_shuffled_in_its_prompts_and_not_only_by_the_caller(tmp_path):
     path = write_csv(tmp_path / "a.csv", [row for number in range(30) for row in decision(number, 0)])
-    decisions = [entry.decision for entry in read_candidates([path], CoveredCallCandidatesConfig())]
-    model = FirstShown()
-    row = model_row(model, decisions)
-    assert row.picks == [0] * 30 and model.candidate_order == "instrument"
+    columns = read_decisions([path], CoveredCallCandidatesConfig()).columns()
+    model, shuffles = FirstShown(), shuffles_of(columns)
+    row = model_row(model, columns, shuffles)
+    assert row.picks.tolist() == [0] * 30 and model.candidate_order == "instrument"
     assert np.mean(row.consistent) < 0.2  # (1 / 3) ** 4 is expected
     model.task = "per_candidate"
-    assert model_row(model, decisions).consistent == [1.0] * 30
+    assert model_row(model, columns, shuffles).consistent.tolist() == [1.0] * 30
 
 
 def use(monkeypatch, load_model) -> None:
@@ -99,8 +100,8 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
     for plot in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.png", "equity_hold_to_expiry.png", "equity_tp_and_roll.png", "metrics.json", "q_scorer.png",
-        "report.md",
+        "calibration.png", "equity_btc_hold_to_expiry.png", "equity_btc_tp_and_roll.png", "metrics.json",
+        "q_scorer.png", "report.md",
     ]  # fmt: skip
 
 
@@ -125,7 +126,10 @@ def test_years_and_the_time_after_the_cutoff_are_judged_apart(backtest, tmp_path
     run(capsys, *options, "--output_dir", out, "--cutoff", "2024-12-01")
     groups = json.loads((out / "metrics.json").read_text())["groups"]
     counts = {group["group"]: group["decisions"] for group in groups if group["exit_style"] == "tp_and_roll"}
-    assert counts == {"all": 120, "2024": 120, "after 2024-12-01": 28}
+    assert {name: counts[name] for name in list(counts)[:3]} == {"all": 120, "2024": 120, "after 2024-12-01": 28}
+    # Of the first 30 days nothing is known; from then on the spot of this backtest only rises.
+    assert counts["30-day trend up"] == 90 and "30-day trend down" not in counts
+    assert [counts[f"{name} realised vol"] for name in ("low", "middle", "high")] == [34, 33, 33]
 
 
 def test_a_cutoff_that_is_no_date_is_refused(backtest, capsys):
@@ -137,6 +141,63 @@ def test_decisions_that_the_model_may_have_learnt_are_told(backtest, tmp_path, c
     use(monkeypatch, lambda *_: Stub(tuned_to="2024-12-25T00:00:00+00:00"))
     _, printed = run(capsys, "--model", "x", "--data_files", backtest, "--output_dir", tmp_path / "report")
     assert "not later than the model's training decisions, which end on 2024-12-25" in printed
+
+
+def test_a_model_on_what_it_was_not_tuned_on_is_told_so_first(backtest, tmp_path, capsys, monkeypatch):
+    tuned = {"underlyings": ["ETH"], "exit_styles": ["hold_to_expiry"]}
+    use(monkeypatch, lambda *_: Stub(tuned_on=tuned, data_files={"other.csv": "0" * 64}))
+    _, printed = run(capsys, "--model", "x", "--data_files", backtest, "--output_dir", tmp_path / "report")
+    expected = (
+        "WARNING: the model was not tuned on the underlying BTC, the exit style tp_and_roll, the file backtest.csv."
+    )
+    lines = printed.split("resamples ...")[1].strip().splitlines()
+    assert lines[0] == expected
+    assert (tmp_path / "report" / "report.md").read_text().splitlines()[2] == expected
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"][0] == expected
+
+
+def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(market, tmp_path, capsys):
+    printed = judged(capsys, "--data_files", market, *SPLITS, "--output_dir", tmp_path)
+    report, found = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "metrics.json").read_text())
+    [(name, said)] = found["verdict"].items()
+    assert report.index(name) < report.index(said[0]) < report.index("## ")
+    assert all(sentence in printed and "policies and thresholds compared" in sentence for sentence in said)
+    titles = ("Against luck", "Costs", "Break-even vol", "Calls by delta", "Calls by dte", "The 10 best and 10 worst")
+    places = [report.index(f"### {title}") for title in titles]
+    assert places == sorted(places) and "### Vol\n" not in report  # of these files the vol varies
+    [detail] = found["details"]
+    costs = {
+        policy: [of[level]["value"] for level in ("0", "1", "2")] for policy, of in detail["percent_by_costs"].items()
+    }
+    assert all(a >= b >= c for a, b, c in costs.values()) and costs["highest score"][0] > costs["highest score"][1]
+    assert detail["tried"] > 20 and set(detail["p_against_luck"]) == {
+        "never sell (HODL)",
+        "teacher",
+        found["best_rule"],
+    }
+    percents = [trade["percent"] for trade in detail["best"]]
+    assert percents == sorted(percents, reverse=True) and detail["worst"][0]["percent"] < percents[-1]
+
+
+def test_premiums_of_one_fixed_vol_are_told_first_and_tried_at_others(tmp_path, capsys):
+    rows = walk(280)
+    for row in rows:
+        row["iv"] = "0.7"
+    printed = judged(
+        capsys, "--data_files", write_csv(tmp_path / "fixed.csv", rows), *SPLITS, "--output_dir", tmp_path / "out"
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    for text in (printed, report.split("## ")[0]):
+        assert "The premiums are of one fixed vol, 0.7, and of no market's" in text
+    [detail] = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
+    levels = [detail["percent_by_vol"]["highest score"][level]["value"] for level in ("0.7", "0.8", "0.9", "1")]
+    assert levels == sorted(levels) and "### Vol\n" in report
+
+
+def test_what_was_fitted_on_these_decisions_shows_nothing(market, tmp_path, capsys):
+    printed = judged(capsys, "--data_files", market, *SPLITS, "--split", "train", "--output_dir", tmp_path)
+    said = [line for line in printed.splitlines() if line.startswith(("The rule", "The Q-scorer"))]
+    assert said and all("fitted on these decisions" in line or "nothing is shown" in line for line in said)
 
 
 def test_the_data_are_those_of_the_recipe_unless_the_command_line_says_other(backtest):

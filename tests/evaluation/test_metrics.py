@@ -1,6 +1,5 @@
 """Metrics and their intervals against hand-computed cases and scikit-learn."""
 
-import datetime
 import math
 
 import numpy as np
@@ -17,8 +16,10 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
-from covered_call.evaluation.metrics import METRICS, Played
+from covered_call.evaluation.metrics import METRICS, NO_BELIEFS, Beliefs, Played
+from covered_call.evaluation.resampling import as_it_was, draw, month_starts
 
 NAN = math.nan
 
@@ -34,20 +35,32 @@ def played(teacher: list[int], pick: list[int], **given) -> Played:
         pick=np.array(pick),
         weight=np.ones(size),
         consistent=np.full(size, NAN),
-        probability=np.full(size, NAN),
         known=pair[:, 0] == pair[:, 1],
         pnl=pair,
         regret=np.full(size, NAN),
         minus_teacher=pair,
         minus_best_rule=pair,
+        spot=np.full(size, 100.0),
+        premium=np.full(size, NAN),
+        years=np.full(size, 0.02),
+        beliefs=given.pop("beliefs", NO_BELIEFS),
     )
     return base._replace(**{name: np.array(value) for name, value in given.items()})
 
 
+def believed(probability: list[float], right: list[bool]) -> Beliefs:
+    return Beliefs(np.arange(len(right)), np.array(probability), np.array(right))
+
+
 def measured(entries: Played, days: int | None = None) -> dict[str, tuple[float, float]]:
-    times = [day(number) for number in range(days or len(entries.time))]
-    found = metrics.measure(entries, np.arange(len(times))[None], metrics.month_starts(times))
+    times = times_of(days or len(entries.time))
+    found = metrics.measure({"policy": entries}, as_it_was(len(times)), month_starts(times))["policy"]
     return {name: tuple(values[:, 0]) for name, values in found.items()}
+
+
+def times_of(days: int, every: float = 1) -> np.ndarray:
+    """Microseconds since 1970."""
+    return np.array([microseconds(day(number * every)) for number in range(days)])
 
 
 # Imitation
@@ -104,12 +117,19 @@ def test_a_policy_that_draws_is_an_expectation():
 
 def test_calibration_error_by_hand():
     # 0.95 and 0.95: one right of two, gap 0.45; 0.3: right, gap 0.7.
-    found = measured(played([1, 1, 1], [1, 2, 1], probability=[0.95, 0.95, 0.3]))
+    beliefs = believed([0.95, 0.95, 0.3], [True, False, True])
+    found = measured(played([1, 1, 1], [1, 2, 1], beliefs=beliefs))
     assert found["calibration_error"][0] == pytest.approx((2 * 0.45 + 0.7) / 3)
 
 
 def test_a_probability_of_one_is_in_the_last_bin():
-    assert measured(played([1], [1], probability=[1.0]))["calibration_error"][0] == 0.0
+    assert measured(played([1], [1], beliefs=believed([1.0], [True])))["calibration_error"][0] == 0.0
+
+
+def test_a_model_is_calibrated_on_what_it_answers():
+    """Of a decision with two candidates, two answers: SELL_CALL or SKIP of each."""
+    beliefs = Beliefs(np.array([0, 0]), np.array([0.9, 0.4]), np.array([True, False]))
+    assert measured(played([1], [1], beliefs=beliefs))["calibration_error"][0] == pytest.approx((0.1 + 0.4) / 2)
 
 
 def test_permutation_consistency_leaves_out_what_was_not_tried():
@@ -158,39 +178,68 @@ def test_bounds_hold_whatever_the_unknown_outcome_was(triples):
         assert bounds[name][0] - 1e-6 <= true[name][0] <= bounds[name][1] + 1e-6
 
 
+def test_money_in_percent_by_hand():
+    """Three decisions at a spot of 100, and one at 50: each ties up a coin for 0.02 years, and one sold nothing."""
+    found = measured(
+        played(
+            [1, 1, 1, 0],
+            [1, 1, 1, 0],
+            pnl=[3.0, -1.0, 2.0, 0.0],
+            spot=[100.0, 100.0, 50.0, 50.0],
+            premium=[4.0, 2.0, 2.0, 0.0],
+        )
+    )
+    assert found["mean_percent"] == pytest.approx(((3 - 1 + 4) / 4,) * 2)
+    assert found["annual_percent"] == pytest.approx((6 / 0.08,) * 2)
+    assert found["premium_captured"][0] == pytest.approx(4 / 8)
+    assert found["turnover"][0] == pytest.approx(3 / 0.08)
+    assert found["worst_5_percent"] == (-1.0, -1.0)
+    assert found["percent_minus_teacher"][0] == pytest.approx(6 / 4)
+
+
+def test_premiums_that_are_not_known_are_left_out_of_what_was_captured():
+    found = measured(played([1, 1], [1, 1], pnl=[3.0, -1.0], premium=[6.0, NAN]))
+    assert found["premium_captured"][0] == 0.5
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 3)), min_size=1, max_size=80))
+def test_the_expected_shortfall_is_the_mean_of_the_worst_twentieth(pairs):
+    pnl, weight = np.array(pairs).T
+    size = len(pnl)
+    found = measured(played([1] * size, [1] * size, pnl=pnl, weight=weight))["worst_5_percent"]
+    order = np.argsort(pnl)
+    left, total = 0.05 * weight.sum(), 0.0
+    for place in order:
+        part = min(left, weight[place])
+        left, total = left - part, total + part * pnl[place]
+    assert found == pytest.approx((total / (0.05 * weight.sum()),) * 2, abs=1e-6)
+
+
 # Intervals
-
-
-def test_a_block_spans_the_longest_life():
-    times = [day(number) for number in range(30)]
-    assert metrics.block_length(times, datetime.timedelta(days=7)) == 8
-    hours = [day(number / 24) for number in range(300)]
-    assert metrics.block_length(hours, datetime.timedelta(days=7)) == 169
-    assert metrics.block_length([day(0), day(30)], datetime.timedelta(days=7)) == 1
-
-
-def test_too_few_blocks_give_no_interval():
-    assert metrics.resample(39, 8) is None
-    assert metrics.resample(40, 8, replicates=3).shape == (3, 40)
-
-
-def test_resamples_are_runs_of_consecutive_times_and_repeat():
-    drawn = metrics.resample(40, 8, replicates=20)
-    assert (np.diff(drawn.reshape(20, 5, 8), axis=2) == 1).all()
-    assert np.array_equal(drawn, metrics.resample(40, 8, replicates=20))
 
 
 def test_blocks_widen_the_interval_of_outcomes_that_overlap():
     sold, pnl = [1] * 240, np.repeat(np.random.default_rng(0).normal(size=30), 8) * 100
-    times = [day(number) for number in range(240)]
     widths = []
     for block in (1, 8):
-        low, high = metrics.figures(played(sold, sold, pnl=pnl), times, block)["mean_pnl"].interval
+        found = metrics.figures({"policy": played(sold, sold, pnl=pnl)}, times_of(240), block)["policy"]
+        low, high = found["mean_pnl"].interval
         assert low < pnl.mean() < high
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
 
 
 def test_a_metric_that_is_not_defined_has_no_interval():
-    found = metrics.figures(played([0] * 60, [0] * 60), [day(number) for number in range(60)], 8)
+    found = metrics.figures({"policy": played([0] * 60, [0] * 60)}, times_of(60), 8)["policy"]
     assert math.isnan(found["hit_rate"].low) and found["hit_rate"].interval is None
+
+
+def test_a_shortfall_of_resamples_is_nearly_that_of_each():
+    pnl = np.random.default_rng(2).normal(size=400) * 10
+    one, draws = played([1] * 400, [1] * 400, pnl=pnl), draw(400, 5)
+    found = metrics.measure({"policy": one}, draws, month_starts(times_of(400)))["policy"]["worst_5_percent"][0]
+    worst = []
+    for row in draws.counts(slice(None)).astype(int):
+        worst.append(np.sort(np.repeat(pnl, row))[:20].mean())
+    np.testing.assert_allclose(found, worst, rtol=0.03)
+    assert np.abs(found - worst).mean() < 0.05

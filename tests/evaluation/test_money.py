@@ -1,129 +1,100 @@
-"""What each answer would have brought, recorded or computed, and where that is not known."""
+"""Groups and their figures, against a plain count decision by decision."""
 
-import math
-from dataclasses import replace
-from typing import NamedTuple
-
+import numpy as np
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, read_candidates, write_csv
+from conftest import decision, write_csv
 
+from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.evaluation.baselines import fit_baselines
-from covered_call.evaluation.money import (
-    Case,
-    comparable,
-    difference,
-    make_cases,
-    outcome,
-    regret,
-    trusted,
-    validate,
-    validate_styles,
-)
-
-OPTIONS = CoveredCallCandidatesConfig()
+from covered_call.evaluation.cases import bounds, difference, make_cases, recorded_of
+from covered_call.evaluation.money import held, judge, make_groups
+from covered_call.evaluation.resampling import draw
+from covered_call.evaluation.rows import HODL, TEACHER, Row
 
 
-def logged(rows: list[dict], tmp_path):
-    return read_candidates([write_csv(tmp_path / "a.csv", rows)], OPTIONS)
+@pytest.fixture
+def cases(market_of_days):
+    decisions = read_decisions([market_of_days], CoveredCallCandidatesConfig())
+    return make_cases(decisions.columns(), recorded_of(decisions))
 
 
-def hold(number: float, spot: float, sold=None, **cells) -> list[dict]:
-    cells = {"exit_style": "hold_to_expiry", "spot": spot, "strikes": (100, 110), "dte": 7.0, "iv": 0.5} | cells
-    return decision(number, sold, **cells)
+def make_rows(cases) -> list[Row]:
+    size = len(cases.columns)
+    some = np.random.default_rng(0).integers(-1, 2, size)
+    none = np.full(size, np.nan)
+    rows = [Row(TEACHER, cases.columns.chosen, none), Row(HODL, np.full(size, -1), np.ones(size))]
+    return [*rows, Row("random (expected)", np.zeros(0, int), none), Row("some", some, np.ones(size))]
 
 
-def test_without_iv_an_untaken_call_is_unknown(tmp_path):
-    rows = hold(0, 100.0, 0, pnl_vs_hodl=0.0, iv="") + hold(7, 108.0, iv="")
-    rows[0]["pnl_vs_hodl"] = "3.5"
-    case = make_cases(logged(rows, tmp_path))[0]
-    assert (outcome(case, 0), outcome(case, 1), outcome(case, None)) == (3.5, None, 0.0)
+def plainly(cases, rows, order, name: str) -> dict[str, float]:
+    """The least that each figure can be for an order of decisions, one after the other."""
+    row = next(row for row in rows if row.name == name)
+    found = {"right": 0.0, "pnl": 0.0, "percent": 0.0, "minus": 0.0, "years": 0.0, "path": []}
+    for place in order:
+        sizes = np.diff(cases.columns.offsets)
+        answers = [row.picks[place]] if len(row.picks) else range(-1, sizes[place])
+        step = 0.0
+        for pick in answers:
+            one, chosen = np.array([place]), cases.columns.chosen[[place]]
+            pnl = bounds(cases, one, np.array([pick]))[0, 0] / len(answers)
+            found["right"] += (pick == chosen[0]) / len(answers)
+            found["percent"] += 100 * pnl / cases.columns.spot[place]
+            found["minus"] += difference(cases, one, np.array([pick]), chosen)[0, 0] / len(answers)
+            step += pnl
+        found["pnl"] += step
+        found["path"].append(step)
+        found["years"] += (cases.label_end[place] - cases.columns.time[place]) / (365.25 * 86_400_000_000)
+    curve = np.cumsum([0.0, *found["path"]])
+    size = len(order)
+    return {
+        "accuracy": found["right"] / size,
+        "mean_pnl": found["pnl"] / size,
+        "mean_percent": found["percent"] / size,
+        "annual_percent": found["percent"] / found["years"],
+        "minus_teacher": found["minus"] / size,
+        "max_drawdown": (np.maximum.accumulate(curve) - curve).max(),
+    }
 
 
-@pytest.mark.parametrize("style", ["tp_and_roll", "hold_to_expiry"])
-@pytest.mark.parametrize("off", [1.0, -1.0])
-def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
-    """Settling at expiry is no guess at a rule: there, a bad correlation is flagged, and the outcomes stay."""
-    cases = [case(0, value, (off * value, 2.0), style=style) for value in (1.0, 5.0, -9.0)]
-    found = validate_styles(cases)
-    kept = trusted(cases, found)[0].computed
-    assert kept == ((None, None) if off < 0 and style == "tp_and_roll" else (off, 2.0))
-    assert ("count as unknown" in found[style].sentence(style)) == (kept == (None, None))
-    assert ("WARNING" in found[style].sentence(style)) == (off < 0 and style == "hold_to_expiry")
+@pytest.mark.parametrize("name", ["some", "random (expected)", TEACHER])
+def test_figures_and_intervals_are_those_of_a_plain_count(cases, name):
+    rows, size = make_rows(cases), len(cases.columns)
+    [group] = [one for one in make_groups(cases, None, {}) if one.name == "all"]
+    result = judge(rows, rows[0], cases, group)
+    assert result.block == 8
+    # Of the last week nothing is known but the teacher's own: bounds, and of a drawdown the most.
+    for metric, value in plainly(cases, rows, range(size), name).items():
+        figure = result.figures[name][metric]
+        assert (figure.high if metric == "max_drawdown" else figure.low) == pytest.approx(value, rel=1e-9), metric
+    draws = draw(size, 8)
+    orders = [np.repeat(np.arange(size), row) for row in draws.counts(slice(0, 40)).astype(int)]
+    some = [plainly(cases, rows, order, name)["mean_percent"] for order in orders]
+    low, high = result.figures[name]["mean_percent"].interval
+    assert 0.8 < np.mean([low <= value <= high for value in some]) <= 1.0
 
 
-def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
-    """A recorded outcome knows of no cost: beside net ones, the teacher would look better than it is."""
-    entries = logged(hold(0, 100.0, 0) + hold(7, 108.0, 0), tmp_path)
-    gross, net = comparable(make_cases(entries), OPTIONS), comparable(make_cases(entries), replace(OPTIONS, fee=0.001))
-    assert (outcome(gross[0], 0), outcome(net[0], 0)) == (744.26, entries[0].counterfactuals[0].pnl_vs_hodl)
-
-
-def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):
+def test_underlyings_and_exit_styles_are_judged_apart_and_never_averaged(tmp_path):
     rows = []
-    for number, pnl in ((0, -7.0), (1, 5.0), (130, 9.0)):  # two in 2024, one in 2025
-        rows += decision(number, 0, pnl_vs_hodl=pnl)
-    rows += decision(500)
-    cases = make_cases(logged(rows, tmp_path))
-    assert [(case.worst, case.best) for case in cases] == [(-7.0, 5.0), (-7.0, 5.0), (9.0, 9.0), (-7.0, 9.0)]
+    for name, pnl in (("BTC", 100.0), ("ETH", -900.0)):
+        for style in ("hold_to_expiry", "tp_and_roll"):
+            cells = {"underlying": name, "exit_style": style, "pnl_vs_hodl": pnl, "iv": ""}
+            rows += [row for day in range(30) for row in decision(day, 0, **cells)]
+    decisions = read_decisions([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig())
+    cases = make_cases(decisions.columns(), recorded_of(decisions))
+    groups = [group for group in make_groups(cases, None, {}) if group.name == "all"]
+    assert [group[:2] for group in groups] == [
+        ("BTC", "hold_to_expiry"), ("BTC", "tp_and_roll"), ("ETH", "hold_to_expiry"), ("ETH", "tp_and_roll"),
+    ]  # fmt: skip
+    assert [len(group.places) for group in groups] == [30] * 4
+    policies = make_rows(cases)
+    means = [judge(policies, policies[0], cases, group).figures[TEACHER]["mean_pnl"].low for group in groups]
+    assert means == pytest.approx([100.0, 100.0, -900.0, -900.0])
 
 
-def case(chosen, recorded, computed, worst=-100.0, best=50.0, style="hold_to_expiry") -> Case:
-    class Stub(NamedTuple):
-        exit_style: str = style
-
-    return Case(Stub(), chosen, recorded, computed, worst, best)
-
-
-def test_the_recorded_outcome_stands_where_policy_and_teacher_agree():
-    assert outcome(case(0, 10.0, (12.0, 30.0)), 0) == 10.0
-    assert outcome(case(0, 10.0, (12.0, 30.0)), 1) == 30.0
-    assert outcome(case(0, None, (12.0, 30.0)), 0) == 12.0
-
-
-def test_differences_compare_like_with_like():
-    both = case(0, 10.0, (12.0, 30.0))
-    assert difference(both, 0, 0) == (0.0, 0.0)
-    assert difference(both, 1, 0) == (18.0, 18.0)  # 30 - 12, both computed
-    assert difference(both, None, 0) == (-10.0, -10.0)  # recorded
-    assert difference(both, 1, None) == (30.0, 30.0)
-
-
-def test_a_difference_with_an_unknown_outcome_is_bounds():
-    unknown = case(0, 10.0, (None, None))
-    assert difference(unknown, 0, 0) == (0.0, 0.0)
-    assert difference(unknown, 1, 0) == (-110.0, 40.0)
-    assert difference(unknown, 1, None) == (-100.0, 50.0)
-
-
-def test_regret_is_against_the_best_answer_and_unknown_where_one_is():
-    assert regret(case(0, 10.0, (12.0, 30.0)), 0) == 18.0
-    assert regret(case(0, 10.0, (12.0, 30.0)), None) == 30.0
-    assert regret(case(0, 10.0, (-12.0, -30.0)), 1) == 30.0
-    assert math.isnan(regret(case(0, 10.0, (12.0, None)), 0))
-    assert regret(case(None, None, ()), None) == 0.0
-
-
-def test_the_formula_is_validated_and_a_bad_one_flagged():
-    good = [case(0, value, (value + 1.0,)) for value in (1.0, 5.0, -9.0)]
-    found = validate(good)
-    assert (found.trades, found.median_error, found.median_outcome) == (3, 1.0, 5.0)
-    assert found.mean_error == pytest.approx(1.0) and found.correlation == pytest.approx(1.0)
-    assert "WARNING" not in found.sentence("hold_to_expiry")
-    bad = [case(0, value, (other,)) for value, other in ((1.0, 5.0), (5.0, 1.0), (2.0, 2.0))]
-    assert "WARNING: the correlation is below 0.95" in validate(bad).sentence("hold_to_expiry")
-    assert "WARNING" in validate(good[:1]).sentence("hold_to_expiry")  # one trade shows nothing
-    assert "unchecked" in validate([case(None, None, ())]).sentence("hold_to_expiry")
-
-
-@needs_real_data
-def test_real_trades_are_copied_by_the_score_rule_and_recomputed_by_the_formula(tmp_path):
-    files = sorted(map(str, REAL_DATA.glob("training_candidates_*.csv")))
-    entries = read_candidates(files, OPTIONS)
-    trades = [entry for entry in entries if entry.chosen is not None]
-    rule = fit_baselines(entries)["score rule"]
-    assert rule([entry.decision for entry in trades]) == [entry.chosen for entry in trades]
-    assert len(trades) >= 2 * 122
-    found = validate_styles(make_cases(entries))
-    assert found["hold_to_expiry"].correlation >= 0.98
-    assert not found["tp_and_roll"].follows  # that backtest rolls by another rule than the replay
+def test_coins_are_tied_up_from_a_decision_to_its_label_end(tmp_path):
+    rows = [row for day in (0, 1, 2, 20) for row in decision(day, 0, iv="", dte=4)]
+    decisions = read_decisions([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig())
+    cases = make_cases(decisions.columns(), recorded_of(decisions))
+    found = held(cases, np.arange(4))
+    assert (found.most, found.by_record) == (3, 4)
+    assert found.mean == pytest.approx(4 * 4 / 24)

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from covered_call.evaluation.overlay_plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
 from covered_call.evaluation.page import (
     FOLDER,
     SCRIPT,
@@ -24,7 +25,6 @@ from covered_call.evaluation.page import (
     html_of,
     svg_of,
 )
-from covered_call.evaluation.overlay_plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
 from evaluation.chromium import needs_chromium
 
 HOSTILE = (

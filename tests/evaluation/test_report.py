@@ -3,7 +3,8 @@
 import numpy as np
 from markets import day
 
-from covered_call.evaluation.report import unknown_from, write_report
+from covered_call.evaluation.plots import unknown_from
+from covered_call.evaluation.report import write_report
 
 
 def test_an_equity_line_ends_where_it_is_not_known_and_says_what_it_may_come_to():

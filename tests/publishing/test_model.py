@@ -28,13 +28,14 @@ def report(adapter, tmp_path) -> Path:
 
     rows = {"model": 0.802, "score rule": 1, "teacher": 1, "never sell (HODL)": 0.1, "random": 0}
     rows = {name: row(accuracy) for name, accuracy in rows.items()}
-    group = {"exit_style": "hold_to_expiry", "group": "all", "decisions": 253}
+    group = {"underlying": "BTC", "exit_style": "hold_to_expiry", "group": "all", "decisions": 253}
     group |= {"from": "2025-03-29T00:00:00+00:00", "to": "2025-12-06T00:00:00+00:00"}
     found = {
         "metrics_version": metrics.VERSION,
         "model": str(adapter),
         "split": "test",
         "best_rule": "score rule",
+        "verdict": {"BTC, hold_to_expiry": ["The model falls short of the teacher: not shown."]},
         "notes": ["Computed against recorded."],
         "groups": [group | {"rows": rows}, group | {"group": "2025", "rows": rows}],
     }
@@ -68,7 +69,8 @@ def test_the_card_of_an_adapter_names_its_base_its_data_its_metrics_and_its_limi
     assert card.data.base_model == MANIFEST["base_model"] and card.data.datasets == [DATA]
     assert 'Policy.load(snapshot_download("user/ranking"))' in card.text and "\nhere\n" not in card.text
     assert "Limits: it copies a rule." in card.text
-    assert "**hold_to_expiry**: 253 decisions, 2025-03-29 to 2025-12-06" in card.text
+    assert "**BTC, hold_to_expiry**: 253 decisions, 2025-03-29 to 2025-12-06" in card.text
+    assert "- The model falls short of the teacher: not shown." in card.text
     assert re.search(r"\| model \| 0\.802 \[0\.100, 0\.900\] \| 0\.500 \| .* n/a \|", card.text)
     assert card.text.count("| score rule |") == 1 and "| random |" not in card.text
     assert "- Computed against recorded." in card.text

@@ -4,7 +4,7 @@ import pytest
 from conftest import write_csv
 from markets import CONFIG, rich_if_volatile, walk
 
-from covered_call.value_model.scorer import Fitted, fit
+from covered_call.value_model.learning import Fitted, fit
 
 
 @pytest.fixture(scope="session")

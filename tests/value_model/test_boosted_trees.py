@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from covered_call.value_model.boosted_trees import Trees
-from covered_call.value_model.scorer import BOOSTING
+from covered_call.value_model.learning import BOOSTING
 
 
 def test_the_trees_predict_what_scikit_learn_predicts_to_the_last_bit():

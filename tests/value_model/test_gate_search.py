@@ -15,7 +15,7 @@ from covered_call.value_model.gate_search import (
     optimize,
     pick_finalists,
 )
-from covered_call.value_model.scorer import Gates, QScorerError, fit_offset, learn
+from covered_call.value_model.learning import Gates, QScorerError, fit_offset, learn
 from covered_call.value_model.walk_forward import cut
 
 

@@ -11,7 +11,8 @@ from markets import SPLITS, day, rich_if_volatile, walk
 
 from covered_call import atomic
 from covered_call.candidates import builder
-from covered_call.candidates.schema import Candidate, Decision
+from covered_call.candidates.columns import columns_of
+from covered_call.candidates.schema import Candidate, Decision, LoggedDecision
 from covered_call.evaluation import audit, evaluate
 from covered_call.value_model import q_scorer
 from covered_call.value_model.scorer import read
@@ -49,7 +50,7 @@ def test_no_outcome_of_the_test_split_changes_what_is_learnt_or_chosen(backtest,
     assert one.metadata == other.metadata
     for name in ("grid.csv", "grid.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-    asked = [entry.decision for entry in rich_if_volatile(range(40))]
+    asked = columns_of(rich_if_volatile(range(40)))
     np.testing.assert_array_equal(one.predict(asked), other.predict(asked))
 
 
@@ -64,7 +65,8 @@ def test_friction_and_horizon_lower_and_shorten_what_is_learnt(backtest, tmp_pat
     run("--data_files", backtest, *SPLITS, "--folds", 0, "--output_dir", tmp_path / "dear", "--fee", 0.002)
     run("--data_files", backtest, *SPLITS, "--folds", 0, "--output_dir", tmp_path / "short", "--horizon", 3)
     free, dear, short = (read(tmp_path / name / "q_scorer.zip") for name in ("free", "dear", "short"))
-    asked = [Decision(day(0), "BTC", "hold_to_expiry", 6e4, (Candidate("C", 61800.0, 7.0, 0.2, 3.0, 0.6, 1.0),))]
+    state = Decision(day(0), "BTC", "hold_to_expiry", 6e4, (Candidate("C", 61800.0, 7.0, 0.2, 3.0, 0.6, 1.0),))
+    asked = columns_of([LoggedDecision(state, None, ())])
     assert dear.predict(asked)[0] < free.predict(asked)[0]
     assert dear.metadata["outcome_options"]["fee"] == 0.002 and short.metadata["outcome_options"]["horizon"] == 3.0
 

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, SPOT, decide, entry, rich_if_volatile
 
+from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
-from covered_call.value_model.scorer import Gates, QScorer, QScorerError, features, fit, learn
+from covered_call.value_model.learning import Gates, QScorerError, features, fit, learn
+from covered_call.value_model.scorer import QScorer
 from covered_call.value_model.walk_forward import candidate_pairs
 
 # Learning
@@ -23,7 +25,7 @@ from covered_call.value_model.walk_forward import candidate_pairs
 
 def test_features_have_no_scale_of_their_own():
     small, large = entry(0, [0.5, None], [0, 0], spot=0.5), entry(0, [0.5, None], [0, 0], spot=80_000.0)
-    rows = [features([one.decision], ["hold_to_expiry", "tp_and_roll"]) for one in (small, large)]
+    rows = [features(columns_of([one]), ["hold_to_expiry", "tp_and_roll"]) for one in (small, large)]
     assert rows[0].shape == (2, 8)
     np.testing.assert_allclose(*rows)
     assert np.isnan(rows[0][1, 4]) and rows[0][0, 6:].tolist() == [1.0, 0.0]
@@ -49,7 +51,7 @@ def test_unknown_outcomes_are_left_out_and_counted():
     holes = [entry(60 + number, [0.9, 0.9], [None, None]) for number in range(30)]
     with_holes, without = (learn(train, CONFIG) for train in ([*known, *holes], known))
     assert (with_holes.metadata["train"]["known"], with_holes.metadata["train"]["unknown"]) == (120, 60)
-    asked = [one.decision for one in rich_if_volatile(range(9), 3)]
+    asked = columns_of(rich_if_volatile(range(9), 3))
     np.testing.assert_array_equal(with_holes.predict(asked), without.predict(asked))
 
 
@@ -70,7 +72,7 @@ def test_outcomes_that_all_have_one_sign_can_be_learnt():
 
 def test_a_weight_on_positive_outcomes_raises_predictions_and_leaves_the_confidence_alone():
     train = rich_if_volatile(range(200), noise=3.0)
-    asked = [one.decision for one in train[:20]]
+    asked = columns_of(train[:20])
     even, weighted = (learn(train, CONFIG, weight).predict(asked) for weight in (1.0, 3.0))
     assert (weighted[0] > even[0]).all()
     np.testing.assert_array_equal(even[1], weighted[1])
@@ -86,7 +88,8 @@ def test_the_offset_makes_predictions_of_validation_right_on_average():
         for one in rich_if_volatile(range(310, 350), 1)
     ]
     fitted = fit(rich_if_volatile(range(300)), validation, CONFIG)
-    predicted, realised = candidate_pairs(decide(fitted, *validation), validation, CONFIG)
+    columns = columns_of(validation)
+    predicted, realised = candidate_pairs(columns, fitted.predict(columns).values, CONFIG)
     assert predicted.mean() == pytest.approx(realised.mean())
     assert fitted.metadata["offset"] == pytest.approx(-700 / SPOT, abs=0.002)
 
@@ -114,8 +117,9 @@ def test_the_decision_says_which_gate_stopped_it(fitted, gates, stopped_by):
 
 
 def test_a_prediction_at_the_threshold_is_not_sold_and_one_at_a_gate_is():
-    assert Gates(threshold=0.5).stop(0.5, 1.0) == "threshold"
-    assert Gates(0.0, 0.6, 0.5).stop(0.5, 0.6) is None
+    percent, confidence = np.array([0.5, 0.5, math.nan]), np.array([1.0, 0.6, 1.0])
+    assert Gates(threshold=0.5).stop(percent, confidence).tolist() == ["threshold"] * 3
+    assert Gates(0.0, 0.6, 0.5).stop(percent, confidence).tolist() == ["", "", "threshold"]
 
 
 @pytest.mark.parametrize(
@@ -175,3 +179,18 @@ def test_a_dict_is_a_decision_and_the_answer_names_the_instrument(fitted):
 def test_deciding_needs_no_torch():
     code = "from covered_call import QScorer; import sys; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True, timeout=120)
+
+
+def test_a_prediction_above_the_premium_is_refused_where_the_call_is_held(fitted):
+    """A call far out of the money brings a fraction of a percent at most; its iv alone would promise 2.5 %."""
+    far = entry(0, [0.75], [0])
+    candidate = far.decision.candidates[0]._replace(strike=2 * SPOT)
+    held, rolled = (
+        far._replace(decision=far.decision._replace(candidates=(candidate,), exit_style=style))
+        for style in ("hold_to_expiry", "tp_and_roll")
+    )
+    [answer] = decide(fitted, held)
+    assert (answer.pick, answer.stopped_by, answer.best) == (None, "above the premium", 0)
+    assert 100 * answer.q_sell / SPOT > 1
+    both = fit([*rich_if_volatile(range(300)), rolled], rich_if_volatile(range(310, 350), 1), CONFIG)
+    assert decide(both, rolled)[0].pick == 0  # what is rolled earns several premiums

@@ -15,7 +15,9 @@ import pytest
 import sklearn
 from markets import decide, entry, rich_if_volatile
 
-from covered_call.value_model.scorer import MAX_PART, Gates, QScorer, QScorerError, read, save
+from covered_call.candidates.columns import columns_of
+from covered_call.value_model.learning import Gates, QScorerError
+from covered_call.value_model.scorer import MAX_PART, QScorer, read, save
 
 
 @pytest.fixture
@@ -177,8 +179,8 @@ def test_a_file_of_another_version_is_refused_by_name(fitted, saved):
     with pytest.raises(QScorerError, match="version 99, and this is 2"):
         QScorer.load(saved)
     craft(saved, metadata | {"versions": {"scikit-learn": "0.1"}}, trees)  # which nothing of it needs
-    assert QScorer.load(saved).fitted.predict([entry(0, [0.5], [0]).decision])[0] == pytest.approx(
-        fitted.predict([entry(0, [0.5], [0]).decision])[0], abs=0
+    assert QScorer.load(saved).fitted.predict(columns_of([entry(0, [0.5], [0])]))[0] == pytest.approx(
+        fitted.predict(columns_of([entry(0, [0.5], [0])]))[0], abs=0
     )
 
 

@@ -1,25 +1,16 @@
 """Predicted against realised outcomes, and walking forward."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from markets import CONFIG, decide, entry, rich_if_volatile
+from markets import CONFIG, entry, rich_if_volatile
 
-from covered_call.candidates.schema import LoggedDecision
-from covered_call.value_model.scorer import Answer, QScorerError
+from covered_call.candidates.columns import columns_of
+from covered_call.value_model.learning import QScorerError
 from covered_call.value_model.walk_forward import HEAD, blocks, compare, comparison_json, fold_rows, walk_forward
 
 # Predicted against realised
-
-
-def answer_to(one: LoggedDecision, pick: int | None, *q: float) -> Answer:
-    scores = {str(index): value for index, value in enumerate(q, start=1)} | {"NO_TRADE": 0.0}
-    best = int(np.argmax(q)) if q else None
-    instrument = None if pick is None else one.decision.candidates[pick].instrument
-    return Answer(pick, instrument, best, max(q, default=math.nan), 0.5, scores, None)
 
 
 def test_predicted_against_realised_by_hand():
@@ -31,15 +22,8 @@ def test_predicted_against_realised_by_hand():
         entry(4, [0.5], [-4.0], spot=100.0),  # rightly not sold
         entry(5, [], []),
     ]
-    answers = [
-        answer_to(entries[0], 0, 2.0, 0.0),
-        answer_to(entries[1], 1, 0.0, 4.0),
-        answer_to(entries[2], None, -1.0),
-        answer_to(entries[3], 0, 9.0),
-        answer_to(entries[4], None, -1.0),
-        answer_to(entries[5], None),
-    ]
-    found = compare(answers, entries, CONFIG)
+    picks, predicted = [0, 1, -1, 0, -1, -1], [2.0, 0.0, 0.0, 4.0, -1.0, 9.0, -1.0]
+    found = compare(columns_of(entries), np.array(predicted) / 100, np.array(picks), CONFIG)
     assert (found.decisions, found.sold, found.sold_known, found.trade_rate) == (6, 3, 2, 0.5)
     assert (found.predicted, found.realised) == (pytest.approx(3.0), pytest.approx(-1.0))
     assert found.correlation == pytest.approx(-1.0)
@@ -54,7 +38,8 @@ def test_predicted_against_realised_by_hand():
 
 def test_where_nothing_was_sold_nothing_is_averaged(fitted):
     entries = [entry(0, [0.25], [None])]
-    found = compare(decide(fitted, *entries), entries, CONFIG)
+    columns = columns_of(entries)
+    found = compare(columns, fitted.predict(columns).values, np.array([0]), CONFIG)
     assert "predicted" not in found.sentence().split(".")[0] and "n/a" in found.sentence()
     assert comparison_json(found)["realised"] is None
 
@@ -105,7 +90,7 @@ def test_what_happens_later_changes_no_earlier_fold():
     entries = rich_if_volatile(range(300))
     other = entries[:225] + [entry(number, [0.5, 0.6], [-9.0, 9.0]) for number in range(225, 300)]
     for one, same in zip(walk_forward(entries, 3, CONFIG)[:2], walk_forward(other, 3, CONFIG), strict=False):
-        assert one.answers == same.answers
+        np.testing.assert_array_equal(one.picks, same.picks)
 
 
 def test_a_fold_with_too_short_a_past_is_left_out_and_told(caplog):

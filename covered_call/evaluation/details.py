@@ -1,0 +1,133 @@
+"""What else is told of all decisions of an underlying and an exit style, beside the table of each slice."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from covered_call.candidates.columns import time_of
+from covered_call.candidates.outcomes import Replay
+from covered_call.evaluation.cases import Cases, outcome
+from covered_call.evaluation.luck import Luck, against_luck
+from covered_call.evaluation.metrics import Figure
+from covered_call.evaluation.money import Result, premium_of
+from covered_call.evaluation.overlay import Overlay, Risk, make_overlay, risk_of
+from covered_call.evaluation.resampling import draw
+from covered_call.evaluation.rows import HODL, MODEL, Row, Trial
+from covered_call.evaluation.scenarios import (
+    VOLS,
+    BreakEven,
+    Scenarios,
+    break_evens,
+    comparable_places,
+    mean_percents,
+)
+from covered_call.evaluation.slices import Bucket, buckets
+
+EXTREMES = 10
+
+
+class Trade(NamedTuple):
+    """A decision at which a policy sold a call: money in USD a unit."""
+
+    time: str
+    instrument: str
+    spot: float
+    premium: float
+    pnl: float
+    percent: float
+
+
+class Detail(NamedTuple):
+    """Of one underlying and exit style, all decisions.
+
+    Args:
+        compared: decisions at which every outcome is computed, which the next three rest on; with none they are empty.
+        costs: of each policy the mean P&L in % of spot, by multiples of the realistic costs.
+        vols: the same by multiples of the files' vol; empty where that varies.
+        fixed_vol: the one vol of all premiums; None where it varies.
+        subject: the policy whose best and worst trades are shown, best first.
+        overlays: of each policy, on one coin, marked at each time.
+    """
+
+    luck: Luck
+    compared: int
+    costs: dict[str, dict[float, Figure]]
+    vols: dict[str, dict[float, Figure]]
+    break_evens: list[BreakEven]
+    fixed_vol: float | None
+    buckets: list[Bucket]
+    subject: str
+    best: list[Trade]
+    worst: list[Trade]
+    overlays: dict[str, Overlay]
+    risks: dict[str, Risk]
+
+
+def make_detail(
+    result: Result,
+    rows: list[Row],
+    trials: list[Trial],
+    rule: Row,
+    cases: Cases,
+    scenarios: Scenarios,
+    replay: Replay,
+) -> Detail:
+    places, times, columns = result.group.places, result.times, cases.columns
+    draws = draw(len(times), result.block)
+    luck = against_luck(rows, trials, rule, cases, places, times, draws)
+    known, fixed = comparable_places(cases, places), fixed_vol(cases, places)
+    traders = [row for row in rows if row.name != HODL]
+    costs, vols, break_even = {}, {}, []
+    if len(known):
+        costs = mean_percents(traders, scenarios.costs, columns, known, times, draws)
+        some = {vol: scenarios.vols[vol] for vol in VOLS}
+        vols = mean_percents(traders, some, columns, known, times, draws) if fixed else {}
+        break_even = break_evens(traders, scenarios.vols, cases, known)
+    subject = next((row for row in rows if row.name == MODEL), rule)
+    best, worst = extremes(subject, cases, places)
+    sold = buckets(traders, cases, places, times, draws)
+    overlays = {row.name: overlay_of(row, result, cases, replay) for row in traders if not row.at_random}
+    risks = risks_of(overlays, result)
+    return Detail(luck, len(known), costs, vols, break_even, fixed, sold, subject.name, best, worst, overlays, risks)
+
+
+def overlay_of(row: Row, result: Result, cases: Cases, replay: Replay) -> Overlay:
+    """From the first decision to the last label end."""
+    places, columns = result.group.places, cases.columns
+    its = places[row.picks[places] >= 0]
+    span = int(columns.time[places].min()), int(cases.label_end[places].max())
+    rows = columns.offsets[its] + row.picks[its]
+    return make_overlay(replay, columns, rows, result.group[:2], span, result.held.most)
+
+
+def risks_of(overlays: dict[str, Overlay], result: Result) -> dict[str, Risk]:
+    """With intervals by blocks that span the longest outcome, as those of the other figures do."""
+    some = next(iter(overlays.values()))
+    longest = result.times[min(result.block, len(result.times)) - 1] - result.times[0]
+    block = max(2, int(np.searchsorted(some.time, some.time[0] + longest, "right")))
+    draws = draw(len(some.time), block)
+    return {name: risk_of(overlay, draws) for name, overlay in overlays.items()}
+
+
+def fixed_vol(cases: Cases, places: np.ndarray) -> float | None:
+    """The vol that every candidate of these decisions is priced at, if they have but one."""
+    iv = cases.vol[np.isin(cases.columns.decision_of, places)]
+    iv = iv[~np.isnan(iv)]
+    return float(iv[0]) if len(iv) and np.ptp(iv) < 1e-9 else None
+
+
+def extremes(row: Row, cases: Cases, places: np.ndarray) -> tuple[list[Trade], list[Trade]]:
+    """The policy's EXTREMES best trades, and its worst, by % of spot; the worst first of these."""
+    columns, picks = cases.columns, row.picks[places]
+    of, picks = places[picks >= 0], picks[picks >= 0]
+    pnl, premium = outcome(cases, of, picks), premium_of(cases, of, picks)
+    percent = 100 * pnl / columns.spot[of]
+    order = np.argsort(percent, kind="stable")[: int((~np.isnan(percent)).sum())]
+
+    def trades(which: np.ndarray) -> list[Trade]:
+        names = columns.instrument.take(columns.offsets[of[which]] + picks[which]).to_pylist()
+        when = [time_of(time).isoformat(timespec="minutes")[:16] for time in columns.time[of[which]].tolist()]
+        money = np.stack([columns.spot[of], premium, pnl, percent], axis=1)[which].tolist()
+        return [Trade(*row[:2], *row[2]) for row in zip(when, names, money, strict=True)]
+
+    return trades(order[::-1][:EXTREMES]), trades(order[:EXTREMES])
