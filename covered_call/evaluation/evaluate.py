@@ -69,6 +69,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
         if not len(backtest.numbers.get(args.split, ())):
             raise CandidatesError(f"The {args.split} split is empty: give more data, or set splits, or test_from.")
+        if not len(backtest.numbers["train"]):
+            raise CandidatesError("The train split is empty, and the baselines are fitted on it: set other splits.")
         evaluation = judge_all(args, backtest, cutoff, saved)
         print(terminal_table(evaluation))
         print("\n".join([*(evaluation.study.sentences() if evaluation.study else ()), *evaluation.notes]))

@@ -218,6 +218,9 @@ def test_an_empty_split_is_an_error_that_says_so(tmp_path, capsys):
     path = write_csv(tmp_path / "short.csv", decision(0, 0))
     status, _ = run(capsys, "--baselines-only", "--data_files", path)
     assert status.startswith("error: The test split is empty")
+    path = write_csv(tmp_path / "long.csv", [row for number in range(30) for row in decision(number, 0)])
+    status, _ = run(capsys, "--baselines-only", "--data_files", path, "--splits", "0", "0.5", "0.5")
+    assert status.startswith("error: The train split is empty, and the baselines are fitted on it")
 
 
 def test_nothing_half_written_is_left_when_the_report_fails(backtest, tmp_path, capsys, monkeypatch):

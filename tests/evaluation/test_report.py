@@ -1,8 +1,12 @@
 """The report's files and plots."""
 
+import re
+
 import numpy as np
+from conftest import ROOT
 from markets import day
 
+from covered_call.evaluation.metrics import METRICS
 from covered_call.evaluation.plots import unknown_from
 from covered_call.evaluation.report import write_report
 
@@ -30,3 +34,10 @@ def test_plots_of_yours_in_a_folder_without_a_report_stay(tmp_path):
     (tmp_path / "equity_mine.png").write_text("mine")
     write_report(tmp_path, {"metrics.json": "{}"})
     assert (tmp_path / "equity_mine.png").read_text() == "mine"
+
+
+def test_the_page_has_each_figure_with_its_direction():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    told = {name: cells[2].strip() for cells in rows for name in re.findall(r"`(\w+)`", cells[1])}
+    assert told == {name: metric.better or "neither" for name, metric in METRICS.items()}
