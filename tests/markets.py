@@ -6,6 +6,7 @@ import numpy as np
 from conftest import decision, time
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.schema import Candidate, Counterfactual, Decision, LoggedDecision, Outcome
 from covered_call.value_model.learning import Fitted, Gates
 from covered_call.value_model.scorer import Answer, QScorer
@@ -43,13 +44,20 @@ def rich_if_volatile(days, seed=0, noise=0.2) -> list[LoggedDecision]:
 
 
 def walk(days: int, style="hold_to_expiry") -> list[dict]:
-    """A decision a day on a spot that wanders; the teacher sells the first call where the day is even."""
+    """A decision a day on a spot that wanders; the teacher sells the first call where the day is even.
+
+    What that brought is recorded where it is held, and its expiry is one of the days.
+    """
     spots = 60_000 * np.exp(np.random.default_rng(7).normal(0, 0.02, days).cumsum())
     rows = []
     for number, spot in enumerate(spots):
         strikes = [round(spot * share) for share in (1.03, 1.06)]
-        cells = {"spot": spot, "exit_style": style, "iv": 0.5 + 0.1 * (number % 3), "pnl_vs_hodl": 1.0}
+        cells = {"spot": spot, "exit_style": style, "iv": 0.5 + 0.1 * (number % 3), "dte": 7.0}
         rows += decision(number, 0 if number % 2 == 0 else None, strikes=strikes, **cells)
+        rows[-2]["pnl_vs_hodl"] = ""
+        if style == "hold_to_expiry" and number % 2 == 0 and number + 7 < days:
+            premium = black_scholes_call(spot, strikes[0], 7 / 365, cells["iv"])
+            rows[-2]["pnl_vs_hodl"] = str(premium - max(0, spots[number + 7] - strikes[0]))
         if number % 2:
             rows[-2]["score"] = rows[-1]["score"] = 1.0
     return rows

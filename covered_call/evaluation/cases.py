@@ -8,7 +8,6 @@ import numpy as np
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns
 from covered_call.candidates.decisions import Decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import Replay
 from covered_call.candidates.preferences import at, best_places, recorded_outcomes
 from covered_call.candidates.pricing import DAYS_PER_YEAR, black_scholes_call
 from covered_call.candidates.terms import Fit
@@ -61,8 +60,10 @@ def recorded_of(decisions: Decisions, config: CoveredCallCandidatesConfig) -> Re
     return Recorded(decisions.underlying, decisions.exit_style, decisions.time, recorded)
 
 
-def make_cases(columns: Columns, of_all: Recorded, replay: Replay, config: CoveredCallCandidatesConfig) -> Cases:
-    recorded = recorded_outcomes(columns, config)
+def make_cases(decisions: Decisions, columns: Columns, config: CoveredCallCandidatesConfig) -> Cases:
+    """Of some of the decisions of a backtest, with extremes from all of them; computed outcomes are there where they
+    follow the recorded ones."""
+    of_all, recorded = recorded_of(decisions, config), recorded_outcomes(columns, config)
     known = of_all.take(np.flatnonzero(~np.isnan(of_all.recorded)))
     worst, best = np.full((2, len(columns)), math.nan)
     for yearly in (False, True):  # that of the year goes over that of all years
@@ -75,9 +76,10 @@ def make_cases(columns: Columns, of_all: Recorded, replay: Replay, config: Cover
                 extremes = np.full(len(markets), begin)
                 fold.at(extremes, place, known.recorded)
                 extreme[has] = extremes[found[has]]
-    vol, numbers, spot = replay.vols_of(columns), columns.numbers, columns.spot[columns.decision_of]
+    vol, numbers, spot = decisions.replay.vols_of(columns), columns.numbers, columns.spot[columns.decision_of]
     premium = black_scholes_call(spot, numbers["strike"], numbers["dte"] / DAYS_PER_YEAR, vol)
-    return Cases(columns, recorded, numbers[COUNTERFACTUAL], worst, best, vol, premium, label_ends(columns))
+    computed = trusted(columns, decisions.fits)
+    return Cases(columns, recorded, computed, worst, best, vol, premium, label_ends(columns))
 
 
 def label_ends(columns: Columns) -> np.ndarray:
@@ -152,10 +154,10 @@ def markets_of(decisions: Columns | Recorded, names: tuple[str, ...]) -> dict[Ma
     return dict(sorted(found.items()))
 
 
-def trusted(cases: Cases, fits: dict[Market, Fit]) -> Cases:
-    """The cases without the computed outcomes of markets where they do not follow the recorded ones."""
-    columns, computed = cases.columns, cases.computed.copy()
+def trusted(columns: Columns, fits: dict[Market, Fit]) -> np.ndarray:
+    """(R,) the computed outcomes, NaN in markets where they do not follow the recorded ones."""
+    computed = columns.numbers[COUNTERFACTUAL].copy()
     for market, its in markets_of(columns, columns.names).items():
         if market in fits and not fits[market].trusted:
             computed[its[columns.decision_of]] = math.nan
-    return cases._replace(computed=computed)
+    return computed

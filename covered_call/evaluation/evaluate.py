@@ -28,12 +28,9 @@ from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation import resampling
 from covered_call.evaluation.cases import (
-    Cases,
     Market,
     make_cases,
     markets_of,
-    recorded_of,
-    trusted,
 )
 from covered_call.evaluation.details import make_detail
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
@@ -87,7 +84,7 @@ def judge_all(
     splits = {name: backtest.decisions.columns(numbers) for name, numbers in backtest.numbers.items() if len(numbers)}
     columns = splits[args.split]
     model = load_model(args.model, args.batch_tokens) if args.model else None
-    cases, found = judged_cases(backtest, columns), backtest.decisions.fits
+    cases, found = make_cases(backtest.decisions, columns, config), backtest.decisions.fits
     fitted, notes = find_scorer(saved, splits, args.split, config)
     predicted = fitted.predict(columns) if fitted else None
     rows, trials = make_rows(splits["train"], columns, fitted, predicted, model)
@@ -150,12 +147,6 @@ def not_tuned_on(manifest: dict, backtest: Backtest, columns: Columns) -> list[s
         others = [path for path, digest in backtest.hashes.items() if digest not in hashes.values()]
         strange += [f"the file {os.path.basename(path)}" for path in others]
     return [f"WARNING: the model was not tuned on {', '.join(strange)}."] if strange else []
-
-
-def judged_cases(backtest: Backtest, columns: Columns) -> Cases:
-    """The cases of these decisions, with extremes from all of the backtest."""
-    of_all = recorded_of(backtest.decisions, backtest.options)
-    return trusted(make_cases(columns, of_all, backtest.decisions.replay, backtest.options), backtest.decisions.fits)
 
 
 def what_next(args: argparse.Namespace) -> str:

@@ -10,25 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markets import day
 
-from covered_call.candidates.columns import columns_of
+from covered_call.candidates.columns import COUNTERFACTUAL, columns_of
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Decision, LoggedDecision, Outcome
+from covered_call.candidates.terms import fit_of
 from covered_call.evaluation.baselines import fit_baselines
 from covered_call.evaluation.cases import (
     Cases,
-    Recorded,
-    comparable,
     difference,
     label_ends,
     make_cases,
     outcome,
-    premiums,
-    recorded_of,
     regret,
     trusted,
-    validate,
-    validate_markets,
 )
 
 OPTIONS = CoveredCallCandidatesConfig()
@@ -39,7 +34,7 @@ def read(rows: list[dict], tmp_path) -> Decisions:
 
 
 def cases_of(decisions: Decisions) -> Cases:
-    return make_cases(decisions.columns(), recorded_of(decisions))
+    return make_cases(decisions, decisions.columns(), OPTIONS)
 
 
 def hold(number: float, spot: float, sold=None, **cells) -> list[dict]:
@@ -56,23 +51,21 @@ def test_without_iv_an_untaken_call_is_unknown(tmp_path):
 
 @pytest.mark.parametrize("style", ["tp_and_roll", "hold_to_expiry"])
 @pytest.mark.parametrize("off", [1.0, -1.0])
-def test_a_replay_counts_only_if_it_follows_the_recorded_trades(style, off):
-    """Settling at expiry is no guess at a rule: there, a bad correlation is flagged, and the outcomes stay."""
-    recorded = np.array([1.0, 5.0, -9.0])
-    one, codes = case(0, 1.0, (off, 2.0), style=style), np.ones(3, int)
-    found = validate_markets(Recorded(codes - 1, codes, codes, recorded, off * recorded), one.columns.names)
-    kept = trusted(one, found).computed.tolist()
-    unknown = off < 0 and style == "tp_and_roll"
-    np.testing.assert_array_equal(kept, [math.nan] * 2 if unknown else [off, 2.0])
-    assert ("count as unknown" in found["BTC", style].sentence("BTC", style)) == unknown
-    assert ("WARNING" in found["BTC", style].sentence("BTC", style)) == (off < 0 and style == "hold_to_expiry")
+def test_computed_outcomes_count_only_if_they_follow_the_recorded_ones(style, off):
+    recorded = np.linspace(-9.0, 9.0, 12)
+    columns = case(0, 1.0, (off, 2.0), style=style).columns
+    columns.numbers[COUNTERFACTUAL][:] = (off, 2.0)
+    kept = trusted(columns, {("BTC", style): fit_of(off * recorded, recorded)})
+    np.testing.assert_array_equal(kept, [math.nan] * 2 if off < 0 else [off, 2.0])
+    np.testing.assert_array_equal(trusted(columns, {}), [off, 2.0])
 
 
-def test_with_costs_all_outcomes_are_computed_ones(tmp_path):
-    """A recorded outcome knows of no cost: beside net ones, the teacher would look better than it is."""
-    cases = cases_of(read(hold(0, 100.0, 0, iv="") + hold(7, 108.0, 0, iv=""), tmp_path))
-    gross, net = comparable(cases, OPTIONS), comparable(cases, replace(OPTIONS, fee=0.001))
-    assert (outcome_of(gross, 0), outcome_of(net, 0)) == (744.26, None)
+def test_costs_are_taken_off_recorded_outcomes_too(tmp_path):
+    """Of a call whose trades cannot be computed nothing is known net of costs: beside net outcomes of others a gross
+    one would look better than it is."""
+    decisions = read(hold(0, 100.0, 0, iv="") + hold(7, 108.0, 0, iv=""), tmp_path)
+    cases = [make_cases(decisions, decisions.columns(), config) for config in (OPTIONS, replace(OPTIONS, fee=0.001))]
+    assert [outcome_of(one, 0) for one in cases] == [744.26, None]
 
 
 def test_bounds_are_the_extremes_recorded_that_year_or_else_in_all_years(tmp_path):
@@ -90,7 +83,8 @@ def case(chosen, recorded, computed, worst=-100.0, best=50.0, style="hold_to_exp
     decision = Decision(day(0), "BTC", style, 100.0, candidates)
     columns = columns_of([LoggedDecision(decision, chosen, (Outcome(None, None, None),) * len(computed))])
     known = [np.array(values, float) for values in ([recorded], computed, [worst], [best])]
-    return Cases(columns, *known, premiums(columns), label_ends(columns))
+    vol = columns.numbers["iv"]
+    return Cases(columns, *known, vol, np.full(len(vol), 1.0), label_ends(columns))
 
 
 def pick(place) -> np.ndarray:
@@ -149,28 +143,13 @@ def test_regret_is_against_the_best_answer_and_unknown_where_one_is():
     assert regret_of(case(None, None, ()), None) == 0.0
 
 
-def test_the_formula_is_validated_and_a_bad_one_flagged():
-    recorded = np.array([1.0, 5.0, -9.0, math.nan, 3.0])
-    found = validate(recorded, np.array([2.0, 6.0, -8.0, 1.0, math.nan]))
-    assert (found.trades, found.median_error, found.median_outcome) == (3, 1.0, 5.0)
-    assert found.mean_error == pytest.approx(1.0) and found.correlation == pytest.approx(1.0)
-    assert "WARNING" not in found.sentence("BTC", "hold_to_expiry")
-    bad = validate(np.array([1.0, 5.0, 2.0]), np.array([5.0, 1.0, 2.0]))
-    assert "WARNING: the correlation is below 0.95" in bad.sentence("BTC", "hold_to_expiry")
-    assert "WARNING" in validate(recorded[:1], recorded[:1]).sentence(
-        "BTC", "hold_to_expiry"
-    )  # one trade shows nothing
-    assert "unchecked" in validate(recorded[3:4], recorded[3:4]).sentence("BTC", "hold_to_expiry")
-
-
 @needs_real_data
 def test_real_trades_are_copied_by_the_score_rule_and_recomputed_by_the_formula(tmp_path):
     files = sorted(map(str, REAL_DATA.glob("training_candidates_*.csv")))
     decisions = read_decisions(files, OPTIONS)
-    columns, of_all = decisions.columns(), recorded_of(decisions)
+    columns = decisions.columns()
     trades = columns.take(np.flatnonzero(columns.chosen >= 0))
     np.testing.assert_array_equal(fit_baselines(columns)["score rule"].picks(trades), trades.chosen)
     assert len(trades) >= 2 * 122
-    found = validate_markets(of_all, columns.names)
-    assert found["BTC", "hold_to_expiry"].correlation >= 0.98
-    assert not found["BTC", "tp_and_roll"].follows  # that backtest rolls by another rule than the replay
+    for style in ("hold_to_expiry", "tp_and_roll"):
+        assert decisions.fits["BTC", style].trades >= 116 and decisions.fits["BTC", style].median_error < 0.01

@@ -182,7 +182,7 @@ def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(mar
 def test_premiums_of_one_fixed_vol_are_told_first_and_tried_at_others(tmp_path, capsys):
     rows = walk(280)
     for row in rows:
-        row["iv"] = "0.7"
+        row |= {"iv": "0.7", "pnl_vs_hodl": ""}
     printed = judged(
         capsys, "--data_files", write_csv(tmp_path / "fixed.csv", rows), *SPLITS, "--output_dir", tmp_path / "out"
     )

@@ -6,7 +6,7 @@ from arch.bootstrap import SPA
 
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.evaluation.cases import make_cases, recorded_of
+from covered_call.evaluation.cases import make_cases
 from covered_call.evaluation.luck import LEVEL, against_luck, placebo, reality_check
 from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, TEACHER, Row, Trial
@@ -46,7 +46,7 @@ def many_picks(columns, count: int) -> list[np.ndarray]:
 def test_on_outcomes_of_other_times_no_policy_is_shown_to_beat_anything(market_of_days):
     decisions = read_decisions([market_of_days], CoveredCallCandidatesConfig())
     columns = decisions.columns()
-    cases, places = make_cases(columns, recorded_of(decisions)), np.arange(len(columns))
+    cases, places = make_cases(decisions, columns, CoveredCallCandidatesConfig()), np.arange(len(columns))
     times, draws = columns.time, draw(len(columns), 8)
     # The best answer in hindsight is shown to be better, of course; on outcomes that are dealt out anew it is not.
     computed = np.where(np.isnan(cases.computed), -np.inf, cases.computed)

@@ -6,7 +6,7 @@ from conftest import decision, write_csv
 
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.evaluation.cases import bounds, difference, make_cases, recorded_of
+from covered_call.evaluation.cases import bounds, difference, make_cases
 from covered_call.evaluation.money import held, judge, make_groups
 from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, TEACHER, Row
@@ -15,7 +15,7 @@ from covered_call.evaluation.rows import HODL, TEACHER, Row
 @pytest.fixture
 def cases(market_of_days):
     decisions = read_decisions([market_of_days], CoveredCallCandidatesConfig())
-    return make_cases(decisions.columns(), recorded_of(decisions))
+    return make_cases(decisions, decisions.columns(), CoveredCallCandidatesConfig())
 
 
 def make_rows(cases) -> list[Row]:
@@ -80,7 +80,7 @@ def test_underlyings_and_exit_styles_are_judged_apart_and_never_averaged(tmp_pat
             cells = {"underlying": name, "exit_style": style, "pnl_vs_hodl": pnl, "iv": ""}
             rows += [row for day in range(30) for row in decision(day, 0, **cells)]
     decisions = read_decisions([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig())
-    cases = make_cases(decisions.columns(), recorded_of(decisions))
+    cases = make_cases(decisions, decisions.columns(), CoveredCallCandidatesConfig())
     groups = [group for group in make_groups(cases, None, {}) if group.name == "all"]
     assert [group[:2] for group in groups] == [
         ("BTC", "hold_to_expiry"), ("BTC", "tp_and_roll"), ("ETH", "hold_to_expiry"), ("ETH", "tp_and_roll"),
@@ -94,7 +94,7 @@ def test_underlyings_and_exit_styles_are_judged_apart_and_never_averaged(tmp_pat
 def test_coins_are_tied_up_from_a_decision_to_its_label_end(tmp_path):
     rows = [row for day in (0, 1, 2, 20) for row in decision(day, 0, iv="", dte=4)]
     decisions = read_decisions([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig())
-    cases = make_cases(decisions.columns(), recorded_of(decisions))
+    cases = make_cases(decisions, decisions.columns(), CoveredCallCandidatesConfig())
     found = held(cases, np.arange(4))
     assert (found.most, found.by_record) == (3, 4)
     assert found.mean == pytest.approx(4 * 4 / 24)

@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import write_csv
+from markets import walk
 
 from covered_call.candidates.columns import COUNTERFACTUAL
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.pricing import black_scholes_call, trading_cost
-from covered_call.evaluation.cases import make_cases, recorded_of
+from covered_call.evaluation.cases import make_cases
 from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import Row
 from covered_call.evaluation.scenarios import (
@@ -27,11 +29,9 @@ OPTIONS = CoveredCallCandidatesConfig()
 
 
 @pytest.fixture(scope="module", params=["hold_to_expiry", "tp_and_roll"])
-def found(request, market_of_days, tmp_path_factory):
-    path = tmp_path_factory.mktemp("market") / "market.csv"
-    text = open(market_of_days).read()
-    path.write_text(text.replace("hold_to_expiry", request.param))
-    decisions = read_decisions([str(path)], OPTIONS)
+def found(request, tmp_path_factory):
+    path = write_csv(tmp_path_factory.mktemp("market") / "market.csv", walk(200, request.param))
+    decisions = read_decisions([path], OPTIONS)
     columns = decisions.columns()
     return decisions, columns, scenarios_of(decisions, columns, OPTIONS)
 
@@ -70,10 +70,10 @@ def test_a_lower_vol_is_a_lower_premium(found):
 
 def test_at_the_break_even_vol_the_trades_earn_nothing(found):
     decisions, columns, scenarios = found
-    cases = make_cases(columns, recorded_of(decisions))
+    cases = make_cases(decisions, columns, OPTIONS)
     places = comparable_places(cases, np.arange(len(columns)))
     row = Row("first", np.zeros(len(columns), int), np.full(len(columns), np.nan))
-    whole, *years = break_evens([row], scenarios.vols, columns, places)
+    whole, *years = break_evens([row], scenarios.vols, cases, places)
     assert (whole.year, [one.year for one in years]) == (None, [2024, 2025])
     assert whole.trades == sum(one.trades for one in years) == len(places)
     if decisions.spool.names[columns.exit_style[0]] == "hold_to_expiry":
@@ -96,7 +96,7 @@ def test_the_zero_lies_on_a_straight_line_and_beyond_the_levels_there_is_none():
 
 def test_means_are_over_decisions_and_no_trade_brings_nothing(found):
     decisions, columns, scenarios = found
-    cases = make_cases(columns, recorded_of(decisions))
+    cases = make_cases(decisions, columns, OPTIONS)
     places = comparable_places(cases, np.arange(len(columns)))
     assert 0 < len(places) < len(columns)  # of the last week nothing is known
     picks = np.where(np.arange(len(columns)) % 2, -1, 0)

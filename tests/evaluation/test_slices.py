@@ -8,7 +8,7 @@ from conftest import decision, write_csv
 
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.evaluation.cases import make_cases, recorded_of
+from covered_call.evaluation.cases import make_cases
 from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import Row
 from covered_call.evaluation.slices import TREND, VOL, buckets, regimes
@@ -56,7 +56,7 @@ def test_buckets_hold_their_lower_end_and_need_ten_trades_for_an_interval(tmp_pa
     rows = [row for day, delta in enumerate(deltas) for row in decision(day, 0, delta=delta, **cells)]
     decisions = read(rows, tmp_path / "a.csv")
     columns = decisions.columns()
-    cases = make_cases(columns, recorded_of(decisions))
+    cases = make_cases(decisions, columns, CoveredCallCandidatesConfig())
     rows = [Row("teacher", columns.chosen, np.zeros(0)), Row("none", np.full(60, -1), np.zeros(0))]
     rows.append(Row("random", np.zeros(0, int), np.zeros(0)))
     found = buckets(rows, cases, np.arange(60), columns.time, draw(60, 2))
