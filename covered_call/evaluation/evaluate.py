@@ -98,7 +98,7 @@ def judge_all(
     print(f"Judging {len(rows)} policies, with {resampling.REPLICATES:,} resamples ...", flush=True)
     bar = tqdm(groups, desc="Judging", unit=" groups", disable=None, leave=False)
     results = [judge(rows, rule, cases, group) for group in bar]
-    scenarios = scenarios_of(backtest.decisions, columns, config)
+    scenarios = scenarios_of(backtest.decisions, cases, config)
     details = [
         make_detail(result, rows, trials, rule, cases, scenarios) for result in results if result.group.name == ALL
     ]

@@ -33,7 +33,7 @@ def found(request, market_of_days, tmp_path_factory):
     path.write_text(text.replace("hold_to_expiry", request.param))
     decisions = read_decisions([str(path)], OPTIONS)
     columns = decisions.columns()
-    return decisions, columns, scenarios_of(decisions, columns, OPTIONS)
+    return decisions, columns, scenarios_of(decisions, make_cases(columns, recorded_of(decisions)), OPTIONS)
 
 
 def test_no_costs_and_the_files_own_vol_are_what_is_computed(found):
