@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "34bdd49492a4171b856df4a579241202c5f04d76cd5ce7d3e51cff0b097b76a4"  # their SHA-256
+MADE_FROM = "193058a409b6ac27baaea96af52bae3c4eafee9904f201e73c6f80476afce455"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3049,8 +3049,9 @@ class Terms(NamedTuple):
             return f"{said}, and settled at its value {when}."
         defended = f" or spot / strike is {rule.defend:g}" if rule.defend < np.inf else ""
         rolls = "" if rule.max_rolls == np.inf else f", {rule.max_rolls:g} times at most"
-        best = f"the best score from {rule.roll_min_score:g}, of another instrument"
-        into = f"the call nearest to delta {options.roll_delta:g}" if rule.roll_min_score is None else best
+        into = f"the call nearest to delta {options.roll_delta:g}"
+        if rule.roll_min_score is not None:
+            into = f"the best score from {rule.roll_min_score:g}, of another instrument,"
         end = "" if rule.own_expiry else " What is open when the first call would have expired is bought back then."
         return (
             f"{said}; bought back once {rule.take_profit:.0%} of its premium is earned{defended}, with more than "

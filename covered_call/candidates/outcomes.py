@@ -40,8 +40,9 @@ class Terms(NamedTuple):
             return f"{said}, and settled at its value {when}."
         defended = f" or spot / strike is {rule.defend:g}" if rule.defend < np.inf else ""
         rolls = "" if rule.max_rolls == np.inf else f", {rule.max_rolls:g} times at most"
-        best = f"the best score from {rule.roll_min_score:g}, of another instrument"
-        into = f"the call nearest to delta {options.roll_delta:g}" if rule.roll_min_score is None else best
+        into = f"the call nearest to delta {options.roll_delta:g}"
+        if rule.roll_min_score is not None:
+            into = f"the best score from {rule.roll_min_score:g}, of another instrument,"
         end = "" if rule.own_expiry else " What is open when the first call would have expired is bought back then."
         return (
             f"{said}; bought back once {rule.take_profit:.0%} of its premium is earned{defended}, with more than "

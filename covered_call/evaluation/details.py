@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import time_of
-from covered_call.candidates.outcomes import Replay
+from covered_call.candidates.decisions import Decisions
 from covered_call.evaluation.cases import Cases, outcome
 from covered_call.evaluation.luck import Luck, against_luck
 from covered_call.evaluation.metrics import Figure
@@ -70,7 +70,7 @@ def make_detail(
     rule: Row,
     cases: Cases,
     scenarios: Scenarios,
-    replay: Replay,
+    decisions: Decisions,
 ) -> Detail:
     places, times, columns = result.group.places, result.times, cases.columns
     draws = draw(len(times), result.block)
@@ -86,18 +86,23 @@ def make_detail(
     subject = next((row for row in rows if row.name == MODEL), rule)
     best, worst = extremes(subject, cases, places)
     sold = buckets(traders, cases, places, times, draws)
-    overlays = {row.name: overlay_of(row, result, cases, replay) for row in traders if not row.at_random}
+    overlays = {row.name: overlay_of(row, result, cases, decisions) for row in traders if not row.at_random}
     risks = risks_of(overlays, result)
     return Detail(luck, len(known), costs, vols, break_even, fixed, sold, subject.name, best, worst, overlays, risks)
 
 
-def overlay_of(row: Row, result: Result, cases: Cases, replay: Replay) -> Overlay:
-    """From the first decision to the last label end."""
+def overlay_of(row: Row, result: Result, cases: Cases, decisions: Decisions) -> Overlay:
+    """From the first decision to the last label end; unknown where computed outcomes do not count."""
     places, columns = result.group.places, cases.columns
     its = places[row.picks[places] >= 0]
     span = int(columns.time[places].min()), int(cases.label_end[places].max())
     rows = columns.offsets[its] + row.picks[its]
-    return make_overlay(replay, columns, rows, result.group[:2], span, result.held.most)
+    market = result.group[:2]
+    overlay = make_overlay(decisions.replay, columns, rows, market, span, result.held.most)
+    fit = decisions.fits.get(market)
+    if len(rows) and (fit is None or not fit.trusted):
+        return overlay._replace(gain=np.full_like(overlay.gain, np.nan))
+    return overlay
 
 
 def risks_of(overlays: dict[str, Overlay], result: Result) -> dict[str, Risk]:

@@ -72,7 +72,10 @@ def evaluate(args: argparse.Namespace) -> None:
         print(terminal_table(evaluation))
         print("\n".join([*(evaluation.study.sentences() if evaluation.study else ()), *evaluation.notes]))
         write_report(folder, report_files(evaluation))
-    print(f"\nSaved in {folder}: report.md (all figures, plots, and how it is measured) and metrics.json.")
+    print(
+        f"\nSaved in {folder}: report.html (all figures, plots, and how it is measured), the same as report.md, and "
+        "metrics.json."
+    )
     print(what_next(args))
 
 
@@ -93,20 +96,22 @@ def judge_all(
     print(f"Judging {len(rows)} policies, with {resampling.REPLICATES:,} resamples ...", flush=True)
     bar = tqdm(groups, desc="Judging", unit=" groups", disable=None, leave=False)
     results = [judge(rows, rule, cases, group) for group in bar]
-    scenarios = scenarios_of(backtest.decisions, columns, config)
-    overall, replay = [result for result in results if result.group.name == ALL], backtest.decisions.replay
-    details = [make_detail(result, rows, trials, rule, cases, scenarios, replay) for result in overall]
+    scenarios = scenarios_of(backtest.decisions, cases, config)
+    overall = [result for result in results if result.group.name == ALL]
+    details = [make_detail(result, rows, trials, rule, cases, scenarios, backtest.decisions) for result in overall]
     checked = [fit.sentence(*market) for market, fit in found.items()]
     notes = [*checked, *notes, *warn(args.split, columns, results, model)]
     if not as_recorded(config):
-        notes.append("Costs or a horizon are set: all outcomes, the teacher's too, are computed and net of them.")
+        notes.append(
+            "A horizon or another vol is set, of which recorded outcomes do not know: all outcomes, the teacher's "
+            "too, are computed."
+        )
     study = make_study(fitted, predicted, columns, config, found) if fitted and predicted else None
     fitted_here = fitted_on(args.split, columns, rows, fitted, model)
     first = not_tuned_on(model.manifest, backtest, columns) if model else []
-    files = backtest.files
     return Evaluation(
-        args.model, args.split, files, config, replay.terms, cases, rows, trials, rule, results, details, fitted_here,
-        first, notes, study,
+        args.model, args.split, backtest.files, config, backtest.decisions.replay.terms, cases, rows, trials, rule,
+        results, details, fitted_here, first, notes, study,
     )  # fmt: skip
 
 

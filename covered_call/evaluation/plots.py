@@ -1,6 +1,5 @@
 """A picture for each question that a report answers."""
 
-import datetime
 from typing import Any
 
 import numpy as np
@@ -8,11 +7,12 @@ from matplotlib.figure import Figure as Plot
 
 from covered_call.candidates.columns import time_of
 from covered_call.evaluation import metrics
-from covered_call.evaluation.cases import Cases
-from covered_call.evaluation.money import ALL, Result, play
+from covered_call.evaluation.details import Detail
+from covered_call.evaluation.overlay_plots import BEST_RULE, Cost, draw_costs, draw_overlay
 from covered_call.evaluation.rows import MODEL, Q_SCORER, TEACHER, Row
 from covered_call.evaluation.sections import (
     CALIBRATION,
+    COSTS,
     EQUITY,
     RELIABILITY,
     Evaluation,
@@ -20,63 +20,48 @@ from covered_call.evaluation.sections import (
     market_name,
     show,
 )
-from covered_call.value_model.walk_forward import draw_reliability, png
-
-LINES: dict[str, dict[str, Any]] = {  # of the equity plot; that of a rule is dashed
-    TEACHER: {"color": "tab:grey", "linewidth": 5, "alpha": 0.5},
-    Q_SCORER: {"color": "tab:green"},
-    MODEL: {"color": "tab:blue"},
-}
+from covered_call.value_model.walk_forward import draw_reliability
 
 
-def draw(evaluation: Evaluation) -> dict[str, bytes]:
-    """PNGs by their names: the equity for each exit style and, for what is there, the calibration of the model and the
-    reliability of the Q-scorer."""
-    cases, rows, rule = evaluation.cases, evaluation.rows, evaluation.rule
-    overall, plots = [result for result in evaluation.results if result.group.name == ALL], {}
-    for result in overall:
-        plots[EQUITY.format(market=market_name(result))] = draw_equity(result, rows, rule, cases)
-    if rows[-1].name == MODEL:
+def draw(evaluation: Evaluation) -> dict[str, Plot]:
+    """By their names: of each underlying and exit style the overlay and what costs leave of it and, for what is there,
+    the calibration of the model and the reliability of the Q-scorer."""
+    plots = {}
+    for result, detail in evaluation.overall:
+        market = market_name(result)
+        plots[EQUITY.format(market=market)] = draw_equity(detail, evaluation.rule)
+        if detail.costs:
+            plots[COSTS.format(market=market)] = draw_costs(costs_of(detail, evaluation.rule))
+    if evaluation.rows[-1].name == MODEL:
         plots[CALIBRATION] = draw_calibration(evaluation)
     if evaluation.study:
         plots[RELIABILITY] = draw_reliability(evaluation.study.pairs)
     return plots
 
 
-def draw_equity(result: Result, rows: list[Row], rule: Row, cases: Cases) -> bytes:
-    """Cumulative P&L vs HODL by decision time, as far as it is known; what it may come to is said in words."""
-    figure = Plot(figsize=(9, 5.5), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(0, color="black", linewidth=1, label="never sell (HODL)")
-    times: Any = [time_of(time) for time in result.times.tolist()]
-    for row in [rows[0], rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
-        style = LINES.get(row.name, {"color": "tab:orange", "linestyle": "--"})
-        played = play(row, rule, cases, result.group.places, result.times)
-        low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in played.pnl.T)
-        known = int((low == high).argmin()) if (low != high).any() else len(low)
-        name = f"best rule: {row.name}" if row is rule else row.name
-        label = name + unknown_from(times, known, low, high)
-        axis.plot(times[:known], low[:known], label=label, **style)
-        if 0 < known < len(low):
-            axis.plot(times[known - 1], low[known - 1], marker="X", markersize=9, color=style["color"])
-    axis.set(ylabel="cumulative P&L vs HODL (USD a unit)", xlabel="decision time")
-    market = f"{result.group.underlying}, {result.group.exit_style}"
-    axis.set(title=f"{market}: how much more than holding would each have brought?")
-    figure.autofmt_xdate()
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", frameon=False)
-    return png(figure)
+def shown(detail: Detail, rule: Row) -> dict[str, str]:
+    """The policies that are drawn, and what they are called there."""
+    names = {TEACHER: TEACHER, rule.name: f"{BEST_RULE}: {rule.name}", Q_SCORER: Q_SCORER, MODEL: MODEL}
+    return {name: label for name, label in names.items() if name in detail.overlays}
 
 
-def unknown_from(times: list[datetime.datetime], known: int, low: np.ndarray, high: np.ndarray) -> str:
-    if known == len(times):
-        return ""
-    if np.isnan([low[-1], high[-1]]).any():
-        return f" (X: not known from {times[known].date()} on, nor within what bounds)"
-    return f" (X: not known from {times[known].date()} on; in the end {low[-1]:,.0f} to {high[-1]:,.0f})"
+def draw_equity(detail: Detail, rule: Row) -> Plot:
+    """Of the overlay on one coin, marked at each time."""
+    labels = shown(detail, rule)
+    curves = {label: np.cumsum(detail.overlays[name].gain) for name, label in labels.items()}
+    times: Any = [time_of(time) for time in detail.overlays[TEACHER].time.tolist()]
+    return draw_overlay(times, curves, "one coin, % of spot")
 
 
-def draw_calibration(evaluation: Evaluation) -> bytes:
+def costs_of(detail: Detail, rule: Row) -> list[Cost]:
+    return [
+        Cost(label, times, figure.low, figure.high, figure.interval)
+        for name, label in shown(detail, rule).items()
+        for times, figure in detail.costs[name].items()
+    ]
+
+
+def draw_calibration(evaluation: Evaluation) -> Plot:
     """How often the teacher gave an answer against its probability, in bins; their size by the area of dots."""
     figure = Plot(figsize=(7.5, 7), layout="constrained")
     axis, lessons = figure.subplots(), []
@@ -102,4 +87,4 @@ def draw_calibration(evaluation: Evaluation) -> bytes:
     axis.set_title("\n".join([title, *lessons]), fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend()
-    return png(figure)
+    return figure

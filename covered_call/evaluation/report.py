@@ -6,14 +6,18 @@ import math
 import os
 from pathlib import Path
 
+from matplotlib.figure import Figure as Plot
+
 from covered_call import atomic
-from covered_call.evaluation import metrics
+from covered_call.evaluation import metrics, page
 from covered_call.evaluation.details import Detail, Trade
 from covered_call.evaluation.metrics import METRICS, Figure
 from covered_call.evaluation.money import ALL, Result
+from covered_call.evaluation.page import Page, html_of, svg_of
 from covered_call.evaluation.plots import draw
 from covered_call.evaluation.sections import (
     CALIBRATION,
+    COSTS,
     EQUITY,
     RELIABILITY,
     Evaluation,
@@ -28,9 +32,11 @@ from covered_call.evaluation.sections import (
     show,
 )
 from covered_call.tables import align, markdown
-from covered_call.value_model.walk_forward import comparison_json
+from covered_call.value_model.walk_forward import comparison_json, png
 
-TEXT, METRICS_FILE = "report.md", "metrics.json"
+TEXT, METRICS_FILE, PAGE = "report.md", "metrics.json", "report.html"
+MOST_SAID = 5  # sentences of a verdict
+VERSIONS = ("scikit-learn", "arch", "numpy", "datasets")
 HEAD = {
     "accuracy": "accuracy",
     "trade_rate": "trade rate",
@@ -67,21 +73,22 @@ def markdown_table(figures: dict[str, dict[str, Figure]], names: list[str]) -> s
 def report_files(evaluation: Evaluation) -> dict[str, str | bytes]:
     """The files of a report by their names, metrics.json first."""
     plots = draw(evaluation)
-    figures = json.dumps(as_json(evaluation), indent=2, allow_nan=False)
-    return {METRICS_FILE: figures, TEXT: report_text(evaluation, list(plots)), **plots}
+    sections = sections_of(evaluation, list(plots))
+    return {
+        METRICS_FILE: json.dumps(as_json(evaluation), indent=2, allow_nan=False),
+        TEXT: "\n\n".join(map(section_text, sections)) + "\n",
+        PAGE: html_of(page_of(evaluation, sections, plots)),
+        **{name: png(figure) for name, figure in plots.items()},
+    }
 
 
 def write_report(folder: Path, files: dict[str, str | bytes]) -> None:
     """All of a report or nothing of it, and nothing of the one that was there, such as the plots of another model."""
     old = []
     if (folder / METRICS_FILE).is_file():  # else the folder is not one that reports go to
-        plots = (EQUITY.format(market="*"), CALIBRATION, RELIABILITY)
+        plots = (EQUITY.format(market="*"), COSTS.format(market="*"), CALIBRATION, RELIABILITY, PAGE)
         old = [path.name for pattern in plots for path in folder.glob(pattern)]
     atomic.write_together(folder, files, old)
-
-
-def report_text(evaluation: Evaluation, plots: list[str]) -> str:
-    return "\n\n".join(map(section_text, sections_of(evaluation, plots))) + "\n"
 
 
 def section_text(section: Section) -> str:
@@ -95,6 +102,34 @@ def part_text(part: str | list[str] | Table | Picture) -> str:
     if isinstance(part, Picture):
         return f"![{part.name}]({part.name})"
     return part if isinstance(part, str) else "\n".join(f"- {line}" for line in part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.html
+
+
+def page_of(evaluation: Evaluation, sections: list[Section], plots: dict[str, Plot]) -> Page:
+    """The same sections, but for the verdict and the warnings, which have places of their own."""
+    said = [f"{name}: {one}" for name, sentences in evaluation.verdicts.items() for one in sentences[:MOST_SAID]]
+    notes = [*evaluation.first, *filter(None, [fixed_vol_sentence(evaluation)]), *evaluation.notes]
+    warnings = [note.replace("WARNING: ", "") for note in notes]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
+    files = ", ".join(os.path.basename(path) for path in evaluation.files)
+    made = ["Made by covered-call evaluate.", f"Read from {files}.", f"Versions: {versions}."]
+    return Page(sections[0].title, said, warnings, [page_section(one, plots) for one in sections[1:]], made)
+
+
+def page_section(section: Section, plots: dict[str, Plot]) -> page.Section:
+    texts, tables, pictures = [], [], []
+    for part in section.parts:
+        if isinstance(part, Table):
+            head, *rows = part.rows
+            tables.append(page.Table(part.caption, head, rows))
+        elif isinstance(part, Picture):
+            pictures.append(page.Plot(svg_of(plots[part.name]), f"{section.title}: {part.name[:-4]}", ""))
+        else:
+            texts += [part] if isinstance(part, str) else part
+    return page.Section(section.title, texts, tables, pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +156,7 @@ def as_json(evaluation: Evaluation) -> dict:
         "notes": [*evaluation.first, *filter(None, [fixed_vol_sentence(evaluation)]), *evaluation.notes],
         "groups": [result_json(result) for result in evaluation.results],
         "details": [detail_json(result, detail) for result, detail in evaluation.overall],
-        "versions": {name: importlib.metadata.version(name) for name in ("scikit-learn", "arch", "numpy", "datasets")},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "q_scorer": study_json(evaluation.study),
     }
 
@@ -163,6 +198,10 @@ def detail_json(result: Result, detail: Detail) -> dict:
             one._asdict() | {"high": known(one.high), "percent": figure_json(one.percent)} for one in detail.buckets
         ],
         "subject": detail.subject,
+        "overlay": {
+            policy: {name: figure_json(figure) for name, figure in risk._asdict().items()}
+            for policy, risk in detail.risks.items()
+        },
         **{name: [trade_json(one) for one in getattr(detail, name)] for name in ("best", "worst")},
     }
 

@@ -27,7 +27,11 @@ class Scenarios(NamedTuple):
     vols: dict[float, np.ndarray]
 
 
-def scenarios_of(decisions: Decisions, columns: Columns, options: CoveredCallCandidatesConfig) -> Scenarios:
+def scenarios_of(decisions: Decisions, cases: Cases, options: CoveredCallCandidatesConfig) -> Scenarios:
+    """Those of the cases; all unknown where nothing that is computed counts."""
+    columns = cases.columns
+    if np.isnan(cases.computed).all():
+        return Scenarios(*(dict.fromkeys(levels, cases.computed) for levels in (COSTS, LEVELS)))
     costs = {times: dataclasses.replace(options, half_spread=times * HALF_SPREAD, fee=times * FEE) for times in COSTS}
     replay = decisions.replay
     return Scenarios(

@@ -13,7 +13,7 @@ from covered_call.evaluation import verdict
 from covered_call.evaluation.cases import Cases
 from covered_call.evaluation.details import Detail, Trade
 from covered_call.evaluation.metrics import DIFFERENCES, IMITATION, IN_PERCENT, IN_USD, METRICS, VERSION, Figure
-from covered_call.evaluation.money import ALL, Result
+from covered_call.evaluation.money import ALL, Held, Result
 from covered_call.evaluation.resampling import MIN_BLOCKS, REPLICATES
 from covered_call.evaluation.rows import MODEL, Q_SCORER, Row, Trial
 from covered_call.evaluation.scenarios import FEE, HALF_SPREAD
@@ -21,7 +21,8 @@ from covered_call.evaluation.slices import Bucket
 from covered_call.value_model.learning import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison
 
-EQUITY, CALIBRATION, RELIABILITY = "equity_{market}.png", "calibration.png", "q_scorer.png"
+EQUITY, COSTS = "equity_{market}.png", "costs_{market}.png"
+CALIBRATION, RELIABILITY = "calibration.png", "q_scorer.png"
 
 
 class Study(NamedTuple):
@@ -116,9 +117,8 @@ def sections_of(evaluation: Evaluation, plots: list[str]) -> list[Section]:
     details = {result.group[:2]: detail for result, detail in evaluation.overall}
     for result in evaluation.results:
         if result.group.name == ALL:
-            its = [name for name in plots if name == EQUITY.format(market=market_name(result))]
-            sections.append(Section(2, describe(evaluation.split, result), group_parts(result, its)))
-            sections += detail_sections(details[result.group[:2]])
+            sections.append(Section(2, describe(evaluation.split, result), group_parts(result)))
+            sections += detail_sections(details[result.group[:2]], result.held, market_name(result))
         else:
             sections.append(Section(3, describe(evaluation.split, result), [slice_table(result)]))
     if CALIBRATION in plots:
@@ -190,7 +190,7 @@ def figure_rows(figures: dict[str, dict[str, Figure]], names: list[str]) -> list
     return [head, *([row, *(show(name, found[name]) for name in names)] for row, found in figures.items())]
 
 
-def group_parts(result: Result, plots: list[str]) -> list[str | list[str] | Table | Picture]:
+def group_parts(result: Result) -> list[str | list[str] | Table | Picture]:
     tables = (
         ("Money, in % of spot", IN_PERCENT),
         ("Money, in USD a unit", IN_USD),
@@ -205,7 +205,7 @@ def group_parts(result: Result, plots: list[str]) -> list[str | list[str] | Tabl
         f"subtract. Intervals are of blocks of {result.block:,} decision times."
     )
     made = [Table(caption, figure_rows(result.figures, list(names))) for caption, names in tables]
-    return [text, *made, *map(Picture, plots)]
+    return [text, *made]
 
 
 def slice_table(result: Result) -> Table:
@@ -225,15 +225,18 @@ def slice_table(result: Result) -> Table:
 # Details
 
 
-def detail_sections(detail: Detail) -> list[Section]:
-    """The overlay marked daily, with its Sharpe, Sortino, drawdown and beta, would be the first of them."""
-    sections = [Section(3, "Against luck", luck_parts(detail))]
+def detail_sections(detail: Detail, held: Held, market: str) -> list[Section]:
+    sections = [
+        Section(3, "Overlay on one coin", [*overlay_parts(detail, held), Picture(EQUITY.format(market=market))])
+    ]
+    sections.append(Section(3, "Against luck", luck_parts(detail)))
     if detail.costs:
         text = (
             f"Mean P&L in % of spot a decision at {detail.compared:,}, those with every outcome computed; 1x is "
             f"a half-spread of {HALF_SPREAD:.1%} of the option's price and a fee of {FEE:g} of spot, at each trade."
         )
-        sections.append(Section(3, "Costs", [text, levels_table(detail.costs, "{:g}x costs")]))
+        table = levels_table(detail.costs, "{:g}x costs")
+        sections.append(Section(3, "Costs", [text, table, Picture(COSTS.format(market=market))]))
     if detail.vols:
         text = "The same decisions and picks, mean P&L in % of spot, with the premiums of another vol."
         sections.append(Section(3, "Vol", [text, levels_table(detail.vols, "iv x {:g}")]))
@@ -244,6 +247,22 @@ def detail_sections(detail: Detail) -> list[Section]:
         title = f"The {len(detail.best)} best and {len(detail.worst)} worst trades: {detail.subject}"
         sections.append(Section(3, title, [trade_table("Best", detail.best), trade_table("Worst", detail.worst)]))
     return sections
+
+
+def overlay_parts(detail: Detail, held: Held) -> list[str | list[str] | Table | Picture]:
+    text = (
+        "Outcomes of neighbouring decisions overlap, so their sum is no equity. Here each call that is sold ties up "
+        f"one of {held.most:,} coins, as many as decisions are open at once, and is marked at each decision time; "
+        "gains are those of all open calls, divided by these coins. Sharpe and Sortino ratios are annualised and of "
+        "the excess over holding; the drawdown is of the sum of gains; beta is that of the gains to the coin's own."
+    )
+    head = ["", "% of spot a year", "Sharpe", "Sortino", "max drawdown, % of spot", "beta"]
+    forms = ("+.2f", "+.2f", "+.2f", ".2f", "+.3f")
+    rows = [
+        [name, *(show_as(form, figure) for form, figure in zip(forms, risk, strict=True))]
+        for name, risk in detail.risks.items()
+    ]
+    return [text, Table("", [head, *rows])]
 
 
 def luck_parts(detail: Detail) -> list[str | list[str] | Table | Picture]:

@@ -138,8 +138,8 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
-    """Mean realised against mean predicted outcome in tenths of the candidates, by prediction, in % of spot; a PNG.
+def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Plot:
+    """Mean realised against mean predicted outcome in tenths of the candidates, by prediction, in % of spot.
 
     Args:
         pairs: for each exit style the predicted and the realised outcomes, shares of spot.
@@ -166,7 +166,7 @@ def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
         fontsize=10,
     )
     axis.grid(alpha=0.3)
-    return png(figure)
+    return figure
 
 
 def png(figure: Plot) -> bytes:

@@ -101,7 +101,7 @@ def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, caps
         assert (out / plot).stat().st_size > 10_000
     assert sorted(path.name for path in out.iterdir()) == [
         "calibration.png", "equity_btc_hold_to_expiry.png", "equity_btc_tp_and_roll.png", "metrics.json",
-        "q_scorer.png", "report.md",
+        "q_scorer.png", "report.html", "report.md",
     ]  # fmt: skip
 
 
@@ -162,7 +162,15 @@ def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(mar
     [(name, said)] = found["verdict"].items()
     assert report.index(name) < report.index(said[0]) < report.index("## ")
     assert all(sentence in printed and "policies and thresholds compared" in sentence for sentence in said)
-    titles = ("Against luck", "Costs", "Break-even vol", "Calls by delta", "Calls by dte", "The 10 best and 10 worst")
+    titles = (
+        "Overlay on one coin",
+        "Against luck",
+        "Costs",
+        "Break-even vol",
+        "Calls by delta",
+        "Calls by dte",
+        "The 10 best and 10 worst",
+    )
     places = [report.index(f"### {title}") for title in titles]
     assert places == sorted(places) and "### Vol\n" not in report  # of these files the vol varies
     [detail] = found["details"]
@@ -225,7 +233,7 @@ def test_an_empty_split_is_an_error_that_says_so(tmp_path, capsys):
 
 def test_nothing_half_written_is_left_when_the_report_fails(backtest, tmp_path, capsys, monkeypatch):
     out = tmp_path / "report"
-    monkeypatch.setattr(report, "report_text", lambda *_: 1 / 0)
+    monkeypatch.setattr(report, "html_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main(["--baselines-only", "--data_files", backtest, "--output_dir", str(out)])
     assert list(tmp_path.iterdir()) == [Path(backtest)]

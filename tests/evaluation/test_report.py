@@ -2,25 +2,22 @@
 
 import re
 
-import numpy as np
 from conftest import ROOT
-from markets import day
 
 from covered_call.evaluation.metrics import METRICS
-from covered_call.evaluation.plots import unknown_from
 from covered_call.evaluation.report import write_report
 
 
-def test_an_equity_line_ends_where_it_is_not_known_and_says_what_it_may_come_to():
-    times = [day(number) for number in range(3)]
-    low, high = np.array([1.0, -50.0, -2000.0]), np.array([1.0, 30.0, 3000.0])
-    assert unknown_from(times, 1, low, high) == (" (X: not known from 2024-09-02 on; in the end -2,000 to 3,000)")
-    assert unknown_from(times, 3, low, low) == ""
-    assert "nor within what bounds" in unknown_from(times, 1, low * np.nan, high)
-
-
 def test_a_report_keeps_nothing_of_another_and_touches_no_other_file(tmp_path):
-    names = ("metrics.json", "report.md", "equity_hold_to_expiry.png", "calibration.png", "q_scorer.png")
+    names = (
+        "metrics.json",
+        "report.md",
+        "report.html",
+        "equity_hold_to_expiry.png",
+        "costs_hold_to_expiry.png",
+        "calibration.png",
+        "q_scorer.png",
+    )
     (tmp_path / "notes.md").write_text("mine")
     write_report(tmp_path, dict.fromkeys(names, "old"))
     new = ("metrics.json", "report.md", "equity_tp_and_roll.png")

@@ -33,7 +33,7 @@ def found(request, tmp_path_factory):
     path = write_csv(tmp_path_factory.mktemp("market") / "market.csv", walk(200, request.param))
     decisions = read_decisions([path], OPTIONS)
     columns = decisions.columns()
-    return decisions, columns, scenarios_of(decisions, columns, OPTIONS)
+    return decisions, columns, scenarios_of(decisions, make_cases(decisions, columns, OPTIONS), OPTIONS)
 
 
 def test_no_costs_and_the_files_own_vol_are_what_is_computed(found):
