@@ -153,9 +153,10 @@ def locked_folder() -> tuple[str, FileLock]:
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX)
         lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
-        lock.acquire()
-        if os.path.exists(lock.lock_file):  # or another process took it for a dead one's, before it was locked
-            return folder, lock
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+            lock.acquire()
+            if os.path.exists(lock.lock_file):
+                return folder, lock
         lock.release()
 
 
