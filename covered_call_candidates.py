@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "193058a409b6ac27baaea96af52bae3c4eafee9904f201e73c6f80476afce455"  # their SHA-256
+MADE_FROM = "45fd1c5e1bd07f154d2f7cc27f21fa56d4fbc86cfe8d4ca81e086756433cea2c"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2743,7 +2743,7 @@ def close_legs(
     settled = ~stops & ~bought
     place = np.where(stops, stop, np.where(bought, exits, legs.mature))
     left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
-    left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
+    left = np.where(settled & legs.settles & (lag == 0), 0, np.maximum(left, 0))
     spot = market.spot[place]
     value = mark(spot, legs, left, rule)
     traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles
@@ -3598,8 +3598,8 @@ def locked_folder() -> tuple[str, FileLock]:
         lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
         with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
             lock.acquire()
-        if os.path.exists(lock.lock_file):
-            return folder, lock
+            if os.path.exists(lock.lock_file):
+                return folder, lock
         lock.release()
 
 

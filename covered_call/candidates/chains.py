@@ -141,7 +141,7 @@ def close_legs(
     settled = ~stops & ~bought
     place = np.where(stops, stop, np.where(bought, exits, legs.mature))
     left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
-    left = np.where(settled & (lag == 0), 0, np.maximum(left, 0))
+    left = np.where(settled & legs.settles & (lag == 0), 0, np.maximum(left, 0))
     spot = market.spot[place]
     value = mark(spot, legs, left, rule)
     traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles

@@ -156,8 +156,8 @@ def locked_folder() -> tuple[str, FileLock]:
         lock = FileLock(os.path.join(folder, LOCK), thread_local=False)
         with contextlib.suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
             lock.acquire()
-        if os.path.exists(lock.lock_file):
-            return folder, lock
+            if os.path.exists(lock.lock_file):
+                return folder, lock
         lock.release()
 
 

@@ -10,8 +10,10 @@ mean different things.
 
 import argparse
 import datetime
+import itertools
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -241,14 +243,22 @@ def warn(split: str, columns: Columns, results: list[Result], model) -> list[str
                 f"WARNING: {seen} of these {len(columns)} decisions are not later than the model's training "
                 f"decisions, which end on {model.manifest['splits']['train']['to'][:10]}: it may have learnt them."
             )
-    for result in results:
-        group, times, block = result.group, len(result.times), result.block
-        if times < resampling.MIN_BLOCKS * block:
-            warnings.append(
-                f"{group.underlying}, {group.exit_style}, {group.name}: no intervals, for {times} decision times are "
-                f"fewer than {resampling.MIN_BLOCKS} blocks of {block}."
+    return warnings + list(without_intervals(results))
+
+
+def without_intervals(results: list[Result]) -> Iterator[str]:
+    """What is too short for them: a sentence for each underlying and exit style, and one for its slices."""
+    short = [one for one in results if len(one.times) < resampling.MIN_BLOCKS * one.block]
+    for market, its in itertools.groupby(short, key=lambda one: ", ".join(one.group[:2])):
+        its = list(its)
+        for whole in [one for one in its if one.group.name == ALL]:
+            yield (
+                f"{market}: no intervals, for {len(whole.times)} decision times are fewer than "
+                f"{resampling.MIN_BLOCKS} blocks of {whole.block}."
             )
-    return warnings
+        slices = [one.group.name for one in its if one.group.name != ALL]
+        if slices:
+            yield f"{market}: no intervals for what is too short: {', '.join(slices)}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 
 from covered_call.candidates.chains import Segment, hours, mark
 from covered_call.candidates.columns import DAY, Columns
-from covered_call.candidates.outcomes import Replay
+from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, Replay
 from covered_call.candidates.pricing import Calls, Sales, pick
 from covered_call.evaluation.metrics import Figure
 from covered_call.evaluation.resampling import Draws, as_it_was, drawdowns, interval, share
@@ -43,13 +43,16 @@ def make_overlay(
     underlying, style = market
     code = columns.names.index(underlying)
     first, last = replay.market.search(np.array([code, code]), np.array(span), "left")
-    last = min(int(last), int(replay.market.bounds[code + 1]) - 1)
+    last = min(int(last), int(replay.market.bounds[code + 1]) - 1)  # or the span ends beyond the files
     spot, size = replay.market.spot[first : last + 1], last - first + 1
     known, change = np.ones(size, bool), np.zeros(size)
     of, trail = columns.decision_of[rows], []
     calls = Calls(*(columns.numbers[name][rows] for name in Calls._fields))
+    vols = replay.terms[style].vols.priced(calls, columns.underlying[of], columns.time[of]).iv
     outcomes = replay.of_sales(Sales(columns.underlying[of], columns.time[of], columns.spot[of], *calls), style, trail)
-    unknown = np.isnan(outcomes.gross)
+    # A call that is held beyond the end of the files has no outcome, but marks until then.
+    held_on = (style == HOLD_TO_EXPIRY) & (outcomes.label_end > replay.market.time[last]) & ~np.isnan(vols)
+    unknown = np.isnan(outcomes.gross) & ~held_on
     if unknown.any():
         known &= replay.market.time[first : last + 1] < columns.time[of[unknown]].min()
     for segment in trail:

@@ -110,13 +110,20 @@ def part_text(part: str | list[str] | Table | Picture) -> str:
 
 def page_of(evaluation: Evaluation, sections: list[Section], plots: dict[str, Plot]) -> Page:
     """The same sections, but for the verdict and the warnings, which have places of their own."""
-    said = [f"{name}: {one}" for name, sentences in evaluation.verdicts.items() for one in sentences[:MOST_SAID]]
+    said = [
+        f"{result.group.underlying}, {result.group.exit_style}: {sentence}"
+        for result, _ in evaluation.overall
+        for sentence in evaluation.verdicts[describe(evaluation.split, result)][:MOST_SAID]
+    ]
     notes = [*evaluation.first, *filter(None, [fixed_vol_sentence(evaluation)]), *evaluation.notes]
-    warnings = [note.replace("WARNING: ", "") for note in notes]
+    is_warning = ["WARNING: " in note or note == fixed_vol_sentence(evaluation) for note in notes]
+    warnings = [note.replace("WARNING: ", "") for note, is_one in zip(notes, is_warning, strict=True) if is_one]
+    others = [note for note, is_one in zip(notes, is_warning, strict=True) if not is_one]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
     files = ", ".join(os.path.basename(path) for path in evaluation.files)
     made = ["Made by covered-call evaluate.", f"Read from {files}.", f"Versions: {versions}."]
-    return Page(sections[0].title, said, warnings, [page_section(one, plots) for one in sections[1:]], made)
+    found = [page_section(one, plots) for one in sections[1:]]
+    return Page(sections[0].title, said, warnings, [*found, page.Section("Notes", others, [], [])], made)
 
 
 def page_section(section: Section, plots: dict[str, Plot]) -> page.Section:

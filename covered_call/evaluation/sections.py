@@ -119,8 +119,8 @@ def sections_of(evaluation: Evaluation, plots: list[str]) -> list[Section]:
         if result.group.name == ALL:
             sections.append(Section(2, describe(evaluation.split, result), group_parts(result)))
             sections += detail_sections(details[result.group[:2]], result.held, market_name(result))
-        else:
-            sections.append(Section(3, describe(evaluation.split, result), [slice_table(result)]))
+            slices = [one for one in evaluation.results if one.group[:2] == result.group[:2] and one is not result]
+            sections.append(Section(3, "By year, trend and realised vol", [slice_table(one) for one in slices]))
     if CALIBRATION in plots:
         sections.append(Section(2, "Calibration", [*calibration_sentences(evaluation), Picture(CALIBRATION)]))
     if evaluation.study:
@@ -153,9 +153,9 @@ def fixed_vol_sentence(evaluation: Evaluation) -> str:
 
 
 def describe(split: str, result: Result) -> str:
+    """All decisions of an underlying and an exit style."""
     group, span = result.group, f"{result.first.date()} to {result.last.date()}"
-    name = "" if group.name == ALL else f", {group.name}"
-    return f"{group.underlying}, {group.exit_style}{name}: {len(group.places):,} decisions of {split}, {span}"
+    return f"{group.underlying}, {group.exit_style}: {len(group.places):,} decisions of {split}, {span}"
 
 
 def market_name(result: Result) -> str:
@@ -218,7 +218,9 @@ def slice_table(result: Result) -> Table:
         "mean_pnl",
         "minus_teacher",
     ]
-    return Table("", figure_rows(result.figures, names))
+    span = f"{result.first.date()} to {result.last.date()}"
+    caption = f"{result.group.name}: {len(result.group.places):,} decisions, {span}"
+    return Table(caption, figure_rows(result.figures, names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -419,14 +419,20 @@ corruptions = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> dict[str, dict]:
+    """The records of the good file, by their decisions."""
+    path = write_csv(tmp_path_factory.mktemp("good") / "good.csv", GOOD)
+    return {one["decision_id"]: one for one in records(path, "per_decision_ranking")}
+
+
 @on_the_default_stack
 @given(st.integers(2, len(GOOD) + 1), st.sampled_from(COLUMNS), corruptions)
 @example(6, "decision_time", "9999-12-31T23:00:00-05:00")
 @example(6, "decision_time", "0001-01-01T00:00:00+05:00")
 @example(2, "decision_time", "\r")
 @settings(max_examples=400)
-def test_one_corrupted_cell_never_does_harm_in_silence(tmp_path, caplog, line, column, text):
-    good = {one["decision_id"]: one for one in records(write_csv(tmp_path / "good.csv", GOOD), "per_decision_ranking")}
+def test_one_corrupted_cell_never_does_harm_in_silence(tmp_path, caplog, good, line, column, text):
     path = write_csv(tmp_path / "a.csv", spoilt({line: {column: text}}))
     day = (line - 2) // 3
     own, beside = f"BTC|{time(day)}|tp_and_roll", {f"BTC|{time(near)}|tp_and_roll" for near in (day - 1, day + 1)}

@@ -5,6 +5,7 @@ import errno
 import gc
 import gzip
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from attack.columns import outcome, row_by_row, taken
 from conftest import SCRIPT, decision, no_candidates, on_the_default_stack, write_csv
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,6 +224,22 @@ def test_what_a_killed_process_left_goes_with_the_next_one_and_nothing_else_does
         process.communicate("go on\n")
     assert os.path.isdir(folder)
     assert Spool().folder != folder and not os.path.exists(folder) and os.path.isdir(mine.folder)
+
+
+def test_a_folder_that_another_process_takes_for_a_dead_ones_is_made_anew(temporary, monkeypatch):
+    """Between the moments in which it is made and locked."""
+    acquire, lost = FileLock.acquire, []
+
+    def late(self, *args, **options):
+        if not lost:
+            lost.append(os.path.dirname(self.lock_file))
+            shutil.rmtree(lost[0])
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", self.lock_file)
+        return acquire(self, *args, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    spool = Spool()
+    assert [spool.folder] == [str(path) for path in temporary.iterdir()] and spool.folder not in lost
 
 
 def test_a_link_to_another_folder_is_left_alone(temporary, tmp_path):

@@ -74,7 +74,7 @@ def follow(decision, candidate, rule, prices, chains, stopping, tolerance, optio
         at = prices[close]
         left = stopping[1] if how == "stop" else close
         left = max(0.0, (expiry + lag - left) / DAY)
-        left = 0.0 if how in ("settled", "unknown", "cut") and not lag else left
+        left = 0.0 if how == "settled" and not lag else left
         value = worth(at, candidate, max(left / 365, 1e-6 if lag else 0.0))
         traded = how == "exit" or (how == "stop" and expiry > stopping[1])
         costs += cost(value, at, options) if traded else min(options.delivery_fee * at, options.fee_cap * value)
