@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "45fd1c5e1bd07f154d2f7cc27f21fa56d4fbc86cfe8d4ca81e086756433cea2c"  # their SHA-256
+MADE_FROM = "46ac71778bd0ab105cac4c232818d07f3a69b5feb3aff529be76765038d5c4a8"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3149,6 +3149,9 @@ class Replay:
             return found
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
+        # Where the files end before, a chain goes on until then: it may have ended by itself, or it is cut off.
+        beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
+        stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
         part = []
         known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
@@ -3156,6 +3159,7 @@ class Replay:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
+        found.label_end[beyond] = end[beyond]
         gross[~np.isfinite(gross - costs)] = np.nan
         return found
 
@@ -3401,7 +3405,9 @@ def settle_style(
 
     def computed(terms: Terms, trades: Trades) -> np.ndarray:
         replay = Replay(quotes, {style: terms}, dataclasses.replace(options, horizon=None), market)
-        return replay.of_sales(trades.sales, style).gross
+        found = replay.of_sales(trades.sales, style)
+        # A teacher whose calls live to their own expiries records a mark where its file ends; another what came later.
+        return found.gross if terms.rule.own_expiry else np.where(found.cut, np.nan, found.gross)
 
     def error(terms: Terms) -> float:
         found = np.abs(computed(terms, chosen_by) - chosen_by.recorded)
@@ -3810,7 +3816,8 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
         if has_one.any():
             last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        return net_of(found, options), found.costs, found.label_end
+        net = net_of(found, options)
+        return net, np.where(np.isnan(net), np.nan, found.costs), found.label_end
 
     decisions.spool.compute(outcomes)
     label_end = np.concatenate(label_ends)[decisions.place]

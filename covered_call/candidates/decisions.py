@@ -210,7 +210,8 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
         if has_one.any():
             last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        return net_of(found, options), found.costs, found.label_end
+        net = net_of(found, options)
+        return net, np.where(np.isnan(net), np.nan, found.costs), found.label_end
 
     decisions.spool.compute(outcomes)
     label_end = np.concatenate(label_ends)[decisions.place]

@@ -140,6 +140,9 @@ class Replay:
             return found
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
+        # Where the files end before, a chain goes on until then: it may have ended by itself, or it is cut off.
+        beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
+        stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
         part = []
         known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
@@ -147,6 +150,7 @@ class Replay:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
+        found.label_end[beyond] = end[beyond]
         gross[~np.isfinite(gross - costs)] = np.nan
         return found
 

@@ -44,17 +44,16 @@ def counterfactual(decisions: list[Decision], decision: Decision, candidate: Can
         life = options.horizon if style == "tp_and_roll" and rule.own_expiry else min(life, options.horizon)
     end = start + datetime.timedelta(days=life)
     last = nearest(prices, end)
-    stop = last if stops else None
-    if (
-        candidate.iv is None
-        or (stops and abs(last - end) > tolerance)
-        or style not in ("hold_to_expiry", "tp_and_roll")
-    ):
+    stop, beyond = last if stops else None, stops and abs(last - end) > tolerance and end > max(prices)
+    known = candidate.iv is not None and style in ("hold_to_expiry", "tp_and_roll")
+    if not known or (stops and abs(last - end) > tolerance and not beyond):
         return Counterfactual(None, end, None)
-    return follow(decision, candidate, rule, prices, chains, (stop, end), tolerance, options)
+    stop = None if beyond else stop
+    found = follow(decision, candidate, rule, prices, chains, (stop, end), tolerance, options)
+    return found._replace(label_end=end) if beyond else found
 
 
-def nearest(prices, time):
+def nearest(prices: dict, time: datetime.datetime) -> datetime.datetime:
     return min(prices, key=lambda other: (abs(other - time), other))
 
 
@@ -67,7 +66,7 @@ def follow(decision, candidate, rule, prices, chains, stopping, tolerance, optio
         expiry, listed = time - clock + days(candidate.dte), (time + days(candidate.dte)).date()
         instrument, clock = (candidate.strike, listed), lag
         premium = worth(spot, candidate, candidate.dte / 365)
-        costs += cost(premium, spot, options)
+        opening = cost(premium, spot, options)
         close, how = close_of(
             rule, premium, candidate, expiry, time, prices, stopping, tolerance, options, rolled, rolls
         )
@@ -77,7 +76,8 @@ def follow(decision, candidate, rule, prices, chains, stopping, tolerance, optio
         left = 0.0 if how == "settled" and not lag else left
         value = worth(at, candidate, max(left / 365, 1e-6 if lag else 0.0))
         traded = how == "exit" or (how == "stop" and expiry > stopping[1])
-        costs += cost(value, at, options) if traded else min(options.delivery_fee * at, options.fee_cap * value)
+        closing = cost(value, at, options) if traded else min(options.delivery_fee * at, options.fee_cap * value)
+        costs += opening + closing
         gross += premium - value
         label_end = {"stop": max(stopping[1], close), "settled": max(expiry, close), "exit": close}.get(how, expiry)
         path = [one for one in times if decision.decision_time <= one <= close]
