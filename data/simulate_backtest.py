@@ -5,22 +5,46 @@ strike grid stands in for Deribit's weekly calls, and a threshold rule stands in
 hold the same path, candidates and scores; only the outcome of the sold call differs. Same seed, same bytes.
 
     python data/simulate_backtest.py --output_dir data/sample
+
+With --rule teacher the rule is another, that of simulated_teacher.py, and the spots may be any.
 """
 
 import argparse
-import csv
-import os
+import sys
 from datetime import date, timedelta
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from arch.univariate import GARCH, ConstantMean, StudentsT
-from scipy.special import ndtr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for whoever loads this file in another way than by a run
+
+from backtest_log import (  # noqa: E402
+    DAYS_PER_YEAR,
+    EXIT_STYLES,
+    MAX_DELTA,
+    MIN_DELTA,
+    Candidate,
+    Outcome,
+    black_scholes_call,
+    black_scholes_delta,
+    choose,
+    decision_rows,
+    instrument_name,
+    max_drawdown_pct,
+    summary,
+    write_csv,
+)
+from simulated_teacher import (  # noqa: E402
+    STRIKE_GRIDS,
+    SeriesError,
+    missing_days,
+    read_series,
+    read_vols,
+    teacher_logs,
+)
 
 UNDERLYING = "BTC"
-DAYS_PER_YEAR = 365
 SETTLEMENT_DAYS = 30  # the path goes on this long after the last decision, so that every option settles
 
 DEFAULT_SEED = 349  # picked by eye among a few hundred: its path has BTC's growth, crashes and final level
@@ -45,7 +69,6 @@ REALISED_VOL_DAYS = 30
 # Candidates
 TARGET_DTE = 7
 TARGET_DELTA = 0.25
-MIN_DELTA, MAX_DELTA = 0.15, 0.35
 MAX_CANDIDATES = 10
 STRIKE_STEPS = (5, 10, 25, 50, 100, 250, 500, 1000, 2000, 5000, 10000, 25000)
 MAX_RELATIVE_STEP = 0.02
@@ -56,86 +79,9 @@ BASE_SCORE = 3.9
 DELTA_WEIGHT, DTE_WEIGHT = 20.0, 0.1  # a unit of delta, a day
 IVRV_WEIGHT = 5.0
 YIELD_WEIGHT, TYPICAL_YIELD = 50.0, 0.01  # premium / spot
-SCORE_THRESHOLD = 3.0
 TAKE_PROFIT = 0.70  # tp_and_roll buys a call back once this share of its premium is captured
 
-EXIT_STYLES = ("hold_to_expiry", "tp_and_roll")
-COLUMNS = (
-    "decision_time",
-    "underlying",
-    "spot",
-    "instrument",
-    "strike",
-    "dte",
-    "delta",
-    "score",
-    "iv",
-    "ivrv_ratio",
-    "exit_style",
-    "trade_executed",
-    "chosen",
-    "action",
-    "strategy",
-    "reward",
-    "pnl_vs_hodl",
-    "max_drawdown_pct",
-)
-
-
-class Candidate(NamedTuple):
-    """One quoted call, named as the file's columns are. dte is in whole days, ivrv_ratio may be None."""
-
-    instrument: str
-    strike: float
-    dte: int
-    delta: float
-    score: float
-    iv: float
-    ivrv_ratio: float | None
-
-
-class Outcome(NamedTuple):
-    """What became of one sold call: USD per 1 BTC held, and the drawdown in percent."""
-
-    reward: float
-    pnl_vs_hodl: float
-    max_drawdown_pct: float
-
-
-PLACEHOLDER = Candidate("NO_CANDIDATES", 0.0, 0, 0.0, 0.0, None, None)
-UNKNOWN = Outcome(0.0, 0.0, 0.0)
-
-
-# Black-Scholes, r = 0
-
-
-def _d1_and_sd(spot, strike, years, iv):
-    sd = iv * np.sqrt(years)
-    # At expiry sd is 0 and d1 becomes +-huge, so the formulas below end in the intrinsic value.
-    return np.log(spot / strike) / np.maximum(sd, 1e-12) + sd / 2, sd
-
-
-def black_scholes_call(spot, strike, years, iv):
-    """Value of a European call in USD, interest rate 0 (Black and Scholes 1973).
-
-    spot and strike in USD, years to expiry >= 0, iv annualised (0.6 = 60 %), as scalars or arrays that
-    broadcast. At years = 0 it is the intrinsic value max(0, spot - strike).
-    """
-    d1, sd = _d1_and_sd(spot, strike, years, iv)
-    return spot * ndtr(d1) - strike * ndtr(d1 - sd)
-
-
-def black_scholes_delta(spot, strike, years, iv):
-    """Delta N(d1) of that call, 0 to 1; the same arguments as `black_scholes_call`."""
-    return ndtr(_d1_and_sd(spot, strike, years, iv)[0])
-
-
 # Exit styles
-
-
-def max_drawdown_pct(equity):
-    """Largest fall from a running peak in percent (>= 0) of a positive equity series, shape (days + 1,)."""
-    return float(100 * np.max(1 - equity / np.maximum.accumulate(equity)))
 
 
 def hold_to_expiry_outcome(spots, strike, iv):
@@ -235,11 +181,6 @@ def strike_step(spot):
     return max(step for step in STRIKE_STEPS if step == STRIKE_STEPS[0] or step <= MAX_RELATIVE_STEP * spot)
 
 
-def instrument_name(expiry, strike):
-    """Deribit's name with a two-digit day, such as BTC-08SEP24-63000-C."""
-    return f"{UNDERLYING}-{expiry:%d%b%y}-{strike:.0f}-C".upper()
-
-
 def smile(atm_iv, spot, strikes, years):
     """Implied vols of `strikes` (USD, shape (n,)): a parabola in standardised moneyness; same shape."""
     z = np.clip(np.log(strikes / spot) / (atm_iv * np.sqrt(years)), -MAX_MONEYNESS, MAX_MONEYNESS)
@@ -283,7 +224,7 @@ def list_candidates(rng, today, spot, variance, realised_vol):
         ratio = None if realised_vol is None else round(float(iv / realised_vol), 6)
         premium_yield = black_scholes_call(spot, strike, years, iv) / spot
         points = round(float(score(delta, dte, premium_yield, ratio)), 6)
-        name = instrument_name(today + timedelta(days=dte), strike)
+        name = instrument_name(UNDERLYING, today + timedelta(days=dte), strike)
         candidates.append(Candidate(name, float(strike), dte, float(delta), points, float(iv), ratio))
     return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.strike))
 
@@ -302,12 +243,7 @@ def simulate_market(seed, start, decisions):
     return spots, chains
 
 
-# The teacher and its log
-
-
-def choose(candidates):
-    """The call the teacher sells: the first of the best-first list, if its score reaches SCORE_THRESHOLD."""
-    return candidates[0] if candidates and candidates[0].score >= SCORE_THRESHOLD else None
+# The log
 
 
 def trade_outcome(spots, chains, day, call, exit_style):
@@ -326,58 +262,13 @@ def trade_outcome(spots, chains, day, call, exit_style):
     return tp_and_roll_outcome(life, call.strike, call.iv, roll_call)
 
 
-def decision_rows(start, spots, chains, day, exit_style):
-    """The rows of one decision as tuples in the order of COLUMNS; a placeholder where nothing is quoted."""
-    call = choose(chains[day])
-    outcome = trade_outcome(spots, chains, day, call, exit_style) if call else UNKNOWN
-    decision_time = f"{start + timedelta(days=day)}T00:00:00+00:00"
-    for candidate in chains[day] or [PLACEHOLDER]:
-        chosen = candidate is call
-        yield (
-            decision_time,
-            UNDERLYING,
-            float(spots[day]),
-            candidate.instrument,
-            candidate.strike,
-            float(candidate.dte),
-            candidate.delta,
-            candidate.score,
-            candidate.iv,
-            candidate.ivrv_ratio,
-            exit_style,
-            int(call is not None),
-            int(chosen),
-            "SELL_CALL" if chosen else "SKIP",
-            None,
-            # Six decimals: another CPU's last bit must not change the file.
-            *(round(value, 6) for value in (outcome if chosen else UNKNOWN)),
-        )
-
-
-def write_csv(path, rows):
-    """Write COLUMNS and `rows` to `path`, which is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    os.replace(temporary, path)
-
-
-def summary(path, rows):
-    """One line on what a file holds; shares of trades are per decision, of SKIP per candidate."""
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-    decisions = len({row["decision_time"] for row in rows})
-    empty = sum(row["instrument"] == PLACEHOLDER.instrument for row in rows)
-    pnl = [row["pnl_vs_hodl"] for row in rows if row["chosen"]]
-    candidates = len(rows) - empty
-    skipped = 1 - len(pnl) / candidates if candidates else 0.0
-    mean_pnl = f"{np.mean(pnl):.2f} USD" if pnl else "n/a"
-    return (
-        f"{path.name}: {len(rows)} rows, {decisions} decisions, {len(pnl) / decisions:.1%} traded, "
-        f"{skipped:.1%} of candidates SKIP, {empty} NO_CANDIDATES steps, "
-        f"mean pnl_vs_hodl of trades {mean_pnl}"
-    )
+def simulated_rows(start, spots, chains, day, exit_style):
+    """The rows of one decision."""
+    call, outcome = choose(chains[day]), None
+    if call:
+        # Six decimals: another CPU's last bit must not change the file.
+        outcome = Outcome(*(round(value, 6) for value in trade_outcome(spots, chains, day, call, exit_style)))
+    return decision_rows(start + timedelta(days=day), UNDERLYING, spots[day], chains[day], exit_style, call, outcome)
 
 
 def simulate_backtest(output_dir, seed, start, end):
@@ -387,14 +278,37 @@ def simulate_backtest(output_dir, seed, start, end):
     """
     decisions = (end - start).days + 1
     spots, chains = simulate_market(seed, start, decisions)
+    logs = {
+        style: [row for day in range(decisions) for row in simulated_rows(start, spots, chains, day, style)]
+        for style in EXIT_STYLES
+    }
+    return write_logs(output_dir, f"{UNDERLYING}_{start:%Y%m%d}_{end:%Y%m%d}", logs, "simulated")
+
+
+def simulated_spots(seed, start, end):
+    """{date: USD} of the path, on to where all that is sold until end is settled."""
+    spots, _ = simulate_path(seed, (end - start).days + 1 + SETTLEMENT_DAYS)
+    return {start + timedelta(days=day): float(spot) for day, spot in enumerate(spots)}
+
+
+def simulate_teacher(output_dir, underlying, spots, ivs, start, end):
+    """The same by the teacher's rule, for the days of start..end that have a spot.
+
+    spots: {date: USD}; ivs likewise as fractions a year, or one for all days.
+    """
+    start, end = max(start, min(spots)), min(end, max(spots))
+    logs = teacher_logs(underlying, spots, ivs, start, end)
+    return write_logs(output_dir, f"{underlying}_{start:%Y%m%d}_{end:%Y%m%d}", logs, "teacher")
+
+
+def write_logs(output_dir, name, logs, rule):
+    """Write the rows of each exit style to a file of its own; returns the summary lines."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lines = []
-    for exit_style in EXIT_STYLES:
-        logs = (decision_rows(start, spots, chains, day, exit_style) for day in range(decisions))
-        rows = list(chain.from_iterable(logs))
-        name = f"training_candidates_{UNDERLYING}_{start:%Y%m%d}_{end:%Y%m%d}_{exit_style}_simulated.csv"
-        write_csv(output_dir / name, rows)
-        lines.append(summary(output_dir / name, rows))
+    for exit_style, rows in logs.items():
+        path = output_dir / f"training_candidates_{name}_{exit_style}_{rule}.csv"
+        write_csv(path, rows)
+        lines.append(summary(path, rows))
     return lines
 
 
@@ -410,17 +324,53 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="0 to 2**32 - 1")
     parser.add_argument("--start", default="2019-01-01", help="first decision, 00:00 UTC", **day)
     parser.add_argument("--end", default="2025-12-06", help="last decision, 00:00 UTC", **day)
+    parser.add_argument("--rule", choices=("simulated", "teacher"), default="simulated", help="see data/README.md")
+    teacher = parser.add_argument_group("with --rule teacher alone")
+    teacher.add_argument("--underlying", choices=tuple(STRIKE_GRIDS), default=UNDERLYING, help="whose strikes")
+    teacher.add_argument(
+        "--spots",
+        metavar="CSV",
+        help="with a header, a date in the first column and USD in the second; without it, the path of the seed",
+    )
+    teacher.add_argument("--iv", metavar="VOL", default="0.70", help="of all days, or a CSV of such by date")
     args = parser.parse_args(argv)
     if args.end < args.start:
         parser.error(f"--end {args.end} is before --start {args.start}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed} is not between 0 and 2**32 - 1")
+    for name in ("underlying", "spots", "iv"):
+        if args.rule == "simulated" and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} goes with --rule teacher")
+    if args.rule == "teacher":
+        if args.output_dir.resolve() == sample:
+            parser.error("--rule teacher: give an --output_dir, for in the sample there is a backtest already")
+        read_input(args, parser)
     return args
+
+
+def read_input(args, parser):
+    """Puts the series themselves in the place of their names."""
+    try:
+        args.spots = read_series(args.spots) if args.spots else simulated_spots(args.seed, args.start, args.end)
+        args.iv = read_vols(args.iv)
+        if not any(args.start <= day <= args.end for day in args.spots):
+            raise SeriesError(f"no spot from {args.start} to {args.end}: those given end on {max(args.spots)}")
+    except SeriesError as error:
+        parser.error(str(error))
+    for name, series in (("spot", args.spots), ("vol", args.iv)):
+        missing = missing_days(series) if isinstance(series, dict) else []
+        if missing:
+            some = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+            print(f"{len(missing)} day(s) have no {name}: {some}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    for line in simulate_backtest(args.output_dir, args.seed, args.start, args.end):
+    if args.rule == "teacher":
+        lines = simulate_teacher(args.output_dir, args.underlying, args.spots, args.iv, args.start, args.end)
+    else:
+        lines = simulate_backtest(args.output_dir, args.seed, args.start, args.end)
+    for line in lines:
         print(line)
 
 

@@ -133,7 +133,8 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "checkout"
     for name in ("covered_call", "configs", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("covered_call_candidates.py", "train_sft.py", "dataset_card.md", "data/simulate_backtest.py"):
+    scripts = [path.relative_to(ROOT).as_posix() for path in (ROOT / "data").glob("*.py")]
+    for name in ("covered_call_candidates.py", "train_sft.py", "dataset_card.md", *scripts):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "docs").mkdir()

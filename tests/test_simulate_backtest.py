@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import sys
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "data" / "simulate_backtest.py"
 spec = importlib.util.spec_from_file_location("simulate_backtest", SCRIPT)
 sim = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sim)
+COLUMNS = sys.modules["backtest_log"].COLUMNS
 
 START, END, SEED = date(2021, 3, 1), date(2021, 12, 31), 5
 HOLD, ROLL = sim.EXIT_STYLES
@@ -161,7 +163,7 @@ def typed(rows):
 
 
 def test_both_files_share_path_candidates_and_scores(rows):
-    shared = sim.COLUMNS[:10] + sim.COLUMNS[11:15]
+    shared = COLUMNS[:10] + COLUMNS[11:15]
     assert [[row[name] for name in shared] for row in rows[HOLD]] == [
         [row[name] for name in shared] for row in rows[ROLL]
     ]

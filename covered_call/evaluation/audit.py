@@ -5,10 +5,13 @@
 
 Readers too simple to have learnt anything answer the prompts of each split: by the commonest answer, by the place, by
 the score, by single words. And every label and outcome is changed: a prompt that changes with them names its answer.
+What can be seen of the labels is told too: the rule that explains them, numbers that never vary, answers that never
+occur.
 """
 
 import argparse
 import collections
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -17,14 +20,16 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from covered_call.candidates.columns import columns_of
+from covered_call.candidates.builder import Backtest
+from covered_call.candidates.columns import columns_of, logged_of
 from covered_call.candidates.data_options import Help, add_data_options, backtest_of, config_of, typed
 from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
-from covered_call.candidates.prompts import answer_of
+from covered_call.candidates.prompts import answer_of, present_in_order
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation.baselines import score_rule
+from covered_call.evaluation.labels import findings, fit_rules, label_cells, labels_of
 from covered_call.tables import align
 
 SCORE_RULE = "score rule"
@@ -42,16 +47,22 @@ def main(arguments: list[str]) -> int:
 def audit(args: argparse.Namespace) -> int:
     backtest = backtest_of(args, {})
     print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
-    leaks, only_score = [], []
+    options, leaks, only_score = backtest.options, [], []
+    # Read once, in the order of the files, of which those of the prompts can be made.
+    backtest = Backtest(backtest.files, dataclasses.replace(options, candidate_order="csv"))
+    splits = {
+        name: logged_of(present_in_order(backtest.decisions.columns(numbers), options)) if len(numbers) else []
+        for name, numbers in backtest.numbers.items()
+    }
     for task in PROMPTED:
-        config = config_of(task, backtest.options)
-        corpora = render_splits(backtest.splits, config)
+        config = config_of(task, options)
+        corpora = render_splits(splits, config)
         leaks += find_leaks(corpora, config)
         if task in CHATS:  # else pairs to prefer between: there is no one answer to guess
             cells, right_on_trades = read_corpora(corpora, config)
             only_score.append(all(share == 1.0 for share in right_on_trades))
             print(f"\n{align(cells)}")
-    print()
+    print(f"\n{describe_labels(backtest, options)}\n")
     if all(only_score):
         print(
             "Whenever the teacher sold, the score rule sold the same call: the teacher is a rule over one number that "
@@ -59,6 +70,23 @@ def audit(args: argparse.Namespace) -> int:
         )
     print("\n".join(leaks) if leaks else "Passed: no prompt names its answer.")
     return int(bool(leaks))
+
+
+def describe_labels(backtest: Backtest, options: CoveredCallCandidatesConfig) -> str:
+    """A table of the rules that may explain what was sold, and what else there is to know of the labels.
+
+    Args:
+        backtest: with the candidates in the order of the files.
+        options: which say the order of the prompts.
+    """
+    decisions = backtest.decisions
+    splits = {
+        name: labels_of(map(decisions.columns, decisions.batches(numbers)), options)
+        for name, numbers in backtest.numbers.items()
+        if len(numbers)
+    }
+    fitted = fit_rules(splits["train"])
+    return "\n".join([align(label_cells(splits, fitted)), "", *findings(splits, fitted)])
 
 
 def read_corpora(
