@@ -44,7 +44,8 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
 
 
 def draw_equity(result: Result, rows: list[Row], rule: Row, cases: Cases) -> bytes:
-    """Cumulative P&L vs HODL by decision time, as far as it is known; what it may come to is said in words."""
+    """Cumulative P&L vs HODL by decision time, in % of the coins that are held at once, as far as it is known; what it
+    may come to is said in words."""
     figure = Plot(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1, label="never sell (HODL)")
@@ -52,14 +53,15 @@ def draw_equity(result: Result, rows: list[Row], rule: Row, cases: Cases) -> byt
     for row in [rows[0], rule, *(row for row in rows if row.name in (Q_SCORER, MODEL))]:
         style = LINES.get(row.name, {"color": "tab:orange", "linestyle": "--"})
         played = play(row, rule, cases, result.group.places, result.times)
-        low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in played.pnl.T)
+        percent = 100 * played.pnl / played.spot[:, None] / max(result.held.mean, 1)
+        low, high = (np.bincount(played.time, side, len(result.times)).cumsum() for side in percent.T)
         known = int((low == high).argmin()) if (low != high).any() else len(low)
         name = f"best rule: {row.name}" if row is rule else row.name
         label = name + unknown_from(times, known, low, high)
         axis.plot(times[:known], low[:known], label=label, **style)
         if 0 < known < len(low):
             axis.plot(times[known - 1], low[known - 1], marker="X", markersize=9, color=style["color"])
-    axis.set(ylabel="cumulative P&L vs HODL (USD a unit)", xlabel="decision time")
+    axis.set(ylabel="cumulative P&L vs HODL (% of the coins held)", xlabel="decision time")
     market = f"{result.group.underlying}, {result.group.exit_style}"
     axis.set(title=f"{market}: how much more than holding would each have brought?")
     figure.autofmt_xdate()
@@ -73,7 +75,7 @@ def unknown_from(times: list[datetime.datetime], known: int, low: np.ndarray, hi
         return ""
     if np.isnan([low[-1], high[-1]]).any():
         return f" (X: not known from {times[known].date()} on, nor within what bounds)"
-    return f" (X: not known from {times[known].date()} on; in the end {low[-1]:,.0f} to {high[-1]:,.0f})"
+    return f" (X: not known from {times[known].date()} on; in the end {low[-1]:+.1f} to {high[-1]:+.1f} %)"
 
 
 def draw_calibration(evaluation: Evaluation) -> bytes:

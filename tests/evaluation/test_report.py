@@ -13,8 +13,8 @@ from covered_call.evaluation.report import write_report
 
 def test_an_equity_line_ends_where_it_is_not_known_and_says_what_it_may_come_to():
     times = [day(number) for number in range(3)]
-    low, high = np.array([1.0, -50.0, -2000.0]), np.array([1.0, 30.0, 3000.0])
-    assert unknown_from(times, 1, low, high) == (" (X: not known from 2024-09-02 on; in the end -2,000 to 3,000)")
+    low, high = np.array([1.0, -5.0, -20.0]), np.array([1.0, 3.0, 30.0])
+    assert unknown_from(times, 1, low, high) == (" (X: not known from 2024-09-02 on; in the end -20.0 to +30.0 %)")
     assert unknown_from(times, 3, low, low) == ""
     assert "nor within what bounds" in unknown_from(times, 1, low * np.nan, high)
 
