@@ -354,8 +354,8 @@ def calibration_of(evaluation: Evaluation, result: Result) -> tuple[str, np.ndar
     lesson = "too sure" if believed > came else "not sure enough"
     conclusion = f"it is {lesson}" if off else "on average it believes about what comes"
     text = (
-        f"On average the model gives an answer a probability of {believed:.1%}, and {came:.1%} of these answers are the "
-        f"teacher's: {conclusion}."
+        f"On average the model gives an answer a probability of {believed:.1%}, and {came:.1%} of these answers are "
+        f"the teacher's: {conclusion}."
     )
     return text, probability, right
 
