@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import decision, no_candidates, write_csv
+from conftest import decision, no_candidates, time, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
@@ -17,7 +17,7 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
-from covered_call.evaluation.rows import consistency, model_row, shuffles_of
+from covered_call.evaluation.rows import Row, consistency, model_row, shuffles_of
 from covered_call.language_model.scoring import MemoryFull
 from covered_call.value_model import q_scorer
 from evaluation.stub import FirstShown, Stub
@@ -357,3 +357,11 @@ def test_a_saved_scorer_that_cannot_be_used_stops_the_evaluation(market, tmp_pat
     (tmp_path / "q.zip").write_text("no zip")
     with pytest.raises(SystemExit, match="error: .*not a whole Q-scorer"):
         evaluate.main(["--baselines-only", "--data_files", market, "--q_scorer", str(tmp_path / "q.zip")])
+
+
+def test_on_its_training_split_every_baseline_was_fitted(market):
+    columns = read_decisions([market], CoveredCallCandidatesConfig()).columns()
+    rows = [Row(name, columns.chosen, np.zeros(0)) for name in ("teacher", "never sell (HODL)", "score rule")]
+    assert evaluate.fitted_on("train", columns, rows, None, None) == {"score rule"}
+    assert evaluate.fitted_on("test", columns, rows, None, None) == set()
+    assert evaluate.fitted_on("test", columns, rows, None, Stub(tuned_to=time(3))) == {"model"}

@@ -3,7 +3,7 @@
 import datetime
 
 import pytest
-from markets import CONFIG, decide, rich_if_volatile
+from markets import CONFIG, decide, entry, rich_if_volatile
 
 from covered_call.value_model.gate_search import (
     MIN_ABS_RETURNS,
@@ -67,3 +67,10 @@ def test_a_validation_split_too_short_to_search_is_refused(fitted):
     for validation in ([], rich_if_volatile(range(310, 325), 1)):
         with pytest.raises(QScorerError, match="too few to search for gates"):
             optimize(fitted, validation, CONFIG)
+
+
+def test_gates_cannot_let_through_what_is_above_its_premium(fitted):
+    near, far = entry(0, [0.75], [1.0]), entry(1, [0.75], [1.0])
+    call = far.decision.candidates[0]._replace(strike=2 * far.decision.spot)
+    far = far._replace(decision=far.decision._replace(candidates=(call,)))
+    assert sells(Gates(threshold=-99.0), known_bests(fitted, [near, far], CONFIG)) == [True, False]
