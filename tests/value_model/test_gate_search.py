@@ -11,9 +11,11 @@ from covered_call.value_model.gate_search import (
     MIN_TRADES,
     THRESHOLDS,
     Best,
+    known_bests,
     measure,
     optimize,
     pick_finalists,
+    sells,
 )
 from covered_call.value_model.learning import Gates, QScorerError, fit_offset, learn
 from covered_call.value_model.walk_forward import cut
