@@ -10,7 +10,7 @@ from arch.bootstrap import MovingBlockBootstrap
 REPLICATES = 1000
 LEVEL = 0.95
 MIN_BLOCKS = 5  # with fewer blocks the resamples are too much alike, and the interval would be too narrow
-CELLS = 1 << 23  # of counts in memory at a time
+CELLS = 1 << 20  # of counts in memory at a time
 
 
 class Draws(NamedTuple):

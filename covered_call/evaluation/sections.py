@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ class Section(NamedTuple):
     parts: list[str | list[str] | Table | Picture]
 
 
-def sections_of(evaluation: Evaluation, plots: list[str]) -> list[Section]:
+def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Section]:
     """The verdict, and what it rests on; ``plots`` are the pictures that there are."""
     sections = [Section(1, f"{evaluation.model or 'Baselines'}, {evaluation.split} split", opening(evaluation))]
     details = {result.group[:2]: detail for result, detail in evaluation.overall}
@@ -128,7 +129,9 @@ def sections_of(evaluation: Evaluation, plots: list[str]) -> list[Section]:
     meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
     head = [f"metric (version {VERSION})", "better", ""]
     how = [*how_measured(evaluation.config, evaluation.terms), Table("", [head, *meanings])]
-    return [*sections, Section(2, "How it is measured", how)]
+    sections.append(Section(2, "How it is measured", how))
+    there = [[part for part in one.parts if not isinstance(part, Picture) or part.name in plots] for one in sections]
+    return [one._replace(parts=parts) for one, parts in zip(sections, there, strict=True)]
 
 
 def opening(evaluation: Evaluation) -> list[str | list[str] | Table | Picture]:
@@ -376,7 +379,10 @@ def calibration_of(evaluation: Evaluation, result: Result) -> tuple[str, np.ndar
     off = figure.interval is not None and figure.interval[0] > abs(believed - came) / 2 and abs(believed - came) > 0.02
     lesson = "too sure" if believed > came else "not sure enough"
     conclusion = f"it is {lesson}" if off else "on average it believes about what comes"
-    text = f"The model gives its answers {believed:.1%} on average, and {came:.1%} are the teacher's: {conclusion}."
+    text = (
+        f"On average the model gives an answer a probability of {believed:.1%}, and {came:.1%} of these answers are "
+        f"the teacher's: {conclusion}."
+    )
     return text, probability, right
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import decision, no_candidates, write_csv
+from conftest import decision, no_candidates, time, write_csv
 from markets import SPLITS, walk
 
 from covered_call.candidates import builder
@@ -17,7 +17,7 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation import evaluate, metrics, report
 from covered_call.evaluation.metrics import METRICS
-from covered_call.evaluation.rows import model_row, shuffles_of
+from covered_call.evaluation.rows import Row, consistency, model_row, shuffles_of
 from covered_call.language_model.scoring import MemoryFull
 from covered_call.value_model import q_scorer
 from evaluation.stub import FirstShown, Stub
@@ -31,7 +31,24 @@ def test_a_ranking_model_is_shuffled_in_its_prompts_and_not_only_by_the_caller(t
     assert row.picks.tolist() == [0] * 30 and model.candidate_order == "instrument"
     assert np.mean(row.consistent) < 0.2  # (1 / 3) ** 4 is expected
     model.task = "per_candidate"
-    assert model_row(model, columns, shuffles).consistent.tolist() == [1.0] * 30
+    row = model_row(model, columns, shuffles)
+    assert row.consistent.tolist() == [1.0] * 30
+    # Of each candidate it believes what it was calibrated on: 0.9 of the first, 0.2 of the others.
+    np.testing.assert_allclose(row.said.probability, [0.9, 0.2, 0.2] * 30)
+    np.testing.assert_array_equal(row.said.right, [True, False, False] * 30)
+
+
+def test_a_pick_that_comes_and_goes_with_the_order_is_not_consistent(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [row for number in range(30) for row in decision(number, 0)])
+    columns = read_decisions([path], CoveredCallCandidatesConfig()).columns()
+    shuffles = shuffles_of(columns)
+    picks, none = np.zeros(30, int), np.full(30, -1)
+    same = [columns.offsets[:-1] == one.rows[one.columns.offsets[:-1]] for one in shuffles]  # the first is still first
+    assert (
+        consistency(lambda _: picks, picks, columns, shuffles).tolist() == np.all(same, axis=0).astype(float).tolist()
+    )
+    assert consistency(lambda _: none, picks, columns, shuffles).tolist() == [0.0] * 30
+    assert consistency(lambda _: none, none, columns, shuffles).tolist() == [1.0] * 30
 
 
 def use(monkeypatch, load_model) -> None:
@@ -348,3 +365,11 @@ def test_a_saved_scorer_that_cannot_be_used_stops_the_evaluation(market, tmp_pat
     (tmp_path / "q.zip").write_text("no zip")
     with pytest.raises(SystemExit, match="error: .*not a whole Q-scorer"):
         evaluate.main(["--baselines-only", "--data_files", market, "--q_scorer", str(tmp_path / "q.zip")])
+
+
+def test_on_its_training_split_every_baseline_was_fitted(market):
+    columns = read_decisions([market], CoveredCallCandidatesConfig()).columns()
+    rows = [Row(name, columns.chosen, np.zeros(0)) for name in ("teacher", "never sell (HODL)", "score rule")]
+    assert evaluate.fitted_on("train", columns, rows, None, None) == {"score rule"}
+    assert evaluate.fitted_on("test", columns, rows, None, None) == set()
+    assert evaluate.fitted_on("test", columns, rows, None, Stub(tuned_to=time(3))) == {"model"}

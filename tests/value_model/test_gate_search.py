@@ -3,7 +3,7 @@
 import datetime
 
 import pytest
-from markets import CONFIG, decide, rich_if_volatile
+from markets import CONFIG, decide, entry, rich_if_volatile
 
 from covered_call.value_model.gate_search import (
     MIN_ABS_RETURNS,
@@ -11,9 +11,11 @@ from covered_call.value_model.gate_search import (
     MIN_TRADES,
     THRESHOLDS,
     Best,
+    known_bests,
     measure,
     optimize,
     pick_finalists,
+    sells,
 )
 from covered_call.value_model.learning import Gates, QScorerError, fit_offset, learn
 from covered_call.value_model.walk_forward import cut
@@ -67,3 +69,10 @@ def test_a_validation_split_too_short_to_search_is_refused(fitted):
     for validation in ([], rich_if_volatile(range(310, 325), 1)):
         with pytest.raises(QScorerError, match="too few to search for gates"):
             optimize(fitted, validation, CONFIG)
+
+
+def test_gates_cannot_let_through_what_is_above_its_premium(fitted):
+    near, far = entry(0, [0.75], [1.0]), entry(1, [0.75], [1.0])
+    call = far.decision.candidates[0]._replace(strike=2 * far.decision.spot)
+    far = far._replace(decision=far.decision._replace(candidates=(call,)))
+    assert sells(Gates(threshold=-99.0), known_bests(fitted, [near, far], CONFIG)) == [True, False]

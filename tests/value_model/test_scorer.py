@@ -16,8 +16,8 @@ from markets import CONFIG, SPOT, decide, entry, rich_if_volatile
 from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
-from covered_call.value_model.learning import Gates, QScorerError, features, fit, learn
-from covered_call.value_model.scorer import QScorer
+from covered_call.value_model.learning import Gates, Predicted, QScorerError, features, fit, learn
+from covered_call.value_model.scorer import QScorer, best_of
 from covered_call.value_model.walk_forward import candidate_pairs
 
 # Learning
@@ -194,3 +194,13 @@ def test_a_prediction_above_the_premium_is_refused_where_the_call_is_held(fitted
     assert 100 * answer.q_sell / SPOT > 1
     both = fit([*rich_if_volatile(range(300)), rolled], rich_if_volatile(range(310, 350), 1), CONFIG)
     assert decide(both, rolled)[0].pick == 0  # what is rolled earns several premiums
+
+
+def test_of_equal_predictions_the_more_confident_is_best_and_then_the_higher_strike_and_the_later_name():
+    columns = columns_of([entry(0, [0.5] * 4, [0] * 4), entry(1, [0.5] * 2, [0] * 2), entry(2, [], [])])
+    confidences = np.array([0.5, 0.9, 0.9, 0.1, 0.2, 0.8])
+    assert best_of(columns, Predicted(np.array([1.0, 1, 1, 1, 2, 1]), confidences)).tolist() == [2, 0, -1]
+    columns.numbers["strike"][2] = columns.numbers["strike"][1]
+    assert best_of(columns, Predicted(np.ones(6), confidences)).tolist() == [2, 1, -1]
+    columns.numbers["strike"][1] += 1
+    assert best_of(columns, Predicted(np.ones(6), confidences)).tolist() == [1, 1, -1]
