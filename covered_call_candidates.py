@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "46ac71778bd0ab105cac4c232818d07f3a69b5feb3aff529be76765038d5c4a8"  # their SHA-256
+MADE_FROM = "4f85e68c25f444a0d4455d852be5ba30ceacd4a907847f9053f91ba8ca0bf2a8"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2978,14 +2978,18 @@ def read_series(path: str, lag: float) -> Series:
         lag: hours after its time at which a vol is known: 24 for the close of a day that is named by its date.
     """
     path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(f"iv_file={shown(path)} is no file. Give the path of a CSV of times and vols.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CandidatesError(f"iv_file={shown(path)} cannot be read: {error}.") from error
     known = [vol_of(path, line, row) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
     if not known:
-        raise CandidatesError(f"{path}: give a CSV with a header, times in the first column and vols in the second.")
+        raise CandidatesError(
+            f"iv_file={shown(path)}: give a CSV with a header, times in the first column and vols in the second."
+        )
     in_points = {vol > MAX_IV for _, vol, _ in known}
     if len(in_points) > 1:
         line = next(line for line, vol, _ in known if (vol > MAX_IV) != (known[0][1] > MAX_IV))
@@ -3149,7 +3153,7 @@ class Replay:
             return found
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
-        # Where the files end before, a chain goes on until then: it may have ended by itself, or it is cut off.
+        # Where the files end before, they cut the chain off.
         beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
         stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
@@ -3159,7 +3163,7 @@ class Replay:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
-        found.label_end[beyond] = end[beyond]
+        found.label_end[beyond], found.cut[beyond] = end[beyond], True
         gross[~np.isfinite(gross - costs)] = np.nan
         return found
 
@@ -3387,7 +3391,10 @@ def settle(
             terms[style], computed = settle_style(style, quotes, market, its, priced, options)
             for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
                 of = its.sales.underlying == code
-                fits[quotes.names[code], style] = fit_of(computed[of], its.recorded[of])
+                names = (quotes.names[code], style)
+                fits[names] = fit_of(computed[of], its.recorded[of])
+                if not fits[names].trusted:
+                    logger.warning(fits[names].sentence(*names))
     return terms, fits
 
 
@@ -3424,8 +3431,7 @@ def settle_style(
     best = candidates[int(np.argmin(np.round(errors, 6)))]
     found = computed(best, trades)
     if len(candidates) > 1:
-        trusted = fit_of(found, trades.recorded).trusted
-        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), trusted)
+        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded))
     vols = best.vols if priced.constant is None else priced
     return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), found
 
@@ -3449,10 +3455,9 @@ def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     return found
 
 
-def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, trusted: bool) -> None:
+def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int) -> None:
     others = ", ".join(f"{found:,.2f} by {terms.text()}" for terms, found in errors.items() if terms != best)
-    logger.log(
-        logging.INFO if trusted else logging.WARNING,
+    logger.info(
         "%s: outcomes by %s, which are %.2f USD (median) from those of %d recorded trades; %s.",
         style, best.text(), errors[best], trades, others,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def computed_of(path: str, **options):
     """By the package: its decisions, their recorded trades, and what it computes for them."""
     decisions = Backtest([path], CoveredCallCandidatesConfig(**options)).decisions
     trades = recorded_trades(decisions)
-    (style,) = decisions.fits
+    ((_, style),) = decisions.fits
     return decisions, trades, decisions.replay.of_sales(trades.sales, style).gross
 
 
@@ -124,7 +124,7 @@ def test_the_package_computes_every_recorded_trade(tmp_path_factory, seed, vol, 
     for style, path in simulate(tmp_path_factory.mktemp("made"), spots, iv, underlying, days=120).items():
         decisions, trades, computed = computed_of(path)
         assume(len(trades.recorded) >= 20)
-        assert decisions.replay.terms[style].preset == "teacher" and decisions.fits[style].follows
+        assert decisions.replay.terms[style].preset == "teacher" and decisions.fits[underlying, style].follows
         unknown = np.isnan(computed)  # of the last seven days alone, and where nothing is marked at the file's end
         last = int(decisions.time[-1]) - 7 * 86_400_000_000
         assert unknown.tolist() == (trades.sales.time > last).tolist() if style == HOLD else not unknown.any()
@@ -140,10 +140,10 @@ def test_trades_paid_at_another_vol_than_is_logged_are_not_trusted_and_the_vol_i
         row["iv"] = 0.7 / float(row["ivrv_ratio"]) if row["ivrv_ratio"] else 0.6
     path = write(tmp_path / "rewritten.csv", rows)
     decisions, *_ = computed_of(path)
-    fit = decisions.fits[style]
-    assert not fit.follows and "do not trust computed outcomes here" in fit.sentence(style)
+    fit = decisions.fits["BTC", style]
+    assert not fit.follows and "computed outcomes count as unknown" in fit.sentence("BTC", style)
     decisions, trades, computed = computed_of(path, pricing_iv="fit")
-    assert decisions.replay.terms[style].vols.constant == 0.7 and decisions.fits[style].follows
+    assert decisions.replay.terms[style].vols.constant == 0.7 and decisions.fits["BTC", style].follows
     assert np.nanmax(np.abs(computed - trades.recorded)) < 0.01
     assert np.isnan(computed).sum() <= 7
 

@@ -140,7 +140,7 @@ class Replay:
             return found
         _, rule, vols = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
-        # Where the files end before, a chain goes on until then: it may have ended by itself, or it is cut off.
+        # Where the files end before, they cut the chain off.
         beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
         stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
@@ -150,7 +150,7 @@ class Replay:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
             values[its] = of_chain
-        found.label_end[beyond] = end[beyond]
+        found.label_end[beyond], found.cut[beyond] = end[beyond], True
         gross[~np.isfinite(gross - costs)] = np.nan
         return found
 

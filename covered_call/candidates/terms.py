@@ -119,7 +119,10 @@ def settle(
             terms[style], computed = settle_style(style, quotes, market, its, priced, options)
             for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
                 of = its.sales.underlying == code
-                fits[quotes.names[code], style] = fit_of(computed[of], its.recorded[of])
+                names = (quotes.names[code], style)
+                fits[names] = fit_of(computed[of], its.recorded[of])
+                if not fits[names].trusted:
+                    logger.warning(fits[names].sentence(*names))
     return terms, fits
 
 
@@ -156,8 +159,7 @@ def settle_style(
     best = candidates[int(np.argmin(np.round(errors, 6)))]
     found = computed(best, trades)
     if len(candidates) > 1:
-        trusted = fit_of(found, trades.recorded).trusted
-        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded), trusted)
+        say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded))
     vols = best.vols if priced.constant is None else priced
     return best._replace(vols=vols._replace(series=priced.series, shift=priced.shift)), found
 
@@ -181,10 +183,9 @@ def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     return found
 
 
-def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int, trusted: bool) -> None:
+def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int) -> None:
     others = ", ".join(f"{found:,.2f} by {terms.text()}" for terms, found in errors.items() if terms != best)
-    logger.log(
-        logging.INFO if trusted else logging.WARNING,
+    logger.info(
         "%s: outcomes by %s, which are %.2f USD (median) from those of %d recorded trades; %s.",
         style, best.text(), errors[best], trades, others,
     )  # fmt: skip

@@ -93,14 +93,18 @@ def read_series(path: str, lag: float) -> Series:
         lag: hours after its time at which a vol is known: 24 for the close of a day that is named by its date.
     """
     path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(f"iv_file={shown(path)} is no file. Give the path of a CSV of times and vols.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CandidatesError(f"iv_file={shown(path)} cannot be read: {error}.") from error
     known = [vol_of(path, line, row) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
     if not known:
-        raise CandidatesError(f"{path}: give a CSV with a header, times in the first column and vols in the second.")
+        raise CandidatesError(
+            f"iv_file={shown(path)}: give a CSV with a header, times in the first column and vols in the second."
+        )
     in_points = {vol > MAX_IV for _, vol, _ in known}
     if len(in_points) > 1:
         line = next(line for line, vol, _ in known if (vol > MAX_IV) != (known[0][1] > MAX_IV))

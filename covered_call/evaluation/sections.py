@@ -128,7 +128,10 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
         sections.append(Section(2, Q_SCORER, [*study_parts(evaluation.study), Picture(RELIABILITY)]))
     meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
     head = [f"metric (version {VERSION})", "better", ""]
-    how = [*how_measured(evaluation.config, evaluation.terms), Table("", [head, *meanings])]
+    how: list[str | list[str] | Table | Picture] = [
+        *how_measured(evaluation.config, evaluation.terms),
+        Table("", [head, *meanings]),
+    ]
     sections.append(Section(2, "How it is measured", how))
     there = [[part for part in one.parts if not isinstance(part, Picture) or part.name in plots] for one in sections]
     return [one._replace(parts=parts) for one, parts in zip(sections, there, strict=True)]

@@ -116,6 +116,10 @@ class Case(NamedTuple):
         return self.mutant.options["on_bad_rows"] == "skip"
 
 
+# Else the trades that a mutant lacks may have been those by which the rule of all outcomes is chosen.
+RULE = {"settlement": "simulated"}
+
+
 class Judge:
     """Reads mutants with the reader and compares with what the file said before, and what it says now."""
 
@@ -127,7 +131,7 @@ class Judge:
         """What the file said, by the first reader, with whom the second must agree; and the computed outcomes."""
         if base not in self.clean:
             content = text_of(self.tables[base]).encode()
-            entries = read_candidates([self.write("clean.csv", content)], CoveredCallCandidatesConfig())
+            entries = read_candidates([self.write("clean.csv", content)], CoveredCallCandidatesConfig(**RULE))
             if understand(content) != said_by(entries):
                 raise RuntimeError(f"the two readers disagree on {base}, which nobody has spoilt")
             self.clean[base] = (said_by(entries), counterfactuals_of(entries))
@@ -156,7 +160,7 @@ class Judge:
         try:
             if through_load:
                 load_candidates("q_values", data_files=path, streaming=True, splits="train", **mutant.options)
-            entries = read_candidates([path], CoveredCallCandidatesConfig(**mutant.options))
+            entries = read_candidates([path], CoveredCallCandidatesConfig(**RULE, **mutant.options))
         except CandidatesError as error:
             return refused(str(error), path, case)
         except Exception as error:

@@ -126,6 +126,21 @@ def of_whole(value):
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_)) else NOTHING
 
 
+def of_vol(value):
+    """A number, a text of one, or fit."""
+    if isinstance(value, str):
+        try:
+            value = value if value == "fit" else float(value)
+        except ValueError:
+            return NOTHING
+    return value if value == "fit" and isinstance(value, str) else of_number(math.ulp(0), 5)(value)
+
+
+def of_vols(value):
+    """Of a file of vols, of which none of these is one."""
+    return NOTHING
+
+
 def of_name(value):
     return str(value) if isinstance(value, str) and value.strip() else NOTHING
 
@@ -190,7 +205,7 @@ class Law(NamedTuple):
     configs: tuple[str, ...] = tuple(RECORDS)
 
 
-SHARES = ("fee", "fee_cap", "half_spread", "slippage", "take_profit", "roll_delta")
+SHARES = ("fee", "fee_cap", "half_spread", "slippage", "delivery_fee", "take_profit", "roll_delta")
 LAWS = {
     "name": Law(of_choice(*RECORDS)),
     "data_files": Law(of_files),
@@ -213,6 +228,17 @@ LAWS = {
     "max_iv": Law(of_number(0, math.inf)),
     "expiry_tolerance": Law(of_number(0, 24 * 36_500)),
     "horizon": Law(of_number(0, 36_500)),
+    "settlement": Law(of_choice("auto", "teacher", "intrinsic", "simulated")),
+    "settle_hours": Law(of_number(0, 24 * 36_500)),
+    "defend": Law(of_number(0, math.inf)),
+    "min_dte_to_roll": Law(of_number(0, 36_500)),
+    "max_rolls": Law(of_number(0, math.inf)),
+    "roll_min_score": Law(of_number(-math.inf, math.inf)),
+    "keep_cut": Law(of_flag),
+    "pricing_iv": Law(of_vol),
+    "iv_file": Law(of_vols),
+    "iv_lag": Law(of_number(0, 24 * 365)),
+    "iv_shift": Law(of_number(-5, 5)),
     "min_edge": Law(of_number(0, math.inf), {}, ("preference",)),
     "min_edge_pct": Law(of_number(0, 100), {}, ("preference",)),
     "rejected": Law(of_choice("teacher", "worst"), {}, ("preference",)),
@@ -302,7 +328,8 @@ WORDS = [
     "https://huggingface.co/a/b", "<|end|>", "b'x'", "'", '"', "a b", "NaT",
 ]  # fmt: skip
 NUMERIC = {
-    "fee", "fee_cap", "half_spread", "slippage", "expiry_tolerance", "horizon", "take_profit", "roll_delta",
+    "fee", "fee_cap", "half_spread", "slippage", "delivery_fee", "expiry_tolerance", "horizon", "settle_hours",
+    "take_profit", "defend", "min_dte_to_roll", "max_rolls", "roll_min_score", "roll_delta", "iv_lag", "iv_shift",
     "max_iv", "seed", "lora_r", "lora_alpha", "lora_dropout", "tiny_base_steps", "max_eval_records", "threshold",
     "min_confidence", "min_abs_return", "positive_weight", "folds", "batch_tokens", "beta",
 }  # fmt: skip

@@ -50,6 +50,8 @@ def counterfactual(decisions: list[Decision], decision: Decision, candidate: Can
         return Counterfactual(None, end, None)
     stop = None if beyond else stop
     found = follow(decision, candidate, rule, prices, chains, (stop, end), tolerance, options)
+    if beyond and not options.keep_cut:
+        return Counterfactual(None, end, None)
     return found._replace(label_end=end) if beyond else found
 
 

@@ -294,7 +294,8 @@ def test_each_underlying_has_its_own_file_of_vols(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "vol.csv' cannot be read: .*No such file"),
+    (None, "vol.csv' is no file. Give the path of a CSV"),
+    ("date,vol\n2024-09-01,\0\n", "vol.csv"),
     ("", "give a CSV with a header, times in the first column and vols in the second"),
     ("date,vol\n", "give a CSV with a header"),
     ("date,vol\n2024-09-01,0.5\nyesterday,0.5\n", "vol.csv, line 3, first column: 'yesterday' is no time such as"),

@@ -151,7 +151,7 @@ def test_the_answers_that_paid_more_gain_on_the_teachers(pair_words, start, tmp_
         spot = 58000 + 400 * day
         market = {"dte": 1.0, "spot": float(spot), "iv": 0.3, "exit_style": "hold_to_expiry", "pnl_vs_hodl": -400.0}
         rows += decision(day, sold=0, strikes=(spot - 2000, spot + 1000), **market)
-    files = ["--data_files", write_csv(tmp_path / "rising.csv", rows)]
+    files = ["--data_files", write_csv(tmp_path / "rising.csv", rows), "--settlement", "intrinsic"]
     longer = ["--max_steps", "20", "--learning_rate", "0.01"]
     tuning.run("dpo", [*pair_words, *longer, *files, "--adapter", str(start)])
     tuned, before = (result(tmp_path / "out", who) for who in ("tuned model", "its start"))
