@@ -16,8 +16,8 @@ from covered_call.candidates.terms import Fit
 class Cases(NamedTuple):
     """D decisions with their R candidates, what the teacher did, and what is known of each outcome; NaN where unknown.
 
-    ``worst`` and ``best`` are the extremes recorded in that year for that underlying and exit style: in all years if
-    there are none in that one, NaN if there are none at all.
+    ``worst`` and ``best`` are the extremes of what the teacher's calls brought in that year, of that underlying and
+    exit style: in all years if nothing is known of that one, NaN if nothing is known at all.
     """
 
     columns: Columns
@@ -41,8 +41,8 @@ class Cases(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """Of all decisions of a backtest, (D,) each: where and when, and the recorded outcome of the call that was sold,
-    net of costs; NaN where unknown."""
+    """Of all decisions of a backtest, (D,) each: where and when, and the outcome of the call that was sold, net of
+    costs; NaN where unknown."""
 
     underlying: np.ndarray
     exit_style: np.ndarray
@@ -55,9 +55,17 @@ class Recorded(NamedTuple):
 
 def recorded_of(decisions: Decisions, config: CoveredCallCandidatesConfig) -> Recorded:
     """A part of the decisions is in memory at a time."""
-    parts = [recorded_outcomes(decisions.columns(numbers), config) for numbers in decisions.batches(decisions.numbers)]
-    recorded = np.concatenate([np.zeros(0), *parts])
-    return Recorded(decisions.underlying, decisions.exit_style, decisions.time, recorded)
+    parts = [sold_outcomes(decisions.columns(numbers), config) for numbers in decisions.batches(decisions.numbers)]
+    return Recorded(decisions.underlying, decisions.exit_style, decisions.time, np.concatenate([np.zeros(0), *parts]))
+
+
+def sold_outcomes(columns: Columns, config: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(D,) of the calls that were sold: what was recorded or, where that is unknown or means something else, what is
+    computed."""
+    recorded = recorded_outcomes(columns, config)
+    return np.where(
+        np.isnan(recorded), at(columns.chosen, columns.numbers[COUNTERFACTUAL], columns, math.nan), recorded
+    )
 
 
 def make_cases(decisions: Decisions, columns: Columns, config: CoveredCallCandidatesConfig) -> Cases:

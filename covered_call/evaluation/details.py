@@ -41,7 +41,8 @@ class Detail(NamedTuple):
     """Of one underlying and exit style, all decisions.
 
     Args:
-        compared: decisions at which every outcome is computed, which the next three rest on; with none they are empty.
+        compared: decisions at which every outcome is computed, at all costs and vols, which the next three rest on;
+            with none they are empty.
         costs: of each policy the mean P&L in % of spot, by multiples of the realistic costs.
         vols: the same by multiples of the files' vol; empty where that varies.
         fixed_vol: the one vol of all premiums; None where it varies.
@@ -75,7 +76,7 @@ def make_detail(
     places, times, columns = result.group.places, result.times, cases.columns
     draws = draw(len(times), result.block)
     luck = against_luck(rows, trials, rule, cases, places, times, draws)
-    known, fixed = comparable_places(cases, places), fixed_vol(cases, places)
+    known, fixed = comparable_places(cases, scenarios, places), fixed_vol(cases, places)
     traders = [row for row in rows if row.name != HODL]
     costs, vols, break_even = {}, {}, []
     if len(known):

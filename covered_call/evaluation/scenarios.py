@@ -40,10 +40,11 @@ def scenarios_of(decisions: Decisions, cases: Cases, options: CoveredCallCandida
     )
 
 
-def comparable_places(cases: Cases, places: np.ndarray) -> np.ndarray:
-    """Those of these decisions at which every outcome is computed: there all policies can be compared."""
-    unknown = np.zeros(len(cases.columns), bool)
-    unknown[cases.columns.decision_of[np.isnan(cases.computed)]] = True
+def comparable_places(cases: Cases, scenarios: Scenarios, places: np.ndarray) -> np.ndarray:
+    """Those of these decisions at which every outcome is computed in every scenario: there all can be compared."""
+    unknown, of = np.zeros(len(cases.columns), bool), cases.columns.decision_of
+    for computed in (cases.computed, *scenarios.costs.values(), *scenarios.vols.values()):
+        unknown[of[np.isnan(computed)]] = True
     return places[~unknown[places]]
 
 

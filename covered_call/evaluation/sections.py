@@ -412,8 +412,8 @@ outcome, the decision is judged by recorded ones. An outcome is unknown where iv
 hours, is missing, for any other exit style, where the end of the files cuts it off, and where computed outcomes do \
 not follow the recorded ones (correlation at least {correlation:g}, average error at most {bias:.0%} of the typical \
 outcome). An unknown outcome never counts as zero: totals, means, worst month and drawdown are then bounds, `a to b`, \
-with the unknown ones replaced by the worst and by the best outcome that the teacher recorded in that year (in all \
-years, if there is none in that one). These bounds hold if no other call did worse, or better, than all of those. \
+with the unknown ones replaced by the worst and by the best outcome that the teacher's calls had in that year (in all \
+years, if none is known in that one). These bounds hold if no other call did worse, or better, than all of those. \
 `mean pnl known`, `hit rate` and `premium captured` leave the unknown ones out.
 
 Intervals hold 95 % of {replicates:,} resamples of a moving-block bootstrap over decision times, in blocks that \

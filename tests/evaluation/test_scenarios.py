@@ -71,7 +71,7 @@ def test_a_lower_vol_is_a_lower_premium(found):
 def test_at_the_break_even_vol_the_trades_earn_nothing(found):
     decisions, columns, scenarios = found
     cases = make_cases(decisions, columns, OPTIONS)
-    places = comparable_places(cases, np.arange(len(columns)))
+    places = comparable_places(cases, scenarios, np.arange(len(columns)))
     row = Row("first", np.zeros(len(columns), int), np.full(len(columns), np.nan))
     whole, *years = break_evens([row], scenarios.vols, cases, places)
     assert (whole.year, [one.year for one in years]) == (None, [2024, 2025])
@@ -97,7 +97,7 @@ def test_the_zero_lies_on_a_straight_line_and_beyond_the_levels_there_is_none():
 def test_means_are_over_decisions_and_no_trade_brings_nothing(found):
     decisions, columns, scenarios = found
     cases = make_cases(decisions, columns, OPTIONS)
-    places = comparable_places(cases, np.arange(len(columns)))
+    places = comparable_places(cases, scenarios, np.arange(len(columns)))
     assert 0 < len(places) < len(columns)  # of the last week nothing is known
     picks = np.where(np.arange(len(columns)) % 2, -1, 0)
     rows = [Row("half", picks, np.zeros(0)), Row("random", np.zeros(0, int), np.zeros(0))]
