@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "4f85e68c25f444a0d4455d852be5ba30ceacd4a907847f9053f91ba8ca0bf2a8"  # their SHA-256
+MADE_FROM = "25b26e43bf9121200d47924e05c571aedb9e803e55eeecd3d01407f2c6b166d8"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2499,7 +2499,7 @@ def delivery_cost(value, spot, options: CoveredCallCandidatesConfig):
 
 
 HOUR = 3_600_000_000  # microseconds
-WIDEST = 10  # a search looks at 2 ** 10 times at once at most
+WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 
 class Market:
@@ -2698,7 +2698,8 @@ def follow(
         trail: takes in what was open when, call after call.
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
-    legs, rows, rolls = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), len(nodes.best) > 0
+    rolls, rows = len(nodes.best) > 0, np.arange(len(stop))
+    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), market)
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
     begin = first = market.search(sales.underlying, sales.time, "right") - 1
@@ -2782,7 +2783,8 @@ def microseconds_of(days: np.ndarray) -> np.ndarray:
 
 @np.errstate(all="ignore")
 def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Legs:
-    """Args: expiry: (C,) by the rule's clock, which may be behind that of the files."""
+    """Args: expiry: (C,) by the rule's clock, which may be behind that of the files. rule: without rolls no exit is
+    looked for."""
     lag, premium = hours(rule.settle_hours), premium_of(sales)
     begin = market.search(sales.underlying, sales.time, "right")
     end = market.bounds[sales.underlying + 1] - 1
@@ -2798,9 +2800,11 @@ def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Leg
     # A call is bought back before its settlement, or, by the clock that is behind, at the last price that it has.
     within = market.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
     limit = np.maximum(np.minimum(within, mature + (cut | (lag > 0))), begin)
-    exits = first_exits(sales, expiry + lag, (1 - rule.take_profit) * premium, begin, limit, rule, market)
+    exits, enough = np.full(len(begin), NEVER), (1 - rule.take_profit) * premium
+    if rule.max_rolls > 0:
+        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, market)
+        exits[found < limit] = found[found < limit]
     listed = expiries(sales) // DAY
-    exits[exits == limit] = NEVER
     return Legs(sales.strike, sales.iv, expiry, listed, premium, sales.spot, exits, mature, near & ~cut, cut)
 
 

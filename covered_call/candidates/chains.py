@@ -96,7 +96,8 @@ def follow(
         trail: takes in what was open when, call after call.
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
-    legs, rows, rolls = legs_of(sales, expiries(sales), rule, market), np.arange(len(stop)), len(nodes.best) > 0
+    rolls, rows = len(nodes.best) > 0, np.arange(len(stop))
+    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), market)
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
     begin = first = market.search(sales.underlying, sales.time, "right") - 1
@@ -180,7 +181,8 @@ def microseconds_of(days: np.ndarray) -> np.ndarray:
 
 @np.errstate(all="ignore")
 def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Legs:
-    """Args: expiry: (C,) by the rule's clock, which may be behind that of the files."""
+    """Args: expiry: (C,) by the rule's clock, which may be behind that of the files. rule: without rolls no exit is
+    looked for."""
     lag, premium = hours(rule.settle_hours), premium_of(sales)
     begin = market.search(sales.underlying, sales.time, "right")
     end = market.bounds[sales.underlying + 1] - 1
@@ -196,9 +198,11 @@ def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Leg
     # A call is bought back before its settlement, or, by the clock that is behind, at the last price that it has.
     within = market.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
     limit = np.maximum(np.minimum(within, mature + (cut | (lag > 0))), begin)
-    exits = first_exits(sales, expiry + lag, (1 - rule.take_profit) * premium, begin, limit, rule, market)
+    exits, enough = np.full(len(begin), NEVER), (1 - rule.take_profit) * premium
+    if rule.max_rolls > 0:
+        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, market)
+        exits[found < limit] = found[found < limit]
     listed = expiries(sales) // DAY
-    exits[exits == limit] = NEVER
     return Legs(sales.strike, sales.iv, expiry, listed, premium, sales.spot, exits, mature, near & ~cut, cut)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 
 HOUR = 3_600_000_000  # microseconds
-WIDEST = 10  # a search looks at 2 ** 10 times at once at most
+WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 
 class Market:

@@ -110,8 +110,12 @@ def choose(fitted: Fitted, columns: Columns, predicted: Predicted) -> tuple[np.n
     rows = (columns.offsets[:-1] + best)[best >= 0]
     stopped_by = np.full(len(columns), NO_CANDIDATE, object)
     stopped_by[best >= 0] = fitted.gates.stop(100 * predicted.values[rows], predicted.confidences[rows])
-    impossible = above_premium(columns, predicted, rows, best >= 0)
-    stopped_by[np.flatnonzero(best >= 0)[impossible & (stopped_by[best >= 0] == "")]] = ABOVE_PREMIUM
+    learnt = fitted.metadata["outcome_options"]
+    if (
+        learnt["pricing_iv"] is learnt["iv_file"] is None and learnt["iv_shift"] == 0
+    ):  # else premiums are not known here
+        impossible = above_premium(columns, predicted, rows, best >= 0)
+        stopped_by[np.flatnonzero(best >= 0)[impossible & (stopped_by[best >= 0] == "")]] = ABOVE_PREMIUM
     known = [code_of(columns.names, style) for style in fitted.metadata["exit_styles"]]
     strange = ~np.isin(columns.exit_style, known)  # its outcomes mean something else
     stopped_by[strange & (best >= 0)] = OTHER_STYLE
