@@ -63,7 +63,6 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils import tqdm
 from filelock import FileLock
 from filelock import Timeout
-from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 logger = logging.getLogger("covered_call_candidates")
@@ -73,7 +72,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "25b26e43bf9121200d47924e05c571aedb9e803e55eeecd3d01407f2c6b166d8"  # their SHA-256
+MADE_FROM = "96d26efae404b6fa616f9f874c8902377d094c0ed6216599e94df48edeadb37d"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2839,6 +2838,14 @@ def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: 
 # What is rolled into
 
 
+ROWS_AT_ONCE = 65_536
+
+
+def parts_of(count: int) -> list[slice]:
+    """Slices of rows few enough for memory; one at least."""
+    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
+
+
 def no_rolls(count: int) -> Rolls:
     nowhere = Calls(*(np.broadcast_to(np.nan, count) for _ in Calls._fields))  # which takes no memory
     return Rolls(nowhere, nowhere, nowhere)
@@ -2888,9 +2895,10 @@ def nodes_of(market: Market, underlying: np.ndarray, places: np.ndarray, rolls: 
         offered = np.flatnonzero((at >= 0) & ~np.isnan(calls.strike[at]))
         number = np.full(len(market.time), -1)
         number[offered] = np.arange(len(offered)) + sum(len(leg.strike) for leg in legs)
-        of = at[offered]
-        sales = Sales(underlying[of], market.time[offered], market.spot[offered], *pick(calls, of))
-        legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
+        for part in parts_of(len(offered)):
+            its = offered[part]
+            sales = Sales(underlying[at[its]], market.time[its], market.spot[its], *pick(calls, at[its]))
+            legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
         found.append(number)
     joined = Legs(*map(np.concatenate, zip(*legs, strict=True)))
     return Nodes(found[0], found[-1], joined)
@@ -3035,7 +3043,6 @@ def vol_of(path: str, line: int, row: list[str]) -> tuple[int, float, int]:
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 STYLES = (HOLD_TO_EXPIRY, TP_AND_ROLL)  # of which outcomes can be computed
-ROWS_AT_ONCE = 65_536
 
 
 class Terms(NamedTuple):
@@ -3191,11 +3198,6 @@ def net_of(found: Outcomes, options: CoveredCallCandidatesConfig) -> np.ndarray:
 
 def code_of(names: tuple[str, ...], name: str) -> int:
     return names.index(name) if name in names else -1
-
-
-def parts_of(count: int) -> list[slice]:
-    """Slices of rows few enough for memory; one at least."""
-    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
 
 
 class Net(NamedTuple):
@@ -3446,6 +3448,8 @@ def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
 
 def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     """The terms with a constant vol, and with a multiple of the files' iv, each as near to the trades as it comes."""
+    from scipy.optimize import minimize_scalar  # only here: it takes 60 MB, and hardly a load asks for it
+
     found = []
     for constant in (False, True):
 
@@ -3814,6 +3818,7 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
     if TP_AND_ROLL in names:
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
+    rolls.clear()  # or all would be in memory twice
     quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)

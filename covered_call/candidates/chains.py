@@ -237,6 +237,14 @@ def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: 
 # What is rolled into
 
 
+ROWS_AT_ONCE = 65_536
+
+
+def parts_of(count: int) -> list[slice]:
+    """Slices of rows few enough for memory; one at least."""
+    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
+
+
 def no_rolls(count: int) -> Rolls:
     nowhere = Calls(*(np.broadcast_to(np.nan, count) for _ in Calls._fields))  # which takes no memory
     return Rolls(nowhere, nowhere, nowhere)
@@ -286,9 +294,10 @@ def nodes_of(market: Market, underlying: np.ndarray, places: np.ndarray, rolls: 
         offered = np.flatnonzero((at >= 0) & ~np.isnan(calls.strike[at]))
         number = np.full(len(market.time), -1)
         number[offered] = np.arange(len(offered)) + sum(len(leg.strike) for leg in legs)
-        of = at[offered]
-        sales = Sales(underlying[of], market.time[offered], market.spot[offered], *pick(calls, of))
-        legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
+        for part in parts_of(len(offered)):
+            its = offered[part]
+            sales = Sales(underlying[at[its]], market.time[its], market.spot[its], *pick(calls, at[its]))
+            legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
         found.append(number)
     joined = Legs(*map(np.concatenate, zip(*legs, strict=True)))
     return Nodes(found[0], found[-1], joined)

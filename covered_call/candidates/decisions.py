@@ -199,6 +199,7 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
     if TP_AND_ROLL in names:
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
+    rolls.clear()  # or all would be in memory twice
     quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, Segment, follow, nodes_of
+from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, Segment, follow, nodes_of, parts_of
 from covered_call.candidates.columns import Columns, timedelta_of
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, constant_vol
@@ -18,7 +18,6 @@ from covered_call.candidates.vols import Vols
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 STYLES = (HOLD_TO_EXPIRY, TP_AND_ROLL)  # of which outcomes can be computed
-ROWS_AT_ONCE = 65_536
 
 
 class Terms(NamedTuple):
@@ -174,11 +173,6 @@ def net_of(found: Outcomes, options: CoveredCallCandidatesConfig) -> np.ndarray:
 
 def code_of(names: tuple[str, ...], name: str) -> int:
     return names.index(name) if name in names else -1
-
-
-def parts_of(count: int) -> list[slice]:
-    """Slices of rows few enough for memory; one at least."""
-    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, max(count, 1), ROWS_AT_ONCE)]
 
 
 class Net(NamedTuple):

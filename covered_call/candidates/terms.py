@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import FIT, CoveredCallCandidatesConfig
@@ -170,6 +169,8 @@ def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
 
 def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
     """The terms with a constant vol, and with a multiple of the files' iv, each as near to the trades as it comes."""
+    from scipy.optimize import minimize_scalar  # only here: it takes 60 MB, and hardly a load asks for it
+
     found = []
     for constant in (False, True):
 

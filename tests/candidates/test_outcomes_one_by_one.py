@@ -10,7 +10,7 @@ from conftest import on_the_default_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates import outcomes
+from covered_call.candidates import chains
 from covered_call.candidates.chains import rolls_of
 from covered_call.candidates.columns import COSTS, COUNTERFACTUAL, Columns, columns_of, logged_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -269,7 +269,7 @@ def test_a_profit_is_taken_at_its_first_hour(vol, dte, count):
 def test_many_candidates_are_worked_out_in_parts(monkeypatch):
     logged, options = walk(300, 0.01, 2.0), CoveredCallCandidatesConfig()
     whole = add_counterfactuals(columns_of(logged), SIMULATED, options)
-    monkeypatch.setattr(outcomes, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(chains, "ROWS_AT_ONCE", 7)
     assert logged_of(add_counterfactuals(columns_of(logged), SIMULATED, options)) == logged_of(whole)
 
 
