@@ -74,7 +74,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "21bbbf1bac937bd2ab0ae3afa20a1f107ae039ba9b5248963872b8c921957d0a"  # their SHA-256
+MADE_FROM = "02ae4dbae2f8d4fc7c4311beed012809138d3012a24af32cf0343e980cd82a4e"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -596,7 +596,7 @@ def time_of(time: int) -> datetime.datetime:
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 AS_SETTLED = "as settlement has it"
-MOST_HORIZONS = 20  # of the option horizons: each takes as long as all other outcomes
+MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 

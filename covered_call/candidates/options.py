@@ -16,7 +16,7 @@ from covered_call.candidates.schema import MAX_DTE, MAX_IV, CandidatesError, is_
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 AS_SETTLED = "as settlement has it"
-MOST_HORIZONS = 20  # of the option horizons: each takes as long as all other outcomes
+MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 
