@@ -20,6 +20,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -72,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "96d26efae404b6fa616f9f874c8902377d094c0ed6216599e94df48edeadb37d"  # their SHA-256
+MADE_FROM = "344461000166567bdbd3f7173c18210a42d05d60f6890cdc094d4b262f9012ea"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -594,6 +595,7 @@ def time_of(time: int) -> datetime.datetime:
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 AS_SETTLED = "as settlement has it"
+MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 
@@ -835,6 +837,36 @@ class PreferenceConfig(CoveredCallCandidatesConfig):
     min_edge_pct: float = option(0.1, PAIRS, "PERCENT", "the same in percent of spot", most=100)
 
 
+@dataclass
+class QValuesConfig(CoveredCallCandidatesConfig):
+    """Options of ``q_values`` beside those of all configs."""
+
+    horizons: list[float] | tuple[float, ...] | None = option(
+        None,
+        OUTCOMES,
+        "DAYS",
+        "beside q_sell, a column q_sell_3d for each of some numbers of days: what q_sell is with that horizon",
+        otherwise="none",
+    )
+
+    def check(self) -> None:
+        super().check()
+        given = self.horizons
+        days = given if isinstance(given, (list, tuple)) else []
+        real = all(is_number(one) and 0 < one <= MAX_DTE for one in days)
+        if given is not None and not (real and 0 < len(set(map(float, days))) == len(days) <= MOST_HORIZONS):
+            raise CandidatesError(
+                f"horizons={shown(given)}: give a list of 1 to {MOST_HORIZONS} different numbers of days, each above "
+                f"0 and up to {MAX_DTE:g}, such as [1, 3, 5]."
+            )
+
+
+def horizon_columns(options: CoveredCallCandidatesConfig) -> dict[str, float]:
+    """The columns that the option horizons adds to q_values, ascending, each with its days."""
+    days = sorted(map(float, options.horizons or ())) if isinstance(options, QValuesConfig) else []
+    return {f"q_sell_{str(one).removesuffix('.0')}d": one for one in days}
+
+
 def options_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[dataclasses.Field]:
     """The options of a kind of config, those of some groups alone if there are any."""
     found = [field for field in dataclasses.fields(kind) if "group" in field.metadata]
@@ -847,7 +879,9 @@ def names_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[str]:
 
 def kind_of(name: str) -> type[CoveredCallCandidatesConfig]:
     """The dataclass of a config's options."""
-    return PreferenceConfig if name == "preference" else CoveredCallCandidatesConfig
+    if name == "preference":
+        return PreferenceConfig
+    return QValuesConfig if name == "q_values" else CoveredCallCandidatesConfig
 
 
 def check_value(field: dataclasses.Field, value) -> None:
@@ -3103,7 +3137,11 @@ class Replay:
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
     def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
-        """The same trades with the costs of other options, and with all vols times ``vol``."""
+        """The same trades with the costs and the horizon of other options, and with all vols times ``vol``."""
+        if vol == 1.0:
+            other = copy.copy(self)  # what chains may roll into is the same, and may be millions
+            other.options = options or self.options
+            return other
         terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
 
@@ -3483,7 +3521,7 @@ SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
-COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), (COSTS, pa.float64()), ("label_end", pa.int64())])
+COMPUTED = (COUNTERFACTUAL, COSTS)
 PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
@@ -3502,7 +3540,7 @@ class Spool:
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
         self.starts = [0]  # the place of each block's first decision; at the end the number of all
-        self.computed = False  # whether the outcomes are there, too
+        self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -3532,17 +3570,24 @@ class Spool:
                 os.remove(self.path(name))
             raise
 
-    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Adds to each block the outcome of each candidate, the costs in it, and its label end."""
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, ...]], others: Iterable[str] = ()) -> None:
+        """Adds to each block what is computed of each candidate.
+
+        Args:
+            outcomes: makes of a block the outcomes, the costs in them, the other numbers, and the label ends.
+            others: the names of those.
+        """
+        names = (*COMPUTED, *others)
+        schema = pa.schema([*((name, pa.float64()) for name in names), ("label_end", pa.int64())])
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
-            with pa.ipc.new_file(file, COMPUTED) as writer:
+            with pa.ipc.new_file(file, schema) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
                     *values, label_end = computed = outcomes(block)
-                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=COMPUTED))
-                    numbers = block.numbers | dict(zip(COMPUTED.names, values, strict=False))
+                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=schema))
+                    numbers = block.numbers | dict(zip(names, values, strict=True))
                     self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
-        self.computed = True
+        self.computed = schema
 
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
@@ -3575,8 +3620,9 @@ class Spool:
         label_end = np.zeros(len(rows), np.int64)
         if self.computed:
             computed = self.read_batch("outcomes.arrow", number)
-            *values, label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
-            numbers |= dict(zip(COMPUTED.names, values, strict=False))
+            found = {name: computed.column(name).to_numpy() for name in self.computed.names}
+            label_end = found.pop("label_end")
+            numbers |= found
         by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
         offsets = candidates.offsets.to_numpy().astype(np.int64)
         return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
@@ -3809,7 +3855,7 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, into the spool.
+    """Computes the outcome of each candidate, at each of the horizons too, into the spool.
 
     Args:
         rolls: those of rolls_of, of the decisions in the spool's order.
@@ -3823,17 +3869,20 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)
     replay, label_ends = Replay(quotes, terms, options, market), []
+    horizons = horizon_columns(options)
+    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = replay.of_candidates(columns)
+    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
+        found, *others = (one.of_candidates(columns) for one in (replay, *replays))
+        label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
         last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
         if has_one.any():
-            last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
+            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        net = net_of(found, options)
-        return net, np.where(np.isnan(net), np.nan, found.costs), found.label_end
+        net, *early = (net_of(one, options) for one in (found, *others))
+        return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
-    decisions.spool.compute(outcomes)
+    decisions.spool.compute(outcomes, horizons)
     label_end = np.concatenate(label_ends)[decisions.place]
     return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 
@@ -4094,11 +4143,13 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
 
 
 def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
-    """Of each candidate its counterfactual, or else what was recorded."""
+    """Of each candidate its counterfactual, or else what was recorded; its counterfactual alone at each of the
+    horizons, of which nothing is recorded."""
     rows, sold = pa.array(columns.decision_of), is_sold(columns)
     market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
+    horizons = tuple(horizon_columns(options))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
@@ -4109,7 +4160,9 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
             "q_hold": pa.array(np.zeros(len(sold))),
             "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
             "source": pc.if_else(is_computed, "counterfactual", of_recorded),
+            **{name: nullable(columns.numbers[name]) for name in horizons},
         },
+        horizons,
     )
 
 
@@ -4145,15 +4198,20 @@ def nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, from_pandas=True)
 
 
-def table_of(name: str, arrays: dict[str, pa.Array]) -> pa.Table:
+def table_of(name: str, arrays: dict[str, pa.Array], horizons: tuple[str, ...] = ()) -> pa.Table:
     """The columns that a config's records have, of these."""
-    schema = schema_of(name)
+    schema = schema_of(name, horizons)
     return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
 
 
 @functools.cache
-def schema_of(name: str) -> pa.Schema:
-    return datasets.Features(FEATURES[name]).arrow_schema.remove_metadata()
+def schema_of(name: str, horizons: tuple[str, ...]) -> pa.Schema:
+    return features_of(name, horizons).arrow_schema.remove_metadata()
+
+
+def features_of(name: str, horizons: Iterable[str]) -> datasets.Features:
+    """Of a config's records, with the columns that the option horizons adds."""
+    return datasets.Features(FEATURES[name] | dict.fromkeys(horizons, datasets.Value("float64")))
 
 
 RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {
@@ -4301,7 +4359,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
             version=VERSION,
             description="One pair of answers a decision: the one that brought most, and a worse one.",
         ),
-        CoveredCallCandidatesConfig(
+        QValuesConfig(
             name="q_values",
             version=VERSION,
             description="One row of numbers a candidate option, with what selling it brought.",
@@ -4335,9 +4393,8 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
 
     def _info(self):
-        return datasets.DatasetInfo(
-            description=self.config.description or "", features=datasets.Features(FEATURES[self.config.name])
-        )
+        features = features_of(self.config.name, horizon_columns(self.config))
+        return datasets.DatasetInfo(description=self.config.description or "", features=features)
 
     def _split_generators(self, dl_manager):
         assert isinstance(self.config.data_files, DataFilesDict)  # as __init__ has made it
@@ -4482,9 +4539,13 @@ class Backtest:
         Raises:
             CandidatesError: for options that cannot be used, or a split that would be empty.
         """
-        shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
-        defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
-        changed = {option: value for option, value in shared.items() if value != defaults[option]}
+        kind = kind_of(name)
+        late = [option for option in names_of(kind, OUTCOMES) if options.get(option) is not None]
+        if late:
+            raise CandidatesError(f"{late[0]} is for the options of the backtest, which computes its outcomes once.")
+        both = options_of(kind if isinstance(self.options, kind) else CoveredCallCandidatesConfig)
+        shared = {one.name: getattr(self.options, one.name) for one in both}
+        changed = {one.name: shared[one.name] for one in both if shared[one.name] != one.default}
         return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
 
 
@@ -4562,7 +4623,8 @@ def load_candidates(
         cache_dir: where the Arrow files go, default the Hugging Face cache.
         streaming: render while iterating, without a cache.
         num_proc: processes that render.
-        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference").
+        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference",
+            QValuesConfig for "q_values").
 
     Raises:
         CandidatesError: for files or options that cannot be used.

@@ -28,6 +28,7 @@ from covered_call.__main__ import VERBS
 from covered_call.candidates.options import (
     CoveredCallCandidatesConfig,
     PreferenceConfig,
+    QValuesConfig,
     names_of,
     options_of,
 )
@@ -237,12 +238,14 @@ def rows_of(table_head: str, text: str) -> list[list[str]]:
 
 def test_the_options_of_loading_are_those_of_the_dataclass():
     table = rows_of("| option | default | |", (ROOT / "docs" / "loading.md").read_text())
-    assert [cells[0].strip("`") for cells in table] == names_of(PreferenceConfig)
+    shared = names_of(CoveredCallCandidatesConfig)
+    options = [*options_of(PreferenceConfig), *(one for one in options_of(QValuesConfig) if one.name not in shared)]
+    assert [cells[0].strip("`") for cells in table] == [option.name for option in options]
     assert len({cells[0] for cells in table}) == len(table)
-    for option, (_, shown, _) in zip(options_of(PreferenceConfig), table, strict=True):
+    for option, (_, shown, _) in zip(options, table, strict=True):
         expected = f"`{json.dumps(option.default)}`" if isinstance(option.default, str) else f"`{option.default}`"
         assert shown == expected or option.default is None and "`None`" not in shown, option.name
-    assert set(names_of(CoveredCallCandidatesConfig)) < set(names_of(PreferenceConfig))
+    assert set(shared) < set(names_of(PreferenceConfig)) and set(shared) < set(names_of(QValuesConfig))
 
 
 def test_the_columns_of_data_are_those_that_are_read():

@@ -19,15 +19,18 @@ from datasets.exceptions import DatasetGenerationError
 from covered_call.candidates.columns import Columns, logged_of
 from covered_call.candidates.decisions import Decisions, hashes_of, read_decisions
 from covered_call.candidates.options import (
+    OUTCOMES,
     CoveredCallCandidatesConfig,
     PreferenceConfig,
+    QValuesConfig,
     check_options,
+    horizon_columns,
     kind_of,
     names_of,
     options_of,
 )
 from covered_call.candidates.preferences import balance_pairs, preferred_pairs
-from covered_call.candidates.records import FEATURES, RECORDS
+from covered_call.candidates.records import RECORDS, features_of
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
 from covered_call.candidates.splits import split_places
@@ -113,7 +116,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
             version=VERSION,
             description="One pair of answers a decision: the one that brought most, and a worse one.",
         ),
-        CoveredCallCandidatesConfig(
+        QValuesConfig(
             name="q_values",
             version=VERSION,
             description="One row of numbers a candidate option, with what selling it brought.",
@@ -147,9 +150,8 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
 
     def _info(self):
-        return datasets.DatasetInfo(
-            description=self.config.description or "", features=datasets.Features(FEATURES[self.config.name])
-        )
+        features = features_of(self.config.name, horizon_columns(self.config))
+        return datasets.DatasetInfo(description=self.config.description or "", features=features)
 
     def _split_generators(self, dl_manager):
         assert isinstance(self.config.data_files, DataFilesDict)  # as __init__ has made it
@@ -294,9 +296,13 @@ class Backtest:
         Raises:
             CandidatesError: for options that cannot be used, or a split that would be empty.
         """
-        shared = {one.name: getattr(self.options, one.name) for one in options_of(CoveredCallCandidatesConfig)}
-        defaults = {one.name: one.default for one in options_of(CoveredCallCandidatesConfig)}
-        changed = {option: value for option, value in shared.items() if value != defaults[option]}
+        kind = kind_of(name)
+        late = [option for option in names_of(kind, OUTCOMES) if options.get(option) is not None]
+        if late:
+            raise CandidatesError(f"{late[0]} is for the options of the backtest, which computes its outcomes once.")
+        both = options_of(kind if isinstance(self.options, kind) else CoveredCallCandidatesConfig)
+        shared = {one.name: getattr(self.options, one.name) for one in both}
+        changed = {one.name: shared[one.name] for one in both if shared[one.name] != one.default}
         return loaded(name, num_proc, cache_dir=cache_dir, backtest=self, **changed | options)
 
 
@@ -374,7 +380,8 @@ def load_candidates(
         cache_dir: where the Arrow files go, default the Hugging Face cache.
         streaming: render while iterating, without a cache.
         num_proc: processes that render.
-        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference").
+        options: ``data_dir``, and those of CoveredCallCandidatesConfig (PreferenceConfig for "preference",
+            QValuesConfig for "q_values").
 
     Raises:
         CandidatesError: for files or options that cannot be used.

@@ -1,6 +1,7 @@
 """All decisions of some files: read, each of them once, in order of time, with their outcomes."""
 
 import collections
+import dataclasses
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_i
 from covered_call.candidates.columns import Columns, columns_of, in_batches, time_of
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.market import Market
-from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Quotes, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
 from covered_call.candidates.prompts import present_in_order
@@ -190,7 +191,7 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, into the spool.
+    """Computes the outcome of each candidate, at each of the horizons too, into the spool.
 
     Args:
         rolls: those of rolls_of, of the decisions in the spool's order.
@@ -204,17 +205,20 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)
     replay, label_ends = Replay(quotes, terms, options, market), []
+    horizons = horizon_columns(options)
+    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = replay.of_candidates(columns)
+    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
+        found, *others = (one.of_candidates(columns) for one in (replay, *replays))
+        label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
         last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
         if has_one.any():
-            last[has_one] = np.maximum.reduceat(found.label_end, columns.offsets[:-1][has_one])
+            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
         label_ends.append(last)
-        net = net_of(found, options)
-        return net, np.where(np.isnan(net), np.nan, found.costs), found.label_end
+        net, *early = (net_of(one, options) for one in (found, *others))
+        return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
-    decisions.spool.compute(outcomes)
+    decisions.spool.compute(outcomes, horizons)
     label_end = np.concatenate(label_ends)[decisions.place]
     return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 

@@ -16,6 +16,7 @@ from covered_call.candidates.schema import MAX_DTE, MAX_IV, CandidatesError, is_
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 AS_SETTLED = "as settlement has it"
+MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
 DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
 
@@ -257,6 +258,36 @@ class PreferenceConfig(CoveredCallCandidatesConfig):
     min_edge_pct: float = option(0.1, PAIRS, "PERCENT", "the same in percent of spot", most=100)
 
 
+@dataclass
+class QValuesConfig(CoveredCallCandidatesConfig):
+    """Options of ``q_values`` beside those of all configs."""
+
+    horizons: list[float] | tuple[float, ...] | None = option(
+        None,
+        OUTCOMES,
+        "DAYS",
+        "beside q_sell, a column q_sell_3d for each of some numbers of days: what q_sell is with that horizon",
+        otherwise="none",
+    )
+
+    def check(self) -> None:
+        super().check()
+        given = self.horizons
+        days = given if isinstance(given, (list, tuple)) else []
+        real = all(is_number(one) and 0 < one <= MAX_DTE for one in days)
+        if given is not None and not (real and 0 < len(set(map(float, days))) == len(days) <= MOST_HORIZONS):
+            raise CandidatesError(
+                f"horizons={shown(given)}: give a list of 1 to {MOST_HORIZONS} different numbers of days, each above "
+                f"0 and up to {MAX_DTE:g}, such as [1, 3, 5]."
+            )
+
+
+def horizon_columns(options: CoveredCallCandidatesConfig) -> dict[str, float]:
+    """The columns that the option horizons adds to q_values, ascending, each with its days."""
+    days = sorted(map(float, options.horizons or ())) if isinstance(options, QValuesConfig) else []
+    return {f"q_sell_{str(one).removesuffix('.0')}d": one for one in days}
+
+
 def options_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[dataclasses.Field]:
     """The options of a kind of config, those of some groups alone if there are any."""
     found = [field for field in dataclasses.fields(kind) if "group" in field.metadata]
@@ -269,7 +300,9 @@ def names_of(kind: type[datasets.BuilderConfig], *groups: str) -> list[str]:
 
 def kind_of(name: str) -> type[CoveredCallCandidatesConfig]:
     """The dataclass of a config's options."""
-    return PreferenceConfig if name == "preference" else CoveredCallCandidatesConfig
+    if name == "preference":
+        return PreferenceConfig
+    return QValuesConfig if name == "q_values" else CoveredCallCandidatesConfig
 
 
 def check_value(field: dataclasses.Field, value) -> None:

@@ -3,6 +3,7 @@
 They are labels and stand in columns; no prompt is rendered from them. NO_TRADE brings 0: the coin is held either way.
 """
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,11 @@ class Replay:
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
     def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
-        """The same trades with the costs of other options, and with all vols times ``vol``."""
+        """The same trades with the costs and the horizon of other options, and with all vols times ``vol``."""
+        if vol == 1.0:
+            other = copy.copy(self)  # what chains may roll into is the same, and may be millions
+            other.options = options or self.options
+            return other
         terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
 

@@ -1,7 +1,7 @@
 """Records: what stands in one row of a data set, and of which type it is."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covered_call.candidates.columns import COUNTERFACTUAL, RECORDED, STATE, Columns, in_batches
-from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
+from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, horizon_columns
 from covered_call.candidates.preferences import preferred_pairs, recorded_outcomes
 from covered_call.candidates.prompts import (
     ROLES,
@@ -83,11 +83,13 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
 
 
 def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
-    """Of each candidate its counterfactual, or else what was recorded."""
+    """Of each candidate its counterfactual, or else what was recorded; its counterfactual alone at each of the
+    horizons, of which nothing is recorded."""
     rows, sold = pa.array(columns.decision_of), is_sold(columns)
     market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
+    horizons = tuple(horizon_columns(options))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
@@ -98,7 +100,9 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
             "q_hold": pa.array(np.zeros(len(sold))),
             "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
             "source": pc.if_else(is_computed, "counterfactual", of_recorded),
+            **{name: nullable(columns.numbers[name]) for name in horizons},
         },
+        horizons,
     )
 
 
@@ -134,15 +138,20 @@ def nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, from_pandas=True)
 
 
-def table_of(name: str, arrays: dict[str, pa.Array]) -> pa.Table:
+def table_of(name: str, arrays: dict[str, pa.Array], horizons: tuple[str, ...] = ()) -> pa.Table:
     """The columns that a config's records have, of these."""
-    schema = schema_of(name)
+    schema = schema_of(name, horizons)
     return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
 
 
 @functools.cache
-def schema_of(name: str) -> pa.Schema:
-    return datasets.Features(FEATURES[name]).arrow_schema.remove_metadata()
+def schema_of(name: str, horizons: tuple[str, ...]) -> pa.Schema:
+    return features_of(name, horizons).arrow_schema.remove_metadata()
+
+
+def features_of(name: str, horizons: Iterable[str]) -> datasets.Features:
+    """Of a config's records, with the columns that the option horizons adds."""
+    return datasets.Features(FEATURES[name] | dict.fromkeys(horizons, datasets.Value("float64")))
 
 
 RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
     + [("chosen", pa.int32()), ("candidates", pa.list_(CANDIDATE))]
 )
-COMPUTED = pa.schema([(COUNTERFACTUAL, pa.float64()), (COSTS, pa.float64()), ("label_end", pa.int64())])
+COMPUTED = (COUNTERFACTUAL, COSTS)
 PREFIX, LOCK = "covered_call_", "lock"  # of a folder, and of a file in it
 IN_MEMORY = 8  # blocks: one of each of some files that go on side by side
 
@@ -41,7 +41,7 @@ class Spool:
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
         self.starts = [0]  # the place of each block's first decision; at the end the number of all
-        self.computed = False  # whether the outcomes are there, too
+        self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -71,17 +71,24 @@ class Spool:
                 os.remove(self.path(name))
             raise
 
-    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Adds to each block the outcome of each candidate, the costs in it, and its label end."""
+    def compute(self, outcomes: Callable[[Columns], tuple[np.ndarray, ...]], others: Iterable[str] = ()) -> None:
+        """Adds to each block what is computed of each candidate.
+
+        Args:
+            outcomes: makes of a block the outcomes, the costs in them, the other numbers, and the label ends.
+            others: the names of those.
+        """
+        names = (*COMPUTED, *others)
+        schema = pa.schema([*((name, pa.float64()) for name in names), ("label_end", pa.int64())])
         with writing(), pa.OSFile(self.path("outcomes.arrow"), "w") as file:
-            with pa.ipc.new_file(file, COMPUTED) as writer:
+            with pa.ipc.new_file(file, schema) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
                     *values, label_end = computed = outcomes(block)
-                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=COMPUTED))
-                    numbers = block.numbers | dict(zip(COMPUTED.names, values, strict=False))
+                    writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=schema))
+                    numbers = block.numbers | dict(zip(names, values, strict=True))
                     self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
-        self.computed = True
+        self.computed = schema
 
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
@@ -114,8 +121,9 @@ class Spool:
         label_end = np.zeros(len(rows), np.int64)
         if self.computed:
             computed = self.read_batch("outcomes.arrow", number)
-            *values, label_end = (computed.column(name).to_numpy() for name in COMPUTED.names)
-            numbers |= dict(zip(COMPUTED.names, values, strict=False))
+            found = {name: computed.column(name).to_numpy() for name in self.computed.names}
+            label_end = found.pop("label_end")
+            numbers |= found
         by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
         offsets = candidates.offsets.to_numpy().astype(np.int64)
         return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),

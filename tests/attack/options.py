@@ -36,7 +36,7 @@ from covered_call import tuning
 from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.data_options import backtest_of
 from covered_call.candidates.export import main, parse_arguments
-from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
+from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, QValuesConfig
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
 from covered_call.evaluation import evaluate
@@ -153,6 +153,11 @@ def of_splits(value):
     return tuple(shares) if len(shares) == 3 and NOTHING not in shares and math.isclose(sum(shares), 1) else NOTHING
 
 
+def of_horizons(value):
+    days = [of_number(math.ulp(0), 36_500)(item) for item in value] if isinstance(value, (list, tuple)) else []
+    return days if days and NOTHING not in days and len(set(days)) == len(days) <= 20 else NOTHING
+
+
 def of_date(value):
     if isinstance(value, (datetime.date, pd.Timestamp, np.datetime64)) and not pd.isna(value):
         return pd.Timestamp(value).isoformat()
@@ -242,6 +247,7 @@ LAWS = {
     "min_edge": Law(of_number(0, math.inf), {}, ("preference",)),
     "min_edge_pct": Law(of_number(0, 100), {}, ("preference",)),
     "rejected": Law(of_choice("teacher", "worst"), {}, ("preference",)),
+    "horizons": Law(of_horizons, {}, ("q_values",)),
 } | {name: Law(of_number(0, 1)) for name in SHARES}  # fmt: skip
 NO_OPTIONS = (
     "fees", "Underlying", "split", "trust_remote_code", "config_name", "features", "version", "description",
@@ -488,7 +494,8 @@ def workplace() -> Iterator[str]:
 
 def trials() -> Iterator[tuple]:
     """Everything that can be tried: an option of each config with each value, a stranger, a word."""
-    configs = {name: CoveredCallCandidatesConfig for name in RECORDS} | {"preference": PreferenceConfig}
+    configs = {name: CoveredCallCandidatesConfig for name in RECORDS}
+    configs |= {"preference": PreferenceConfig, "q_values": QValuesConfig}
     known = {"name", "data_files", "data_dir", "cache_dir", "hash", "streaming", "num_proc"}
     unlawful = {key.name for one in configs.values() for key in fields(one)} - LAWS.keys() - {"version", "description"}
     if unlawful - known:
