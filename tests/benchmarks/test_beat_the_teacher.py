@@ -147,7 +147,7 @@ def test_plain_policies_sell_what_their_names_say(benchmark, backtest):
     [
         (np.resize([0.5, -0.4, 0.6], 200), "shrewd is shown to earn more than the teacher."),
         (np.resize([0.5, -0.4], 200), "Nothing is shown to earn more than the teacher."),
-        (np.where(np.arange(200) // 4 == 20, 0.5, 0.0), "Nothing is shown to earn more than the teacher."),  # one week
+        (np.where(np.arange(200) < 4, 0.5, 0.0), "Nothing is shown to earn more than the teacher."),  # one week's luck
         (np.full(30, 0.5), "Nothing is shown to earn more than the teacher, or"),
     ],
 )
