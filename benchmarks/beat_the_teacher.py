@@ -3,8 +3,7 @@
     python benchmarks/beat_the_teacher.py                 # the sample, by year; about half an hour on 2 cores
     python benchmarks/beat_the_teacher.py --no_models     # without the language models: seconds
     python benchmarks/beat_the_teacher.py --no_models --data_files 'runs/*.csv' --period month --fee 0.0003
-    python benchmarks/beat_the_teacher.py --no_models --data_files 'runs/*.csv' --period month \
-        --iv_file 'vols/dvol_{underlying}_daily.csv'      # at the market's vol
+    python benchmarks/beat_the_teacher.py --no_models --iv_file 'vols/dvol_{underlying}_daily.csv'   # the market's vol
 
 For each period with enough before it, everything that is fitted is fitted on what was settled before it (the latest
 15 % of those decision times are the validation split) and decides on it:
