@@ -1,8 +1,8 @@
 """What the pages show is true: commands and Python blocks run, options and links are there, the example is the code's.
 
-Commands run in a copy of the checkout whose sample is eight months long. There `runs/`, `vols/` and `my_card.md` are what
-the pages take for their reader's own. What cannot run on a CPU without the network says so behind its `#`, and is parsed;
-what says "minute" there, or needs a model that only such a command makes, runs with the slow tests.
+Commands run in a copy of the checkout whose sample is eight months long. There `runs/`, `vols/` and `my_card.md` are
+what the pages take for their reader's own. What cannot run on a CPU without the network says so behind its `#`, and is
+parsed; what says "minute" there, or needs a model that only such a command makes, runs with the slow tests.
 """
 
 import argparse
