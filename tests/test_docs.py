@@ -1,8 +1,8 @@
 """What the pages show is true: commands and Python blocks run, options and links are there, the example is the code's.
 
-Commands run in a copy of the checkout whose sample is eight months long. There `runs/` and `my_card.md` are what the
-pages take for their reader's own. What cannot run on a CPU without the network says so behind its `#`, and is parsed;
-what says "minute" there, or needs a model that only such a command makes, runs with the slow tests.
+Commands run in a copy of the checkout whose sample is eight months long. There `runs/`, `vols/` and `my_card.md` are
+what the pages take for their reader's own. What cannot run on a CPU without the network says so behind its `#`, and is
+parsed; what says "minute" there, or needs a model that only such a command makes, runs with the slow tests.
 """
 
 import argparse
@@ -147,6 +147,9 @@ def checkout(tmp_path_factory) -> Path:
             kept = "".join([head, *(row for row in rows if first <= row[:10] < "2025-07-01")])
             (folder / name).mkdir(exist_ok=True)
             (folder / name / source.name).write_text(kept)
+    (folder / "vols").mkdir()
+    days = np.arange(np.datetime64("2024-01-01"), np.datetime64("2025-07-01"))
+    (folder / "vols" / "dvol_BTC_daily.csv").write_text("time,vol\n" + "".join(f"{day},55\n" for day in days))
     return folder
 
 

@@ -1,14 +1,19 @@
 """The walk-forward against the teacher, without the language models: they have tests of their own."""
 
+import csv
 import datetime
 import json
 from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import SCRIPT, import_script
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.splits import split_decisions
 
 ROOT = SCRIPT.parent
 
@@ -46,11 +51,17 @@ def test_the_table_has_every_policy_and_the_oracle_is_best_in_each_period(run, t
     printed = run()
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     head, *lines = [[cell.strip("| ") for cell in row] for row in rows]
-    assert head[-1] == "2021" and {line[0] for line in lines} == {"teacher", "score rule", "Q-scorer", "oracle"}
+    assert head[-1].startswith("2021") and {line[0] for line in lines} == {
+        "teacher", "never sell", "score rule", "delta nearest 0.25", "lowest delta", "highest premium",
+        "teacher if iv/rv > 1", "teacher unless trend up", "ridge", "Q-scorer", "oracle",
+    }  # fmt: skip
     last = {line[0]: float(line[-1].replace(",", "")) for line in lines}
     assert last["oracle"] == max(last.values()) > last["teacher"] == last["score rule"]
     assert (tmp_path / "out" / "equity.png").stat().st_size > 10_000
-    assert "more with an unknown outcome are left out" in printed
+    assert "of 9 policies and the teacher" in printed and "more with an unknown outcome are left out" in printed
+    assert (
+        "Computed against recorded outcomes on " in printed and " is shown to earn more than the teacher." in printed
+    )
 
 
 def test_a_finished_period_is_kept_until_the_options_or_the_code_change(run, tmp_path, benchmark, monkeypatch):
@@ -66,6 +77,87 @@ def test_a_finished_period_is_kept_until_the_options_or_the_code_change(run, tmp
     path.write_text(json.dumps(kept))
     monkeypatch.setattr(benchmark, "code_hash", lambda _: "another")
     assert "| score rule | 0.000 | 0.0" not in run()
+
+
+def test_outcomes_are_priced_as_the_options_say_and_a_period_is_kept_until_the_vols_change(run, tmp_path):
+    vols = tmp_path / "vols.csv"
+
+    def earned(vol: float) -> tuple[float, dict]:
+        days = [date(2020, 1, 1) + datetime.timedelta(days=n) for n in range(600)]
+        vols.write_text("time,vol\n" + "".join(f"{day},{vol}\n" for day in days))
+        printed = run("--iv_file", str(vols), "--iv_lag", "0")
+        assert "at the vol of iv_file" in printed
+        line = next(line for line in printed.splitlines() if line.startswith("| teacher |"))
+        return float(line.split(" | ")[-1].strip("| ")), json.loads((tmp_path / "out" / "2021.json").read_text())
+
+    (low, first), (high, second) = earned(0.3), earned(1.2)
+    assert low < high and first["settings"] != second["settings"] and first["picks"] != second["picks"]
+    assert "at a vol of 0.5, shifted by +0.1" in run("--pricing_iv", "0.5", "--iv_shift", "0.1")
+
+
+def test_outcomes_that_do_not_follow_the_records_are_said_and_not_paid(benchmark, backtest, tmp_path, capsys):
+    (path,) = Path(backtest).parent.glob("*hold*.csv")
+    rows = list(csv.DictReader(path.open(newline="")))
+    for row in rows:
+        row["pnl_vs_hodl"] = row["pnl_vs_hodl"] and 2 * float(row["pnl_vs_hodl"])
+    with (tmp_path / path.name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(SystemExit, match="^error: no outcome is known that can be trusted"):
+        benchmark.main(["--no_models", "--data_files", str(tmp_path / path.name), "--output_dir", str(tmp_path)])
+    assert "WARNING: the average error is above 5% of the typical outcome" in capsys.readouterr().out
+    options = CoveredCallCandidatesConfig(exit_style="hold_to_expiry")
+    logged = benchmark.make_market(Backtest([str(tmp_path / path.name)], options)).logged
+    assert not any(one.pnl_vs_hodl for entry in logged for one in entry.counterfactuals)  # what is fitted sees none
+
+
+def test_plain_policies_sell_what_their_names_say(benchmark, backtest):
+    options = CoveredCallCandidatesConfig(exit_style="hold_to_expiry", iv_shift=-0.2)
+    market = benchmark.make_market(Backtest([str(path) for path in Path(backtest).parent.glob("*hold*")], options))
+    picks, days = benchmark.plain_policies(market), {}
+    nearest = benchmark.nearest_rule(market.columns).picks(market.columns)
+    for place, entry in enumerate(market.logged):
+        decision, sold = entry.decision, entry.chosen
+        days[decision.decision_time] = decision.spot
+        its = {name: None if made[place] < 0 else decision.candidates[made[place]] for name, made in picks.items()}
+        teachers = None if sold is None else decision.candidates[sold]
+        assert its["teacher"] == teachers and its["never sell"] is None
+        if decision.candidates:
+            assert its["lowest delta"].delta == min(candidate.delta for candidate in decision.candidates)
+        if nearest[place] >= 0:
+            away = [abs(candidate.delta - 0.25) for candidate in decision.candidates]
+            assert away[nearest[place]] == min(away)
+        ratio = teachers and teachers.ivrv_ratio
+        rich = ratio is not None and ratio * (teachers.iv - 0.2) / teachers.iv > 1
+        assert its["teacher if iv/rv > 1"] == (teachers if rich else None)
+        before = days.get(decision.decision_time - datetime.timedelta(days=30))
+        fell = before is None or decision.spot < before
+        assert its["teacher unless trend up"] == (teachers if fell else None)
+    sold = [int((made >= 0).sum()) for made in picks.values()]
+    assert len(set(sold)) > 3 and 0 < (nearest >= 0).sum() < len(nearest)
+    premium = market.cases.premium
+    for place, pick in enumerate(picks["highest premium"]):
+        its = premium[market.columns.offsets[place] : market.columns.offsets[place + 1]]
+        assert pick == (its.argmax() if len(its) else -1)
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        (np.resize([0.5, -0.4, 0.6], 200), "shrewd is shown to earn more than the teacher."),
+        (np.resize([0.5, -0.4], 200), "Nothing is shown to earn more than the teacher."),
+        (np.where(np.arange(200) < 4, 0.5, 0.0), "Nothing is shown to earn more than the teacher."),  # one week's luck
+        (np.full(30, 0.5), "Nothing is shown to earn more than the teacher, or"),
+    ],
+)
+def test_the_verdict_needs_an_interval_above_0_and_blocks_as_long_as_the_outcomes(benchmark, gains, says):
+    days = np.arange(len(gains))
+    blocks = benchmark.Blocks(SimpleNamespace(columns=SimpleNamespace(time=days), label_end=days + 7), days)
+    assert blocks.length == 8
+    percent = {"teacher": 0 * gains, "never sell": 0 * gains, "shrewd": gains}
+    picks = {name: np.where(its != 0, 1, 0) for name, its in percent.items()}
+    assert benchmark.verdict(benchmark.Paid(days, picks, percent, percent), blocks).startswith(says)
 
 
 def test_a_change_of_any_module_or_recipe_is_another_code(benchmark, tmp_path):
@@ -94,7 +186,7 @@ def test_a_period_is_fitted_on_what_was_settled_before_it(benchmark):
         begins = datetime.datetime.fromisoformat(fold.test_from)
         assert begins == min(entry.decision.decision_time for entry in fold.entries)
         dates = {"validation_from": fold.validation_from, "test_from": fold.test_from}
-        splits = benchmark.split_decisions(logged, CoveredCallCandidatesConfig(**dates))
+        splits = split_decisions(logged, CoveredCallCandidatesConfig(**dates))
         assert all(entry.label_end < begins for name in ("train", "validation") for entry in splits[name])
         assert min(map(len, splits.values())) > 14
 
