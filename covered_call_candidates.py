@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "344461000166567bdbd3f7173c18210a42d05d60f6890cdc094d4b262f9012ea"  # their SHA-256
+MADE_FROM = "18201a6d05a3c2e4a83f0bbae0c2399e137c6fe51697ccbaf9e429fbbb1d169b"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3462,7 +3462,8 @@ def settle_style(
 
     def error(terms: Terms) -> float:
         found = np.abs(computed(terms, chosen_by) - chosen_by.recorded)
-        return float(np.median(found[~np.isnan(found)])) if not np.isnan(found).all() else math.inf
+        known = found[~np.isnan(found)]  # of too few the median says nothing
+        return float(np.median(known)) if len(known) >= min(MIN_TRADES, max(1, len(found))) else math.inf
 
     presets = list(PRESETS) if options.settlement == "auto" else [options.settlement]
     enough = len(trades.recorded) >= MIN_TRADES
@@ -3720,6 +3721,14 @@ class Decisions(NamedTuple):
     def fits(self) -> dict[tuple[str, str], Fit]:
         """How computed outcomes fit recorded ones, by underlying and exit style."""
         return self.outcomes[1] if self.outcomes else {}
+
+    def checks(self) -> list[str]:
+        """Of each underlying and exit style, how far computed outcomes are from recorded ones, and by which rule."""
+        terms = self.replay.terms
+        return [
+            f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
+            for (underlying, style), fit in self.fits.items()
+        ]
 
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""

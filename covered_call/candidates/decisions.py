@@ -57,6 +57,14 @@ class Decisions(NamedTuple):
         """How computed outcomes fit recorded ones, by underlying and exit style."""
         return self.outcomes[1] if self.outcomes else {}
 
+    def checks(self) -> list[str]:
+        """Of each underlying and exit style, how far computed outcomes are from recorded ones, and by which rule."""
+        terms = self.replay.terms
+        return [
+            f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
+            for (underlying, style), fit in self.fits.items()
+        ]
+
     def columns(self, numbers: np.ndarray | None = None) -> Columns:
         """Those of these numbers, or all, in memory."""
         return self.spool.take(self.place if numbers is None else self.place[numbers])

@@ -145,7 +145,8 @@ def settle_style(
 
     def error(terms: Terms) -> float:
         found = np.abs(computed(terms, chosen_by) - chosen_by.recorded)
-        return float(np.median(found[~np.isnan(found)])) if not np.isnan(found).all() else math.inf
+        known = found[~np.isnan(found)]  # of too few the median says nothing
+        return float(np.median(known)) if len(known) >= min(MIN_TRADES, max(1, len(found))) else math.inf
 
     presets = list(PRESETS) if options.settlement == "auto" else [options.settlement]
     enough = len(trades.recorded) >= MIN_TRADES

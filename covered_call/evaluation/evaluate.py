@@ -101,8 +101,7 @@ def judge_all(
     scenarios = scenarios_of(backtest.decisions, cases, config)
     overall = [result for result in results if result.group.name == ALL]
     details = [make_detail(result, rows, trials, rule, cases, scenarios, backtest.decisions) for result in overall]
-    checked = [fit.sentence(*market) for market, fit in found.items()]
-    notes = [*checked, *notes, *warn(args.split, columns, results, model)]
+    notes = [*backtest.decisions.checks(), *notes, *warn(args.split, columns, results, model)]
     if not as_recorded(config):
         notes.append(
             "A horizon or another vol is set, of which recorded outcomes do not know: all outcomes, the teacher's "

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
         train, validation = (backtest.splits.get(name, []) for name in ("train", "validation"))
         fitted, made = fit_all(args, gates, backtest.options, train, validation)
-        print("\n".join(fit.sentence(*market) for market, fit in backtest.decisions.fits.items()))
+        print("\n".join(backtest.decisions.checks()))
         hashes = {os.path.basename(path): sha256 for path, sha256 in backtest.hashes.items()}
         fitted = fitted._replace(metadata=fitted.metadata | {"data_files": hashes})
         # Where a scorer stands, a grid beside it is that scorer's.

@@ -4,6 +4,8 @@ import datetime
 import gzip
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -494,3 +496,23 @@ def test_three_hundred_thousand_rows_load_in_less_than_a_gibibyte(tmp_path):
     decisions, kibibytes = map(int, ran.stdout.split())
     assert decisions == 30_000
     assert kibibytes < 1024 * 1024
+
+
+def test_processes_that_build_the_same_cache_at_once_all_end_right(tmp_path):
+    path = write_csv(tmp_path / "a.csv", HISTORY)
+    code = (
+        "import sys; from covered_call import load_candidates as load; print(flush=True); sys.stdin.readline(); "
+        "rows = load(data_files=sys.argv[1], splits='train', cache_dir=sys.argv[2])['train']; "
+        "print(len(rows), rows._fingerprint)"
+    )
+    command = [sys.executable, "-c", code, path, str(tmp_path / "arrow")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    at_once = [subprocess.Popen(command, cwd=SCRIPT.parent, **pipes) for _ in range(3)]
+    for process in at_once:
+        process.stdout.readline()  # it is ready
+    for process in at_once:
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+    said = [process.communicate() for process in at_once]
+    assert [process.returncode for process in at_once] == [0, 0, 0], said
+    assert {out for out, _ in said} == {said[0][0]} and said[0][0].split()[0] == str(len(HISTORY) - 1)
