@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "18201a6d05a3c2e4a83f0bbae0c2399e137c6fe51697ccbaf9e429fbbb1d169b"  # their SHA-256
+MADE_FROM = "457919e3ff3bb810771ec7c0139fe6fe6a6ce91e8757d8d6d6582dcbbb07e520"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3369,7 +3369,8 @@ class Fit(NamedTuple):
 
     @property
     def follows(self) -> bool:
-        return self.correlation >= MIN_CORRELATION and self.bias <= MAX_BIAS
+        varies = not math.isnan(self.correlation)  # of outcomes that are all alike there is none
+        return self.trades > 0 and self.bias <= MAX_BIAS and not (varies and self.correlation < MIN_CORRELATION)
 
     @property
     def trusted(self) -> bool:
@@ -3388,9 +3389,9 @@ class Fit(NamedTuple):
         )
         if self.trusted:
             return text if self.follows else f"{text} These are too few to tell."
-        why = f"the correlation is below {MIN_CORRELATION}"
-        if self.correlation >= MIN_CORRELATION:
-            why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
+        why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
+        if self.correlation < MIN_CORRELATION:
+            why = f"the correlation is below {MIN_CORRELATION}"
         return f"{text} WARNING: {why}, so computed outcomes count as unknown. See settlement and pricing_iv."
 
 

@@ -204,7 +204,7 @@ def python(*arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
 
 def unasked(output: str) -> list[str]:
     """What a training wrote to standard error beside its bars and what its reader needs."""
-    said = r"Purged|Pairs of|Building|Going on|Looking through|Pushing|Process \d+,"
+    said = r"Purged|Computed against recorded outcomes|Pairs of|Building|Going on|Looking through|Pushing|Process \d+,"
     needed = re.compile(rf"$|.*(\d+%\||\d examples )|({said}) ")
     return [line for line in map(str.strip, re.split(r"[\r\n]+", output)) if not needed.match(line)]
 

@@ -200,7 +200,7 @@ def test_tables_that_need_no_language_model_are_what_the_commands_print(tmp_path
     for page, verb, *more in (("outcomes.md", "q-scorer"), ("evaluation.md", "evaluate", "--baselines-only")):
         done = python("-m", "covered_call", verb, *more, *sample, cwd=tmp_path, PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
-        (table,) = [text for _, language, text in blocks(ROOT / "docs" / page) if language == "text"]
+        table = next(text for _, language, text in blocks(ROOT / "docs" / page) if language == "text")
         lines = [line for line in table.splitlines() if not line.startswith("model ")]
         assert len(lines) > 5 and not set(lines) - set(done.stdout.splitlines())
 

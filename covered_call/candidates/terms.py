@@ -52,7 +52,8 @@ class Fit(NamedTuple):
 
     @property
     def follows(self) -> bool:
-        return self.correlation >= MIN_CORRELATION and self.bias <= MAX_BIAS
+        varies = not math.isnan(self.correlation)  # of outcomes that are all alike there is none
+        return self.trades > 0 and self.bias <= MAX_BIAS and not (varies and self.correlation < MIN_CORRELATION)
 
     @property
     def trusted(self) -> bool:
@@ -71,9 +72,9 @@ class Fit(NamedTuple):
         )
         if self.trusted:
             return text if self.follows else f"{text} These are too few to tell."
-        why = f"the correlation is below {MIN_CORRELATION}"
-        if self.correlation >= MIN_CORRELATION:
-            why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
+        why = f"the average error is above {MAX_BIAS:.0%} of the typical outcome"
+        if self.correlation < MIN_CORRELATION:
+            why = f"the correlation is below {MIN_CORRELATION}"
         return f"{text} WARNING: {why}, so computed outcomes count as unknown. See settlement and pricing_iv."
 
 

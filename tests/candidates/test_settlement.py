@@ -348,6 +348,10 @@ def test_a_fit_says_how_far_and_how_surely_it_is_off():
     assert fit.interval == pytest.approx((30.0, 30.0)) and fit.bias == pytest.approx(30 / fit.median_outcome)
     assert not fit.follows and fit_of(recorded + 20, recorded).follows
     assert not fit_of(-recorded, recorded).follows
+    alike = fit_of(np.full(20, -99.0), np.full(20, -100.0))
+    assert (
+        np.isnan(alike.correlation) and alike.follows and not fit_of(np.full(20, -90.0), np.full(20, -100.0)).follows
+    )
     gaps = np.where(np.arange(101) % 2, recorded, np.nan)
     assert fit_of(gaps, recorded).trades == 50
     nothing = fit_of(np.full(3, np.nan), np.ones(3))
