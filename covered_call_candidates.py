@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "457919e3ff3bb810771ec7c0139fe6fe6a6ce91e8757d8d6d6582dcbbb07e520"  # their SHA-256
+MADE_FROM = "d3f82a13e8c49a58c67ec20d96d1b7f86b4b2e69a59d5369a21157362c7ca656"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -594,6 +594,7 @@ def time_of(time: int) -> datetime.datetime:
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
+PATHS = ("iv_file",)  # options whose value says where something lies on this machine: no word of that is shared
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.

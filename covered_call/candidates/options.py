@@ -15,6 +15,7 @@ from covered_call.candidates.schema import MAX_DTE, MAX_IV, CandidatesError, is_
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
+PATHS = ("iv_file",)  # options whose value says where something lies on this machine: no word of that is shared
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.

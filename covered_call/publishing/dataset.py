@@ -24,7 +24,7 @@ from covered_call import atomic
 from covered_call.candidates.builder import Backtest, CoveredCallCandidates
 from covered_call.candidates.data_options import config_of
 from covered_call.candidates.leaks import PROMPTED, find_leaks, render_splits
-from covered_call.candidates.options import CoveredCallCandidatesConfig, names_of
+from covered_call.candidates.options import PATHS, CoveredCallCandidatesConfig, names_of
 from covered_call.candidates.records import RECORDS
 from covered_call.candidates.source import HOME
 from covered_call.candidates.splits import split_places
@@ -324,6 +324,7 @@ def describe_purge(backtest: Backtest) -> str:
 def describe_options(config: CoveredCallCandidatesConfig) -> str:
     defaults = CoveredCallCandidatesConfig()
     given = {name: getattr(config, name) for name in names_of(CoveredCallCandidatesConfig)}
+    given |= {name: os.path.basename(given[name]) for name in PATHS if given[name]}
     given = [f"`{name}={value!r}`" for name, value in given.items() if value != getattr(defaults, name)]
     text = f"Built with {', '.join(given)}." if given else ""
     return f"{text} **The prompts name the teacher's outcomes, and so the answers.**" if config.hindsight else text

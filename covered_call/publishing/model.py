@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from covered_call.candidates.options import PATHS
 from covered_call.evaluation import metrics
 from covered_call.evaluation.money import ALL
 from covered_call.evaluation.report import markdown_table
@@ -231,7 +232,7 @@ def figure(saved: dict) -> metrics.Figure:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scrub: names in the place of paths
-PATH_KEYS = ("data_files", "data_dir", "output_dir", "adapter", "resume_from_checkpoint", "chat_template_path")
+PATH_KEYS = ("data_files", "data_dir", "output_dir", "adapter", "resume_from_checkpoint", "chat_template_path", *PATHS)
 DROPPED_KEYS = ("logging_dir", "run_name")  # their defaults hold the name of the machine
 LOCAL = re.compile(r"/[^/\s]+/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")  # how a path on a machine begins
 REST = r"(?:[/\\][^\s\"'`<>|)\],;]*)?"  # of a path within a text

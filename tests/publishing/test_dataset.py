@@ -223,6 +223,13 @@ def test_the_figures_of_the_card_are_those_of_the_data(tmp_path, card, capsys):
     assert "80 % of the distinct times train, 10 % validation, 10 % test" in text and "Built with" not in text
 
 
+def test_the_card_names_a_file_of_vols_and_not_where_it_lies():
+    said = publish_dataset.describe_options(
+        CoveredCallCandidatesConfig(iv_file="/home/her/vols/dvol_{underlying}.csv")
+    )
+    assert said == "Built with `iv_file='dvol_{underlying}.csv'`."
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -141,6 +141,7 @@ def of_this_machine(adapter: Path) -> dict:
         "model_name_or_path": "models/tiny-phi3",
         "data_files": [str(adapter.parent / "runs" / "a.csv"), "runs/*.csv"],
         "data_dir": "../elsewhere/csvs",
+        "iv_file": "vols/dvol_{underlying}.csv",
         "output_dir": str(adapter),
         "logging_dir": f"out/runs/Nov21_{socket.gethostname()}",
         "resume_from_checkpoint": "~/old/checkpoint-5",
@@ -162,11 +163,22 @@ def test_no_byte_that_is_pushed_says_where_things_lie_on_this_machine(hub, push,
     before = {path: (adapter / path).read_bytes() for path in files(adapter)}
     push("--adapter", adapter, "user/ranking")
     pushed = hub.files("user/ranking")
-    private = (str(adapter.parent), str(Path.home()), WRITER, socket.gethostname(), "models/", "runs/", "out/", "../")
+    private = (
+        str(adapter.parent),
+        str(Path.home()),
+        WRITER,
+        socket.gethostname(),
+        "models/",
+        "runs/",
+        "vols/",
+        "out/",
+        "../",
+    )
     for path, content in pushed.items():
         assert not [text for text in private if text.encode() in content], path
     recipe = yaml.safe_load(pushed["recipe.yaml"])
     assert recipe["model_name_or_path"] == "tiny-phi3" and recipe["data_files"] == ["a.csv", "*.csv"]
+    assert recipe["iv_file"] == "dvol_{underlying}.csv"
     assert recipe["data_dir"] == "csvs" and recipe["resume_from_checkpoint"] == "checkpoint-5"
     assert recipe["learning_rate"] == 0.002 and recipe["chat"] == "a / b" and "logging_dir" not in recipe
     manifest = json.loads(pushed["manifest.json"])
