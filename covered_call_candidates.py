@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "d3f82a13e8c49a58c67ec20d96d1b7f86b4b2e69a59d5369a21157362c7ca656"  # their SHA-256
+MADE_FROM = "5ff992eb24237839071a47e34ba1514cbefe504da27ed650e8e84e86d5560218"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -474,6 +474,14 @@ class Columns:
         return dataclasses.replace(
             self, instrument=of.instrument.take(pa.array(rows)), numbers=numbers, label_end=of.label_end[rows]
         )
+
+
+def label_ends(columns: Columns) -> np.ndarray:
+    """(D,) the last of each decision's candidates, or its own time where it has none."""
+    ends, offered = columns.time.copy(), np.diff(columns.offsets) > 0
+    if offered.any():
+        ends[offered] = np.maximum.reduceat(columns.label_end, columns.offsets[:-1][offered])
+    return ends
 
 
 def join(parts: Sequence[Columns]) -> Columns:
@@ -3879,22 +3887,19 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)
-    replay, label_ends = Replay(quotes, terms, options, market), []
+    replay, ends = Replay(quotes, terms, options, market), []
     horizons = horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         found, *others = (one.of_candidates(columns) for one in (replay, *replays))
         label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
-        last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
-        if has_one.any():
-            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
-        label_ends.append(last)
+        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
         net, *early = (net_of(one, options) for one in (found, *others))
         return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
     decisions.spool.compute(outcomes, horizons)
-    label_end = np.concatenate(label_ends)[decisions.place]
+    label_end = np.concatenate(ends)[decisions.place]
     return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 
 

@@ -71,6 +71,14 @@ class Columns:
         )
 
 
+def label_ends(columns: Columns) -> np.ndarray:
+    """(D,) the last of each decision's candidates, or its own time where it has none."""
+    ends, offered = columns.time.copy(), np.diff(columns.offsets) > 0
+    if offered.any():
+        ends[offered] = np.maximum.reduceat(columns.label_end, columns.offsets[:-1][offered])
+    return ends
+
+
 def join(parts: Sequence[Columns]) -> Columns:
     """The decisions of all parts, which have the same names."""
     if len(parts) == 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import Columns, columns_of, in_batches, time_of
+from covered_call.candidates.columns import Columns, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
@@ -212,22 +212,19 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(quotes, market, recorded_trades(decisions), options)
-    replay, label_ends = Replay(quotes, terms, options, market), []
+    replay, ends = Replay(quotes, terms, options, market), []
     horizons = horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         found, *others = (one.of_candidates(columns) for one in (replay, *replays))
         label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
-        last, has_one = columns.time.copy(), np.diff(columns.offsets) > 0
-        if has_one.any():
-            last[has_one] = np.maximum.reduceat(label_end, columns.offsets[:-1][has_one])
-        label_ends.append(last)
+        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
         net, *early = (net_of(one, options) for one in (found, *others))
         return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
     decisions.spool.compute(outcomes, horizons)
-    label_end = np.concatenate(label_ends)[decisions.place]
+    label_end = np.concatenate(ends)[decisions.place]
     return decisions._replace(label_end=label_end, outcomes=(replay, fits))
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import COUNTERFACTUAL, Columns
+from covered_call.candidates.columns import COUNTERFACTUAL, Columns, label_ends
 from covered_call.candidates.decisions import Decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.preferences import at, best_places, recorded_outcomes
@@ -90,14 +90,6 @@ def make_cases(decisions: Decisions, columns: Columns, config: CoveredCallCandid
     return Cases(columns, recorded, computed, worst, best, vol, premium, label_ends(columns))
 
 
-def label_ends(columns: Columns) -> np.ndarray:
-    """(D,) the last of each decision's candidates, or its own time where it has none."""
-    ends, offered = columns.time.copy(), np.diff(columns.offsets) > 0
-    if offered.any():
-        ends[offered] = np.maximum.reduceat(columns.label_end, columns.offsets[:-1][offered])
-    return ends
-
-
 def market_of(decisions: Columns | Recorded, yearly: bool = False) -> np.ndarray:
     """(D,) int64: a number for each underlying and exit style, and year."""
     market = decisions.underlying.astype(np.int64) * CODES + decisions.exit_style
@@ -124,8 +116,13 @@ def outcome(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
 
 
 def computed_for(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    return picked(cases.computed, cases.columns, of, picks)
+
+
+def picked(values: np.ndarray, columns: Columns, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """(E,) of (R,) values those of the calls that are sold, 0 for no trade."""
     found, sold = np.zeros(len(of)), picks >= 0
-    found[sold] = cases.computed[cases.columns.offsets[of[sold]] + picks[sold]]
+    found[sold] = values[columns.offsets[of[sold]] + picks[sold]]
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from covered_call.candidates.columns import DAY, Columns, microseconds, time_of
 from covered_call.evaluation import metrics
-from covered_call.evaluation.cases import Cases, bounds, difference, markets_of, outcome, regret, years_of
+from covered_call.evaluation.cases import Cases, bounds, difference, markets_of, outcome, picked, regret, years_of
 from covered_call.evaluation.metrics import NO_BELIEFS, Beliefs, Figure, Played
 from covered_call.evaluation.resampling import block_length
 from covered_call.evaluation.rows import HODL, TEACHER, Row
@@ -100,9 +100,7 @@ def play(row: Row, rule: Row, cases: Cases, places: np.ndarray, times: np.ndarra
 
 def premium_of(cases: Cases, of: np.ndarray, picks: np.ndarray) -> np.ndarray:
     """(E,) of each call that is sold, 0 for no trade."""
-    found, sold = np.zeros(len(of)), picks >= 0
-    found[sold] = cases.premium[cases.columns.offsets[of[sold]] + picks[sold]]
-    return found
+    return picked(cases.premium, cases.columns, of, picks)
 
 
 def beliefs_of(row: Row, columns: Columns, places: np.ndarray, times: np.ndarray) -> Beliefs:

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.candidates.chains import Segment, hours, mark
-from covered_call.candidates.columns import DAY, Columns
+from covered_call.candidates.columns import Columns
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, Replay
 from covered_call.candidates.pricing import Calls, Sales, pick
 from covered_call.evaluation.metrics import Figure
+from covered_call.evaluation.money import YEAR
 from covered_call.evaluation.resampling import Draws, as_it_was, drawdowns, interval, share
-
-YEAR = 365.25 * DAY  # microseconds
 
 
 class Overlay(NamedTuple):

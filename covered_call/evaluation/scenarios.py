@@ -9,7 +9,7 @@ from covered_call.candidates.columns import Columns
 from covered_call.candidates.decisions import Decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_of
-from covered_call.evaluation.cases import Cases, years_of
+from covered_call.evaluation.cases import Cases, picked, years_of
 from covered_call.evaluation.metrics import Figure
 from covered_call.evaluation.resampling import Draws, as_it_was, interval
 from covered_call.evaluation.rows import Row
@@ -50,10 +50,7 @@ def comparable_places(cases: Cases, scenarios: Scenarios, places: np.ndarray) ->
 
 def percents(row: Row, computed: np.ndarray, columns: Columns, places: np.ndarray) -> np.ndarray:
     """(K,) P&L of a policy's answers in % of spot; 0 for no trade."""
-    found, picks = np.zeros(len(places)), row.picks[places]
-    sold = picks >= 0
-    found[sold] = 100 * computed[columns.offsets[places[sold]] + picks[sold]] / columns.spot[places[sold]]
-    return found
+    return 100 * picked(computed, columns, places, row.picks[places]) / columns.spot[places]
 
 
 def mean_percents(

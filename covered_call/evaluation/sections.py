@@ -330,9 +330,7 @@ def bucket_parts(buckets: list[Bucket], kind: str) -> list[str | list[str] | Tab
     rows = []
     for name in dict.fromkeys(one.policy for one in its):
         cells = [found.get((name, low)) for low, _ in ranges]
-        rows.append(
-            [name, *("" if one is None else f"{one.trades:,}: {show_as('+.3f', one.percent)}" for one in cells)]
-        )
+        rows.append([name, *("" if one is None else bucket_text(one) for one in cells)])
     head = [f"{low:g} and more" if math.isinf(high) else f"{low:g} to {high:g}" for low, high in ranges]
     return [text, Table("", [["", *head], *rows])]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markets import day
 
-from covered_call.candidates.columns import COUNTERFACTUAL, columns_of
+from covered_call.candidates.columns import COUNTERFACTUAL, columns_of, label_ends
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Decision, LoggedDecision, Outcome
@@ -19,7 +19,6 @@ from covered_call.evaluation.baselines import fit_baselines
 from covered_call.evaluation.cases import (
     Cases,
     difference,
-    label_ends,
     make_cases,
     outcome,
     regret,
