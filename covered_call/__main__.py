@@ -13,6 +13,9 @@ VERBS = {
     "q-scorer": ("value_model.q_scorer.main", "fit boosted trees to what selling each call would have brought"),
     "evaluate": ("evaluation.evaluate.main", "is the tuned model any good? as a copy of the teacher, and in money"),
     "audit": ("evaluation.audit.main", "could the answer be read from the prompt?"),
+    "chain": ("runtime.chain.main", "a real option chain as candidates, and what each policy would do now"),
+    "harvest": ("market.harvest.main", "collect option chains from Deribit, and the history of spot and vol"),
+    "backtest": ("market.backtest.main", "replay a rule over collected chains, paid at their real quotes"),
     "publish": ("publishing.publish.main", "share the data sets, or a tuned model, on the Hub or in a folder"),
 }
 HELP = f"""usage: covered-call VERB [options]

@@ -10,13 +10,13 @@ from conftest import ROOT
 STOREYS = (
     {"atomic", "command_line", "tables"},
     {"candidates"},
-    {"language_model", "value_model"},
-    {"training", "evaluation"},
+    {"language_model", "value_model", "market"},
+    {"training", "evaluation", "runtime"},
     {"publishing"},
     {"tuning"},
     {"__main__"},
 )
-ROOMS_APART = ({"language_model", "value_model"}, {"training", "evaluation"})  # on one storey, without a door
+ROOMS_APART = ({"language_model", "value_model", "market"}, {"training", "evaluation", "runtime"})  # on one storey, without a door
 MAX_LINES = 500
 PACKAGE = ROOT / "covered_call"
 
