@@ -70,10 +70,10 @@ logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
-    "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
-    "decisions", "preferences", "records", "builder",
+    "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
+    "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "5ff992eb24237839071a47e34ba1514cbefe504da27ed650e8e84e86d5560218"  # their SHA-256
+MADE_FROM = "d8f71f6053e6468b5740e51e4916968c22453380af3ad6ec7ec25dffe7cc71ec"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2535,12 +2535,75 @@ def delivery_cost(value, spot, options: CoveredCallCandidatesConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# series
+#
+# Numbers by time, such as vols or spots, from a CSV.
+
+
+HOUR = 3_600_000_000  # microseconds
+
+
+class Series(NamedTuple):
+    """Numbers (N,) and the times (N,) from which they are known, ascending, in microseconds since 1970."""
+
+    time: np.ndarray
+    number: np.ndarray
+    line: np.ndarray  # (N,) of the file
+
+
+def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
+    """A CSV with a header, times in its first column and numbers above 0 in its second, in any order. A row whose
+    second cell is blank is one of which nothing is known.
+
+    Args:
+        option: by which the path was given, for messages.
+        what: a number is, such as "vol".
+        lag: hours after its time at which a number is known: 24 for the close of a day that is named by its date.
+
+    Raises:
+        CandidatesError: for a file that cannot be read, or a row that is none of these; it names line and column.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(f"{option}={shown(path)} is no file. Give the path of a CSV of times and {what}s.")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CandidatesError(f"{option}={shown(path)} cannot be read: {error}.") from error
+    known = [number_of(path, line, row, what) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
+    if not known:
+        raise CandidatesError(
+            f"{option}={shown(path)}: give a CSV with a header, times in the first column and {what}s in the second."
+        )
+    time = np.array([time for time, *_ in known]) + round(lag * HOUR)
+    order = np.argsort(time, kind="stable")
+    twice = np.flatnonzero(np.diff(time[order]) == 0)
+    if len(twice):
+        raise CandidatesError(f"{path}, line {known[order[twice[0] + 1]][2]}: this time stands there twice.")
+    return Series(time[order], *(np.array([one[place] for one in known])[order] for place in (1, 2)))
+
+
+def number_of(path: str, line: int, row: list[str], what: str) -> tuple[int, float, int]:
+    """The time in microseconds since 1970, the number, and the line."""
+    time = iso_time(row[0].strip())
+    if time is None:
+        raise CandidatesError(f"{path}, line {line}, first column: {shown(row[0])} is no time such as 2024-01-01.")
+    try:
+        number = float(row[1])
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no {what} above 0.")
+    return microseconds(utc(time)), number, line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # market
 #
 # Spots by underlying and time, from the decisions of the files themselves.
 
 
-HOUR = 3_600_000_000  # microseconds
 WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 
@@ -2960,13 +3023,6 @@ UNDERLYING = "{underlying}"  # in the name of an iv_file: the name of each
 STALE = 72 * HOUR  # of a vol by time: when nothing newer has come for so long, it is unknown
 
 
-class Series(NamedTuple):
-    """Vols (N,) as fractions a year, and the times (N,) from which they are known, in microseconds since 1970."""
-
-    time: np.ndarray
-    vol: np.ndarray
-
-
 class Vols(NamedTuple):
     """The file's column, or a ``constant``, or one by time; times ``multiple``, and ``shift`` on top."""
 
@@ -2994,7 +3050,7 @@ class Vols(NamedTuple):
             its = np.flatnonzero(underlying == code)
             place = np.searchsorted(series.time, time[its], "right") - 1
             fresh = (place >= 0) & (time[its] - series.time[place] <= STALE)
-            found[its] = np.where(fresh, series.vol[place], np.nan)
+            found[its] = np.where(fresh, series.number[place], np.nan)
         return found
 
     def text(self) -> str:
@@ -3020,60 +3076,25 @@ def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
                 f"files with {UNDERLYING} in the place of the name."
             )
         series = {
-            code: read_series(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
+            code: read_vols(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
             for code in sorted(underlyings)
         }
     return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
 
 
-def read_series(path: str, lag: float) -> Series:
-    """A CSV with a header, times in its first column and vols in its second, in any order.
-
-    Args:
-        lag: hours after its time at which a vol is known: 24 for the close of a day that is named by its date.
-    """
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):
-        raise CandidatesError(f"iv_file={shown(path)} is no file. Give the path of a CSV of times and vols.")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CandidatesError(f"iv_file={shown(path)} cannot be read: {error}.") from error
-    known = [vol_of(path, line, row) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
-    if not known:
-        raise CandidatesError(
-            f"iv_file={shown(path)}: give a CSV with a header, times in the first column and vols in the second."
-        )
-    in_points = {vol > MAX_IV for _, vol, _ in known}
-    if len(in_points) > 1:
-        line = next(line for line, vol, _ in known if (vol > MAX_IV) != (known[0][1] > MAX_IV))
+def read_vols(path: str, lag: float) -> Series:
+    """Vols as fractions a year, of a CSV that has them so or in points; see read_series."""
+    series = read_series(path, "iv_file", "vol", lag)
+    in_points = series.number > MAX_IV
+    if len(set(in_points.tolist())) > 1:
+        line = int(series.line[in_points != in_points[series.line.argmin()]].min())
         raise CandidatesError(
             f"{path}, line {line}: some vols are above {MAX_IV:g} and some are not. Give all in points (70) or all as "
             "fractions (0.70)."
         )
-    points = True in in_points
+    points = bool(in_points.all())
     logger.warning("%s: vols of %s.", path, "points, taken as hundredths" if points else "fractions a year")
-    time = np.array([time for *_, time in known]) + round(lag * HOUR)
-    order = np.argsort(time, kind="stable")
-    twice = np.flatnonzero(np.diff(time[order]) == 0)
-    if len(twice):
-        raise CandidatesError(f"{path}, line {known[order[twice[0] + 1]][0]}: this time stands there twice.")
-    return Series(time[order], np.array([vol for _, vol, _ in known])[order] / (100 if points else 1))
-
-
-def vol_of(path: str, line: int, row: list[str]) -> tuple[int, float, int]:
-    """The line, its vol, and its time in microseconds since 1970."""
-    time = iso_time(row[0].strip())
-    if time is None:
-        raise CandidatesError(f"{path}, line {line}, first column: {shown(row[0])} is no time such as 2024-01-01.")
-    try:
-        vol = float(row[1])
-    except ValueError:
-        vol = math.nan
-    if not (0 < vol < math.inf):
-        raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no vol above 0.")
-    return line, vol, microseconds(utc(time))
+    return series._replace(number=series.number / (100 if points else 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

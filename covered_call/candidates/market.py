@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.series import HOUR
 
-HOUR = 3_600_000_000  # microseconds
 WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 

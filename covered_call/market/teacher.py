@@ -1,0 +1,205 @@
+"""What the teacher makes of a chain: which calls it looks at, what score it gives them, and which one it sells."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from covered_call.candidates.columns import DAY, time_of
+from covered_call.candidates.schema import Candidate, CandidatesError, Decision, shown
+from covered_call.candidates.series import HOUR, Series
+from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
+
+DAYS_PER_YEAR = 365
+HISTORY_DAYS = 50
+NEAR = 12 * HOUR  # a day's close is taken from this far away at most
+STALE = 36 * HOUR  # of the last close: beyond it the past is unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which calls of a chain are candidates, how they are scored, and from which score on the best is sold."""
+
+    min_dte: float
+    max_dte: float
+    min_delta: float
+    max_delta: float
+    score: str = "backtest"  # or "live"
+    threshold: float = 3.0
+    premium_in_score: bool = True
+    target_dte: float = 7.0
+    above_spot: bool = False  # strikes above spot alone
+    two_sided: bool = False  # with a bid and an ask alone
+    min_premium_usd: float = 0.0
+    min_ivrv: float = 0.0  # of those whose IV/RV is known
+    max_candidates: int = 10
+    best_by: str = "score"  # or "premium": of which more are left out than max_candidates
+    min_open_interest: float = 0.0
+    max_spread_pct: float = math.inf  # of the middle
+
+
+# "backtest" is the teacher's, whose files these are; the others are what agents of its kind trade by.
+PRESETS = {
+    "backtest": Rules(3, 21, 0.15, 0.35),
+    "production": Rules(
+        5, 10, 0.20, 0.30, score="live", threshold=-math.inf, target_dte=7.5, above_spot=True, two_sided=True,
+        min_premium_usd=50, min_ivrv=1.2, max_candidates=5, best_by="premium",
+    ),
+    "research": Rules(
+        1, 21, 0.10, 0.40, score="live", threshold=-math.inf, target_dte=11, above_spot=True, two_sided=True,
+        min_premium_usd=50, min_ivrv=1.0,
+    ),
+    "synthetic": Rules(7, 7, 0.15, 0.35, premium_in_score=False, max_candidates=26),
+}  # fmt: skip
+TARGET_DELTA, DELTA_WIDTH, DTE_WIDTH = 0.25, 0.10, 2.0
+
+
+class Past(NamedTuple):
+    """What daily closes say of the market at some time, as fractions; None where they do not reach."""
+
+    realised_vol: float | None  # of 30 daily log returns, a year
+    short_vol: float | None  # of 7
+    distance: float | None  # of spot from the mean of the last HISTORY_DAYS closes
+    week: float | None  # return of spot over 7 days
+    month: float | None  # over 30
+
+
+UNKNOWN = Past(None, None, None, None, None)
+
+
+def past_of(closes: Series, time: int, spot: float) -> Past:
+    """From the closes that are known at a time, in microseconds since 1970, and the spot of then.
+
+    A missing day leaves what needs it unknown. Vols are those of Deribit's index of realised volatility: the standard
+    deviation of daily log returns times the root of 365.
+    """
+    last = int(np.searchsorted(closes.time, time, "right")) - 1
+    if last < 0 or time - closes.time[last] > STALE:
+        return UNKNOWN
+    days = closes_at(closes, closes.time[last] - DAY * np.arange(HISTORY_DAYS), last)
+    vols = [vol_of(days[: count + 1]) for count in (30, 7)]
+    if np.isnan(days).any():
+        return Past(*vols, None, None, None)
+    week, month = (spot / close - 1 for close in closes_at(closes, time - DAY * np.array([7, 30]), last).tolist())
+    distance = spot / float(np.mean(days[::-1])) - 1
+    return Past(*vols, distance, *(None if math.isnan(one) else one for one in (week, month)))
+
+
+def closes_at(closes: Series, times: np.ndarray, last: int) -> np.ndarray:
+    """(K,) USD: the closes nearest to these times, of those up to ``last``; NaN where none is near."""
+    known = closes.time[: last + 1]
+    after = np.clip(np.searchsorted(known, times), 1, max(last, 1))
+    late = known[np.minimum(after, last)] - times
+    nearest = np.where(times - known[after - 1] <= abs(late), after - 1, np.minimum(after, last))
+    return np.where(abs(known[nearest] - times) <= NEAR, closes.number[nearest], np.nan)
+
+
+def vol_of(days: np.ndarray) -> float | None:
+    """days: (K + 1,) closes, the last first."""
+    vol = float(np.std(np.diff(np.log(days[::-1])), ddof=1) * np.sqrt(DAYS_PER_YEAR))
+    return None if math.isnan(vol) else vol
+
+
+def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.ndarray:
+    """(C,) The teacher's formulas; a realised vol that is not known counts as the implied one."""
+    ivrv = calls.iv / past.realised_vol if past.realised_vol else np.ones(len(calls.iv))
+    delta = abs(calls.delta)
+    if rules.score == "live":
+        late = (calls.dte - rules.target_dte) / rules.target_dte
+        richness = np.maximum(ivrv - rules.min_ivrv, 0)
+        return np.log1p(calls.mark * spot) - 5 * (delta - TARGET_DELTA) ** 2 - 2 * late**2 + richness
+    richness = 3 * (np.clip(ivrv, 1, 1.5) - 1) / 0.5
+    nearness = 2 * np.maximum(0, 1 - abs(delta - TARGET_DELTA) / DELTA_WIDTH)
+    on_time = 1.5 * np.maximum(0, 1 - abs(calls.dte - rules.target_dte) / DTE_WIDTH)
+    premium = 2 * np.clip(100 * calls.mark, 0, 1.5) / 1.5 if rules.premium_in_score else 0.0
+    return np.clip(richness + nearness + on_time + premium - penalty(calls.strike / spot, past), 0, 10)
+
+
+def penalty(moneyness: np.ndarray, past: Past) -> np.ndarray:
+    """(C,) what the scores lose by the market's state: strikes over spot in a bull market, a falling week in a bear
+    market, a short vol below 30 % a year, a spot far from its mean. Nothing where the past is unknown."""
+    lost = np.zeros(len(moneyness))
+    _, short_vol, distance, week, month = past
+    if distance is None or month is None or week is None or short_vol is None:
+        return lost
+    if distance > 0.05 and month > 0.10:  # bull
+        lost += 1.0 * (moneyness - 1 < 0.05) + 0.5 * (month > 0.25)
+    elif distance < -0.05 and month < -0.10:  # bear
+        lost += 0.5 * (week < -0.10)
+    return lost + 0.5 * (0 < short_vol < 0.30) + 0.5 * (abs(distance) > 0.20)
+
+
+class Offer(NamedTuple):
+    """A decision that a snapshot puts, its candidates best score first, and what the teacher sells."""
+
+    decision: Decision
+    rows: np.ndarray  # (N,) where the candidates stand among the snapshot's calls
+    chosen: int | None
+    left_out: dict[str, int]  # by the rule that a call did not keep: how many
+
+
+def offer_of(
+    snapshot: Snapshot,
+    rules: Rules,
+    past: Past = UNKNOWN,
+    exit_style: str = "hold_to_expiry",
+    bad: BadRows | None = None,
+) -> Offer:
+    """Raises CandidatesError for a candidate without a mark, unless ``bad`` leaves it out."""
+    calls, spot, bad = snapshot.calls, snapshot.spot, bad or BadRows()
+    ratio = calls.iv / past.realised_vol if past.realised_vol else np.full(len(calls.iv), np.nan)
+    rows, left_out = keep(snapshot, rules, ratio)
+    for row in rows[np.isnan(calls.mark[rows])].tolist():
+        bad.found(snapshot.source, calls.instrument[row], "mark", 0.0, "is no mark above 0")
+    rows = rows[~np.isnan(calls.mark[rows])]
+    scores = score_of(QuotedCalls(*(values[rows] for values in calls)), spot, past, rules)
+    by = scores if rules.best_by == "score" else calls.mark[rows]
+    best = np.sort(np.argsort(-by, kind="stable")[: rules.max_candidates])
+    if len(best) < len(rows):
+        left_out["max_candidates"] = len(rows) - len(best)
+    order = best[np.lexsort((calls.strike[rows[best]], -scores[best]))]
+    candidates = tuple(
+        Candidate(
+            calls.instrument[row], float(calls.strike[row]), float(calls.dte[row]), float(calls.delta[row]),
+            float(scores[place]), float(calls.iv[row]), None if math.isnan(ratio[row]) else float(ratio[row]),
+        )
+        for place, row in zip(order.tolist(), rows[order].tolist(), strict=True)
+    )  # fmt: skip
+    decision = Decision(time_of(snapshot.time), snapshot.underlying, exit_style, spot, candidates)
+    sells = bool(candidates) and candidates[0].score >= rules.threshold
+    return Offer(decision, rows[order], 0 if sells else None, left_out)
+
+
+def keep(snapshot: Snapshot, rules: Rules, ratio: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """The calls that keep all rules, and of the others how many break each, the first that they break."""
+    calls, spot = snapshot.calls, snapshot.spot
+    middle = (calls.ask + calls.bid) / 2
+    keeps = {
+        "dte": (calls.dte >= rules.min_dte) & (calls.dte <= rules.max_dte),
+        "delta": (abs(calls.delta) >= rules.min_delta) & (abs(calls.delta) <= rules.max_delta),
+        "above_spot": (calls.strike > spot) | (not rules.above_spot),
+        "two_sided": ~np.isnan(middle) | (not rules.two_sided),
+        "min_premium_usd": (calls.mark * spot >= rules.min_premium_usd) | (not rules.min_premium_usd),
+        "min_ivrv": ~(ratio < rules.min_ivrv),
+        "min_open_interest": (calls.open_interest >= rules.min_open_interest) | (not rules.min_open_interest),
+        "max_spread_pct": ~(100 * (calls.ask - calls.bid) > rules.max_spread_pct * middle)
+        & (~np.isnan(middle) | np.isinf(rules.max_spread_pct)),
+    }
+    good, left_out = np.ones(len(calls.strike), bool), {}
+    for name, its in keeps.items():
+        if lost := int((good & ~its).sum()):
+            left_out[name] = lost
+        good &= its
+    return np.flatnonzero(good), left_out
+
+
+def rules_of(preset: str, **changed) -> Rules:
+    """A preset with some of its rules changed.
+
+    Raises:
+        CandidatesError: for a preset that is none.
+    """
+    if preset not in PRESETS:
+        raise CandidatesError(f"preset={shown(preset)}: choose one of {', '.join(PRESETS)}.")
+    return dataclasses.replace(PRESETS[preset], **changed)
