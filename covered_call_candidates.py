@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "d8f71f6053e6468b5740e51e4916968c22453380af3ad6ec7ec25dffe7cc71ec"  # their SHA-256
+MADE_FROM = "08f8f7d5b0b72eae661cb6601d635d681d2f1bc1565336ae731c410041a34095"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -109,6 +109,9 @@ COLUMNS = (
     "exit_style", "trade_executed", "chosen", "action", "strategy", "reward", "pnl_vs_hodl", "max_drawdown_pct",
 )  # fmt: skip
 OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decided: a file may be without them
+# Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
+QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
+QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -180,11 +183,16 @@ class Decision(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the file says of a candidate afterwards, in USD and percent; None where it is blank or NaN."""
+    """What the file says of a candidate afterwards, in USD and percent; None where it is blank or NaN.
+
+    ``outcome_days`` is when: days from the decision to the last price that it rests on. A file that says so has the
+    outcomes of calls that were not sold, too.
+    """
 
     reward: float | None
     pnl_vs_hodl: float | None
     max_drawdown_pct: float | None
+    outcome_days: float | None = None
 
 
 class Counterfactual(NamedTuple):
@@ -235,6 +243,7 @@ def shown(value, limit: int = 200) -> str:
 NUMBERS = {
     "spot": (0.0, math.inf), "strike": (0.0, math.inf), "dte": (0.0, MAX_DTE), "delta": (-1.0, 1.0),
     "score": (-math.inf, math.inf), "iv": (0.0, math.inf), "ivrv_ratio": (-math.inf, math.inf),
+    "outcome_days": (0.0, MAX_DTE),
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
@@ -284,12 +293,12 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
     """The column that contradicts an instrument's own name; "" if none does, None if the name says nothing.
 
     A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
-    from it, for dte may be rounded.
+    from it, for dte may be rounded. BTC_USDC-08SEP24-63000-C is of BTC, and of BTC_USDC.
     """
     named = named_call(name)
     if named is None:
         return None
-    if named[0] != underlying.upper():
+    if underlying.upper() not in (named[0], name.partition("-")[0]):
         return "underlying"
     if named[1] != strike:
         return "strike"
@@ -417,7 +426,8 @@ def utc(time: datetime.datetime) -> datetime.datetime:
 
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
-STATE, RECORDED = Candidate._fields[1:], Outcome._fields
+STATE, LOGGED = Candidate._fields[1:], Outcome._fields
+RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
@@ -436,7 +446,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED, COUNTERFACTUAL, COSTS
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
 
     def __len__(self) -> int:
@@ -525,7 +535,7 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     ]
     counterfactuals = [one for its in found for one in its]
     numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
-    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
+    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in LOGGED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
     numbers[COSTS] = floats(one.costs for one in counterfactuals)
     return Columns(
@@ -546,7 +556,7 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     """The decisions one by one."""
     rows = zip(columns.instrument.to_pylist(), *(known(columns.numbers[name]) for name in STATE), strict=True)
     candidates = [Candidate(*row) for row in rows]
-    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
+    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in LOGGED), strict=True)]
     ends = map(time_of, columns.label_end.tolist())
     computed = (known(columns.numbers[COUNTERFACTUAL]), ends, known(columns.numbers[COSTS]))
     counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]
@@ -724,8 +734,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "when a call is taken for settled, bought back and rolled: teacher (16 hours before expiry; 80 % of the "
         "premium taken as profit, defended at 98 % of the strike, at most 3 rolls by score), intrinsic (the same, "
         "settled at expiry, as a holder of the real contracts is), simulated (as data/simulate_backtest.py has it), "
-        "or auto (the one that gives back the recorded trades of an exit style best)",
-        choices=("auto", "teacher", "intrinsic", "simulated"),
+        "recorded (what the files say of each candidate, sold or not, as covered-call backtest does), or auto "
+        "(recorded where the files say it, else the one that gives back the recorded trades of an exit style best)",
+        choices=("auto", "teacher", "intrinsic", "simulated", "recorded"),
     )
     settle_hours: float | None = option(
         None, OUTCOMES, "HOURS", "of time value left in an outcome", otherwise=AS_SETTLED, most=24 * MAX_DTE
@@ -1450,7 +1461,7 @@ def cells_of(path: str, reader) -> Iterator[Cells]:
         raise CandidatesError(f"{path} holds a header and no row. Leave it out, or run the backtest again.")
 
 
-NO_OPTIONAL = dict.fromkeys(OPTIONAL_COLUMNS, "")
+NO_OPTIONAL = dict.fromkeys((*OPTIONAL_COLUMNS, *QUOTED_COLUMNS), "")
 
 
 def numbered(reader) -> Iterator[tuple[int, list[str]]]:
@@ -1483,13 +1494,14 @@ def check_header(path: str, header: list[str] | None) -> list[str]:
             f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
             f"A candidate file has the columns {','.join(COLUMNS)}."
         )
-    twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in COLUMNS]
+    known = (*COLUMNS, *QUOTED_COLUMNS)
+    twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
     lacking = [name for name in OPTIONAL_COLUMNS if name not in header]
     if lacking:
         logger.warning("%s: column(s) %s are missing, and null.", path, ", ".join(lacking))
-    extra = [name for name in header if name not in COLUMNS]
+    extra = [name for name in header if name not in known]
     if extra:
         logger.warning("%s: column(s) %s are not known and not used.", path, printable(", ".join(extra), 300))
     return header
@@ -1758,7 +1770,7 @@ def id_of(run: Run) -> str:
 BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
-READ_NUMBERS = (*STATE, *RECORDED)
+READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
@@ -1818,7 +1830,8 @@ def header_of(line: bytes) -> list[str]:
     text = line.decode("utf-8-sig")
     header = [name.strip() for name in next(csv.reader([text]))]
     needed = [*KEY, *WORDS, *READ_NUMBERS]
-    if len(set(header)) < len(header) or any(name not in header for name in needed if name not in OPTIONAL_COLUMNS):
+    missing = [name for name in needed if name not in (*header, *OPTIONAL_COLUMNS, *QUOTED_COLUMNS)]
+    if len(set(header)) < len(header) or missing:
         raise Doubt("the header")
     return header
 
@@ -2126,12 +2139,13 @@ class State:
                 raise Doubt("instrument: no name of a call")
 
     def count_misnamed(self, rows: Rows, candidates: np.ndarray) -> None:
-        parts = [named_call(text) for text in rows.words["instrument"]]
+        names = rows.words["instrument"]
+        parts = [named_call(text) for text in names]
         codes, upper = rows.codes["instrument"][candidates], [text.upper() for text in rows.words["underlying"]]
         says = np.array([part is not None for part in parts])[codes]
         strikes = np.array([part[1] if part else np.nan for part in parts])[codes]
         expiries = np.array([microseconds(part[2]) if part else 0 for part in parts], np.int64)[codes]
-        owner = np.array([upper.index(part[0]) if part and part[0] in upper else -1 for part in parts])[codes]
+        owner = np.array([place_of(text, part, upper) for text, part in zip(names, parts, strict=True)])[codes]
         # Two names may differ in their case alone: the first of them stands for both.
         whose = np.array([upper.index(text) for text in upper])[rows.codes["underlying"][candidates]]
         expiry = rows.time[candidates] + timedelta_of(rows.numbers["dte"][candidates])
@@ -2156,6 +2170,12 @@ class State:
             raise Doubt("a decision of one row with its neighbour's spot")
         if repeats(tuple(np.concatenate(part) for part in zip(*self.keys, strict=True))):
             raise InPieces("a decision in pieces")
+
+
+def place_of(instrument: str, named: tuple | None, underlyings: list[str]) -> int:
+    """Of the underlying that an instrument's own name says, -1 for none: BTC_USDC, or else BTC."""
+    whose = (instrument.partition("-")[0], named[0]) if named else ()
+    return next((underlyings.index(one) for one in whose if one in underlyings), -1)
 
 
 def repeats(key: tuple[np.ndarray, ...]) -> bool:
@@ -2206,6 +2226,9 @@ def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandi
     for name in RECORDED:
         if np.isinf(rows.numbers[name]).any():
             raise Doubt(f"{name}: not finite")
+    days = rows.numbers[OUTCOME_DAYS]
+    if not (np.isnan(days) | ((days >= 0) & (days <= MAX_DTE))).all():
+        raise Doubt(f"{OUTCOME_DAYS}: outside its limits")
     if not (np.isfinite(rows.spot) & np.where(placeholder, rows.spot >= 0, rows.spot > 0)).all():
         raise Doubt("spot: outside its limits")
 
@@ -2551,7 +2574,7 @@ class Series(NamedTuple):
     line: np.ndarray  # (N,) of the file
 
 
-def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
+def read_series(path: str, option: str, what: str, lag: float = 0.0, day_begins: float = 0.0) -> Series:
     """A CSV with a header, times in its first column and numbers above 0 in its second, in any order. A row whose
     second cell is blank is one of which nothing is known.
 
@@ -2559,6 +2582,7 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
         option: by which the path was given, for messages.
         what: a number is, such as "vol".
         lag: hours after its time at which a number is known: 24 for the close of a day that is named by its date.
+        day_begins: hours after midnight, UTC, that a date stands for.
 
     Raises:
         CandidatesError: for a file that cannot be read, or a row that is none of these; it names line and column.
@@ -2571,7 +2595,7 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
             rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CandidatesError(f"{option}={shown(path)} cannot be read: {error}.") from error
-    known = [number_of(path, line, row, what) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
+    known = [number_of(path, line, row, what, day_begins) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
     if not known:
         raise CandidatesError(
             f"{option}={shown(path)}: give a CSV with a header, times in the first column and {what}s in the second."
@@ -2584,9 +2608,10 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
     return Series(time[order], *(np.array([one[place] for one in known])[order] for place in (1, 2)))
 
 
-def number_of(path: str, line: int, row: list[str], what: str) -> tuple[int, float, int]:
+def number_of(path: str, line: int, row: list[str], what: str, day_begins: float) -> tuple[int, float, int]:
     """The time in microseconds since 1970, the number, and the line."""
-    time = iso_time(row[0].strip())
+    text = row[0].strip()
+    time = iso_time(text)
     if time is None:
         raise CandidatesError(f"{path}, line {line}, first column: {shown(row[0])} is no time such as 2024-01-01.")
     try:
@@ -2595,7 +2620,7 @@ def number_of(path: str, line: int, row: list[str], what: str) -> tuple[int, flo
         number = math.nan
     if not 0 < number < math.inf:
         raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no {what} above 0.")
-    return microseconds(utc(time)), number, line
+    return microseconds(utc(time)) + round(day_begins * HOUR) * (len(text) <= len("2024-01-01")), number, line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3107,20 +3132,29 @@ def read_vols(path: str, lag: float) -> Series:
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 STYLES = (HOLD_TO_EXPIRY, TP_AND_ROLL)  # of which outcomes can be computed
+RECORDS = "recorded"  # of the option settlement: outcomes are what the files say of each candidate
 
 
 class Terms(NamedTuple):
-    """By which rule, one of PRESETS but for what the options change, and at which vol outcomes are computed."""
+    """By which rule, one of PRESETS but for what the options change, and at which vol outcomes are computed.
+
+    ``recorded`` says that the files have them, of each candidate: the rule then tells how long calls are held.
+    """
 
     preset: str
     rule: Rule
     vols: Vols
+    recorded: bool = False
 
     def text(self) -> str:
+        if self.recorded:
+            return f"settlement={RECORDS!r}, which takes them from the files"
         return f"settlement={self.preset!r}" + (f" at {self.vols.text()}" if self.vols != Vols() else "")
 
     def sentence(self, style: str, options: CoveredCallCandidatesConfig) -> str:
         """How an outcome comes about."""
+        if self.recorded:
+            return f"{style}, settlement={RECORDS!r}: outcomes are those that the files have, of each candidate."
         rule, early = self.rule, self.rule.settle_hours
         when = f"{early:g} hours before its expiry" if early else "at its expiry"
         said = f"{style}, settlement={self.preset!r}: a call is sold at its Black-Scholes value at {self.vols.text()}"
@@ -3172,7 +3206,7 @@ class Replay:
             other = copy.copy(self)  # what chains may roll into is the same, and may be millions
             other.options = options or self.options
             return other
-        terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
+        terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
@@ -3216,7 +3250,22 @@ class Replay:
             its = np.flatnonzero(columns.exit_style[of] == code)
             for values, of_style in zip(found, self.of_sales(pick(sales, its), columns.names[code]), strict=True):
                 values[its] = of_style
+            if columns.names[code] in self.terms and self.terms[columns.names[code]].recorded:
+                self.as_files_have_it(columns, rows, its, found)
         return found
+
+    def as_files_have_it(self, columns: Columns, rows: slice | np.ndarray, its: np.ndarray, found: Outcomes) -> None:
+        """Writes what is recorded of these candidates over what is computed; the costs are those of the rule."""
+        if not as_recorded(self.options):
+            return
+        recorded, days = (columns.numbers[name][rows][its] for name in ("pnl_vs_hodl", OUTCOME_DAYS))
+        of, place = columns.decision_of[rows][its], columns.place[rows][its]
+        known = ~np.isnan(days) | (columns.chosen[of] == place)  # without its days, that of another says nothing
+        found.gross[its] = np.where(known, recorded, np.nan)
+        found.costs[its] = found.costs[its] if has_costs(self.options) else 0.0
+        found.cut[its] = False
+        dated = its[~np.isnan(days)]
+        found.label_end[dated] = columns.time[of[~np.isnan(days)]] + timedelta_of(days[~np.isnan(days)])
 
     @np.errstate(all="ignore")
     def of_sales(self, sales: Sales, style: str, trail: list[Segment] | None = None) -> Outcomes:
@@ -3230,7 +3279,7 @@ class Replay:
         found = Outcomes(gross, costs, end.copy(), np.zeros(len(end), bool))
         if style not in self.terms:
             return found
-        _, rule, vols = self.terms[style]
+        _, rule, vols, _ = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         # Where the files end before, they cut the chain off.
         beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
@@ -3380,6 +3429,7 @@ class Trades(NamedTuple):
     sales: Sales
     exit_style: np.ndarray  # (T,) int, a place in the names
     recorded: np.ndarray  # (T,) P&L vs HODL in USD a unit of underlying
+    unsold: frozenset[int] = frozenset()  # the exit styles of which the files say outcomes of calls not sold, too
 
 
 class Fit(NamedTuple):
@@ -3473,6 +3523,13 @@ def settle(
     return terms, fits
 
 
+def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesConfig) -> bool:
+    """Whether outcomes are those that the files have: where they have them of calls that were not sold, or by option;
+    not where they are asked for at another vol, or after some days."""
+    asked = options.settlement == RECORDS or (options.settlement == "auto" and style in trades.unsold)
+    return asked and as_recorded(options)
+
+
 def settle_style(
     style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
@@ -3496,15 +3553,18 @@ def settle_style(
         known = found[~np.isnan(found)]  # of too few the median says nothing
         return float(np.median(known)) if len(known) >= min(MIN_TRADES, max(1, len(found))) else math.inf
 
-    presets = list(PRESETS) if options.settlement == "auto" else [options.settlement]
+    presets = list(PRESETS) if options.settlement in ("auto", RECORDS) else [options.settlement]
     enough = len(trades.recorded) >= MIN_TRADES
-    if not enough and options.settlement == "auto":
+    if not enough and options.settlement in ("auto", RECORDS):
         presets = [SIMPLEST]
     candidates = [Terms(preset, rule_of(preset, options), vols) for preset in presets for vols in paid]
     if options.pricing_iv == FIT and enough:
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
+    if takes_recorded(code_of(quotes.names, style), trades, options):
+        logger.info("%s: outcomes are those that the files have, of each candidate.", style)
+        return best._replace(recorded=True), trades.recorded
     found = computed(best, trades)
     if len(candidates) > 1:
         say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded))
@@ -3513,7 +3573,9 @@ def settle_style(
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
-    return Trades(pick(trades.sales, rows), trades.exit_style[rows], trades.recorded[rows])
+    return trades._replace(
+        sales=pick(trades.sales, rows), exit_style=trades.exit_style[rows], recorded=trades.recorded[rows]
+    )
 
 
 def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:
@@ -3547,7 +3609,7 @@ def say_terms(style: str, best: Terms, errors: dict[Terms, float], trades: int) 
 # Decisions on disk in blocks, of which a few are in memory at a time, however many there are.
 
 
-READ = (*STATE, *RECORDED)  # of a candidate, from the files; what is computed of it is added later
+READ = (*STATE, *LOGGED)  # of a candidate, from the files; what is computed of it is added later
 CANDIDATE = pa.struct([("instrument", pa.string()), *((name, pa.float64()) for name in READ)])
 SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]
@@ -3757,7 +3819,9 @@ class Decisions(NamedTuple):
         """Of each underlying and exit style, how far computed outcomes are from recorded ones, and by which rule."""
         terms = self.replay.terms
         return [
-            f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
+            f"Outcomes of {underlying} {style} are those that the files have, of each candidate."
+            if terms[style].recorded
+            else f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
             for (underlying, style), fit in self.fits.items()
         ]
 
@@ -3934,7 +3998,8 @@ def recorded_trades(decisions: Decisions) -> Trades:
     parts = list(decisions.batches(decisions.numbers))
     found = [trades_of(decisions.columns(part)) for part in parts[:: max(1, math.ceil(len(parts) / CHECKED))]]
     sales = Sales(*map(np.concatenate, zip(*(trades.sales for trades in found), strict=True)))
-    return Trades(sales, *(np.concatenate([getattr(one, name) for one in found]) for name in Trades._fields[1:]))
+    of_sales = (np.concatenate([getattr(one, name) for one in found]) for name in ("exit_style", "recorded"))
+    return Trades(sales, *of_sales, frozenset().union(*(one.unsold for one in found)))
 
 
 def trades_of(columns: Columns) -> Trades:
@@ -3943,7 +4008,10 @@ def trades_of(columns: Columns) -> Trades:
     its = its[~np.isnan(columns.numbers["pnl_vs_hodl"][rows[its]])]
     calls = [columns.numbers[name][rows[its]] for name in Calls._fields]
     sales = Sales(columns.underlying[its], columns.time[its], columns.spot[its], *calls)
-    return Trades(sales, columns.exit_style[its], columns.numbers["pnl_vs_hodl"][rows[its]])
+    recorded, sold = columns.numbers["pnl_vs_hodl"], columns.chosen[columns.decision_of] == columns.place
+    told = ~sold & ~np.isnan(columns.numbers[OUTCOME_DAYS])
+    unsold = frozenset(np.unique(columns.exit_style[columns.decision_of[told]]).tolist())
+    return Trades(sales, columns.exit_style[its], recorded[rows[its]], unsold)
 
 
 def hashes_of(data_files: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from covered_call.candidates.columns import DAY, RECORDED, STATE, Columns, microseconds, timedelta_of
+from covered_call.candidates.columns import DAY, OUTCOME_DAYS, RECORDED, STATE, Columns, microseconds, timedelta_of
 from covered_call.candidates.csv_blocks import (
     BLOCK,
     Doubt,
@@ -35,6 +35,7 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import (
     ABOVE_ZERO,
     FLAGS,
+    MAX_DTE,
     MAY_LACK,
     NO_CANDIDATES,
     NUMBERS,
@@ -224,12 +225,13 @@ class State:
                 raise Doubt("instrument: no name of a call")
 
     def count_misnamed(self, rows: Rows, candidates: np.ndarray) -> None:
-        parts = [named_call(text) for text in rows.words["instrument"]]
+        names = rows.words["instrument"]
+        parts = [named_call(text) for text in names]
         codes, upper = rows.codes["instrument"][candidates], [text.upper() for text in rows.words["underlying"]]
         says = np.array([part is not None for part in parts])[codes]
         strikes = np.array([part[1] if part else np.nan for part in parts])[codes]
         expiries = np.array([microseconds(part[2]) if part else 0 for part in parts], np.int64)[codes]
-        owner = np.array([upper.index(part[0]) if part and part[0] in upper else -1 for part in parts])[codes]
+        owner = np.array([place_of(text, part, upper) for text, part in zip(names, parts, strict=True)])[codes]
         # Two names may differ in their case alone: the first of them stands for both.
         whose = np.array([upper.index(text) for text in upper])[rows.codes["underlying"][candidates]]
         expiry = rows.time[candidates] + timedelta_of(rows.numbers["dte"][candidates])
@@ -254,6 +256,12 @@ class State:
             raise Doubt("a decision of one row with its neighbour's spot")
         if repeats(tuple(np.concatenate(part) for part in zip(*self.keys, strict=True))):
             raise InPieces("a decision in pieces")
+
+
+def place_of(instrument: str, named: tuple | None, underlyings: list[str]) -> int:
+    """Of the underlying that an instrument's own name says, -1 for none: BTC_USDC, or else BTC."""
+    whose = (instrument.partition("-")[0], named[0]) if named else ()
+    return next((underlyings.index(one) for one in whose if one in underlyings), -1)
 
 
 def repeats(key: tuple[np.ndarray, ...]) -> bool:
@@ -304,6 +312,9 @@ def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandi
     for name in RECORDED:
         if np.isinf(rows.numbers[name]).any():
             raise Doubt(f"{name}: not finite")
+    days = rows.numbers[OUTCOME_DAYS]
+    if not (np.isnan(days) | ((days >= 0) & (days <= MAX_DTE))).all():
+        raise Doubt(f"{OUTCOME_DAYS}: outside its limits")
     if not (np.isfinite(rows.spot) & np.where(placeholder, rows.spot >= 0, rows.spot > 0)).all():
         raise Doubt("spot: outside its limits")
 

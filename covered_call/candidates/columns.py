@@ -12,7 +12,8 @@ import pyarrow as pa
 from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision, Outcome
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
-STATE, RECORDED = Candidate._fields[1:], Outcome._fields
+STATE, LOGGED = Candidate._fields[1:], Outcome._fields
+RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
@@ -31,7 +32,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, RECORDED, COUNTERFACTUAL, COSTS
+    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
 
     def __len__(self) -> int:
@@ -120,7 +121,7 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     ]
     counterfactuals = [one for its in found for one in its]
     numbers = {name: floats(getattr(candidate, name) for candidate in candidates) for name in STATE}
-    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in RECORDED}
+    numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in LOGGED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
     numbers[COSTS] = floats(one.costs for one in counterfactuals)
     return Columns(
@@ -141,7 +142,7 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     """The decisions one by one."""
     rows = zip(columns.instrument.to_pylist(), *(known(columns.numbers[name]) for name in STATE), strict=True)
     candidates = [Candidate(*row) for row in rows]
-    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in RECORDED), strict=True)]
+    outcomes = [Outcome(*row) for row in zip(*(known(columns.numbers[name]) for name in LOGGED), strict=True)]
     ends = map(time_of, columns.label_end.tolist())
     computed = (known(columns.numbers[COUNTERFACTUAL]), ends, known(columns.numbers[COSTS]))
     counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]

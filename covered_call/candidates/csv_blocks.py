@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from datasets.utils import tqdm
 
-from covered_call.candidates.columns import RECORDED, STATE, microseconds
+from covered_call.candidates.columns import LOGGED, STATE, microseconds
 from covered_call.candidates.csv_rows import GZIP, Hashed
-from covered_call.candidates.schema import KEY, OPTIONAL_COLUMNS, iso_time, utc, wrong_name
+from covered_call.candidates.schema import KEY, OPTIONAL_COLUMNS, QUOTED_COLUMNS, iso_time, utc, wrong_name
 
 BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
-READ_NUMBERS = (*STATE, *RECORDED)
+READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
@@ -84,7 +84,8 @@ def header_of(line: bytes) -> list[str]:
     text = line.decode("utf-8-sig")
     header = [name.strip() for name in next(csv.reader([text]))]
     needed = [*KEY, *WORDS, *READ_NUMBERS]
-    if len(set(header)) < len(header) or any(name not in header for name in needed if name not in OPTIONAL_COLUMNS):
+    missing = [name for name in needed if name not in (*header, *OPTIONAL_COLUMNS, *QUOTED_COLUMNS)]
+    if len(set(header)) < len(header) or missing:
         raise Doubt("the header")
     return header
 

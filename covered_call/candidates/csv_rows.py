@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, CandidatesError, printable, shown
+from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, QUOTED_COLUMNS, CandidatesError, printable, shown
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def cells_of(path: str, reader) -> Iterator[Cells]:
         raise CandidatesError(f"{path} holds a header and no row. Leave it out, or run the backtest again.")
 
 
-NO_OPTIONAL = dict.fromkeys(OPTIONAL_COLUMNS, "")
+NO_OPTIONAL = dict.fromkeys((*OPTIONAL_COLUMNS, *QUOTED_COLUMNS), "")
 
 
 def numbered(reader) -> Iterator[tuple[int, list[str]]]:
@@ -166,13 +166,14 @@ def check_header(path: str, header: list[str] | None) -> list[str]:
             f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
             f"A candidate file has the columns {','.join(COLUMNS)}."
         )
-    twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in COLUMNS]
+    known = (*COLUMNS, *QUOTED_COLUMNS)
+    twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
     lacking = [name for name in OPTIONAL_COLUMNS if name not in header]
     if lacking:
         logger.warning("%s: column(s) %s are missing, and null.", path, ", ".join(lacking))
-    extra = [name for name in header if name not in COLUMNS]
+    extra = [name for name in header if name not in known]
     if extra:
         logger.warning("%s: column(s) %s are not known and not used.", path, printable(", ".join(extra), 300))
     return header

@@ -13,7 +13,7 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import Columns, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
@@ -61,7 +61,9 @@ class Decisions(NamedTuple):
         """Of each underlying and exit style, how far computed outcomes are from recorded ones, and by which rule."""
         terms = self.replay.terms
         return [
-            f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
+            f"Outcomes of {underlying} {style} are those that the files have, of each candidate."
+            if terms[style].recorded
+            else f"{fit.sentence(underlying, style)} They are by {terms[style].text()}."
             for (underlying, style), fit in self.fits.items()
         ]
 
@@ -238,7 +240,8 @@ def recorded_trades(decisions: Decisions) -> Trades:
     parts = list(decisions.batches(decisions.numbers))
     found = [trades_of(decisions.columns(part)) for part in parts[:: max(1, math.ceil(len(parts) / CHECKED))]]
     sales = Sales(*map(np.concatenate, zip(*(trades.sales for trades in found), strict=True)))
-    return Trades(sales, *(np.concatenate([getattr(one, name) for one in found]) for name in Trades._fields[1:]))
+    of_sales = (np.concatenate([getattr(one, name) for one in found]) for name in ("exit_style", "recorded"))
+    return Trades(sales, *of_sales, frozenset().union(*(one.unsold for one in found)))
 
 
 def trades_of(columns: Columns) -> Trades:
@@ -247,7 +250,10 @@ def trades_of(columns: Columns) -> Trades:
     its = its[~np.isnan(columns.numbers["pnl_vs_hodl"][rows[its]])]
     calls = [columns.numbers[name][rows[its]] for name in Calls._fields]
     sales = Sales(columns.underlying[its], columns.time[its], columns.spot[its], *calls)
-    return Trades(sales, columns.exit_style[its], columns.numbers["pnl_vs_hodl"][rows[its]])
+    recorded, sold = columns.numbers["pnl_vs_hodl"], columns.chosen[columns.decision_of] == columns.place
+    told = ~sold & ~np.isnan(columns.numbers[OUTCOME_DAYS])
+    unsold = frozenset(np.unique(columns.exit_style[columns.decision_of[told]]).tolist())
+    return Trades(sales, columns.exit_style[its], recorded[rows[its]], unsold)
 
 
 def hashes_of(data_files: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import COUNTERFACTUAL, RECORDED, Columns, columns_of
+from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, Columns, columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.records import FEATURES, RECORDS, batches
@@ -114,5 +114,5 @@ def prompts_by_decision(columns: Columns, config: CoveredCallCandidatesConfig) -
 def relabel(columns: Columns, chosen: np.ndarray) -> Columns:
     """The same decisions with other labels and other outcomes."""
     ones = np.ones(len(columns.instrument))
-    numbers = columns.numbers | dict.fromkeys((*RECORDED, COUNTERFACTUAL), ones)
+    numbers = columns.numbers | dict.fromkeys((*LOGGED, COUNTERFACTUAL), ones)
     return dataclasses.replace(columns, chosen=chosen.astype(np.int32), numbers=numbers)

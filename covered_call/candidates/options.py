@@ -137,8 +137,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "when a call is taken for settled, bought back and rolled: teacher (16 hours before expiry; 80 % of the "
         "premium taken as profit, defended at 98 % of the strike, at most 3 rolls by score), intrinsic (the same, "
         "settled at expiry, as a holder of the real contracts is), simulated (as data/simulate_backtest.py has it), "
-        "or auto (the one that gives back the recorded trades of an exit style best)",
-        choices=("auto", "teacher", "intrinsic", "simulated"),
+        "recorded (what the files say of each candidate, sold or not, as covered-call backtest does), or auto "
+        "(recorded where the files say it, else the one that gives back the recorded trades of an exit style best)",
+        choices=("auto", "teacher", "intrinsic", "simulated", "recorded"),
     )
     settle_hours: float | None = option(
         None, OUTCOMES, "HOURS", "of time value left in an outcome", otherwise=AS_SETTLED, most=24 * MAX_DTE

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, Segment, follow, nodes_of, parts_of
-from covered_call.candidates.columns import Columns, timedelta_of
+from covered_call.candidates.columns import OUTCOME_DAYS, Columns, timedelta_of
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, constant_vol
 from covered_call.candidates.pricing import Calls, Sales, pick
@@ -19,20 +19,29 @@ from covered_call.candidates.vols import Vols
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
 STYLES = (HOLD_TO_EXPIRY, TP_AND_ROLL)  # of which outcomes can be computed
+RECORDS = "recorded"  # of the option settlement: outcomes are what the files say of each candidate
 
 
 class Terms(NamedTuple):
-    """By which rule, one of PRESETS but for what the options change, and at which vol outcomes are computed."""
+    """By which rule, one of PRESETS but for what the options change, and at which vol outcomes are computed.
+
+    ``recorded`` says that the files have them, of each candidate: the rule then tells how long calls are held.
+    """
 
     preset: str
     rule: Rule
     vols: Vols
+    recorded: bool = False
 
     def text(self) -> str:
+        if self.recorded:
+            return f"settlement={RECORDS!r}, which takes them from the files"
         return f"settlement={self.preset!r}" + (f" at {self.vols.text()}" if self.vols != Vols() else "")
 
     def sentence(self, style: str, options: CoveredCallCandidatesConfig) -> str:
         """How an outcome comes about."""
+        if self.recorded:
+            return f"{style}, settlement={RECORDS!r}: outcomes are those that the files have, of each candidate."
         rule, early = self.rule, self.rule.settle_hours
         when = f"{early:g} hours before its expiry" if early else "at its expiry"
         said = f"{style}, settlement={self.preset!r}: a call is sold at its Black-Scholes value at {self.vols.text()}"
@@ -84,7 +93,7 @@ class Replay:
             other = copy.copy(self)  # what chains may roll into is the same, and may be millions
             other.options = options or self.options
             return other
-        terms = {style: its._replace(vols=its.vols.scaled(vol)) for style, its in self.terms.items()}
+        terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
         return Replay(self.quotes, terms, options or self.options, self.market)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
@@ -128,7 +137,22 @@ class Replay:
             its = np.flatnonzero(columns.exit_style[of] == code)
             for values, of_style in zip(found, self.of_sales(pick(sales, its), columns.names[code]), strict=True):
                 values[its] = of_style
+            if columns.names[code] in self.terms and self.terms[columns.names[code]].recorded:
+                self.as_files_have_it(columns, rows, its, found)
         return found
+
+    def as_files_have_it(self, columns: Columns, rows: slice | np.ndarray, its: np.ndarray, found: Outcomes) -> None:
+        """Writes what is recorded of these candidates over what is computed; the costs are those of the rule."""
+        if not as_recorded(self.options):
+            return
+        recorded, days = (columns.numbers[name][rows][its] for name in ("pnl_vs_hodl", OUTCOME_DAYS))
+        of, place = columns.decision_of[rows][its], columns.place[rows][its]
+        known = ~np.isnan(days) | (columns.chosen[of] == place)  # without its days, that of another says nothing
+        found.gross[its] = np.where(known, recorded, np.nan)
+        found.costs[its] = found.costs[its] if has_costs(self.options) else 0.0
+        found.cut[its] = False
+        dated = its[~np.isnan(days)]
+        found.label_end[dated] = columns.time[of[~np.isnan(days)]] + timedelta_of(days[~np.isnan(days)])
 
     @np.errstate(all="ignore")
     def of_sales(self, sales: Sales, style: str, trail: list[Segment] | None = None) -> Outcomes:
@@ -142,7 +166,7 @@ class Replay:
         found = Outcomes(gross, costs, end.copy(), np.zeros(len(end), bool))
         if style not in self.terms:
             return found
-        _, rule, vols = self.terms[style]
+        _, rule, vols, _ = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         # Where the files end before, they cut the chain off.
         beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])

@@ -18,6 +18,9 @@ COLUMNS = (
     "exit_style", "trade_executed", "chosen", "action", "strategy", "reward", "pnl_vs_hodl", "max_drawdown_pct",
 )  # fmt: skip
 OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decided: a file may be without them
+# Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
+QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
+QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -89,11 +92,16 @@ class Decision(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the file says of a candidate afterwards, in USD and percent; None where it is blank or NaN."""
+    """What the file says of a candidate afterwards, in USD and percent; None where it is blank or NaN.
+
+    ``outcome_days`` is when: days from the decision to the last price that it rests on. A file that says so has the
+    outcomes of calls that were not sold, too.
+    """
 
     reward: float | None
     pnl_vs_hodl: float | None
     max_drawdown_pct: float | None
+    outcome_days: float | None = None
 
 
 class Counterfactual(NamedTuple):
@@ -144,6 +152,7 @@ def shown(value, limit: int = 200) -> str:
 NUMBERS = {
     "spot": (0.0, math.inf), "strike": (0.0, math.inf), "dte": (0.0, MAX_DTE), "delta": (-1.0, 1.0),
     "score": (-math.inf, math.inf), "iv": (0.0, math.inf), "ivrv_ratio": (-math.inf, math.inf),
+    "outcome_days": (0.0, MAX_DTE),
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
@@ -193,12 +202,12 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
     """The column that contradicts an instrument's own name; "" if none does, None if the name says nothing.
 
     A name such as BTC-08SEP24-63000-C is Deribit's: its expiry is at 08:00 UTC. That of the columns may be up to a day
-    from it, for dte may be rounded.
+    from it, for dte may be rounded. BTC_USDC-08SEP24-63000-C is of BTC, and of BTC_USDC.
     """
     named = named_call(name)
     if named is None:
         return None
-    if named[0] != underlying.upper():
+    if underlying.upper() not in (named[0], name.partition("-")[0]):
         return "underlying"
     if named[1] != strike:
         return "strike"

@@ -21,7 +21,7 @@ class Series(NamedTuple):
     line: np.ndarray  # (N,) of the file
 
 
-def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
+def read_series(path: str, option: str, what: str, lag: float = 0.0, day_begins: float = 0.0) -> Series:
     """A CSV with a header, times in its first column and numbers above 0 in its second, in any order. A row whose
     second cell is blank is one of which nothing is known.
 
@@ -29,6 +29,7 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
         option: by which the path was given, for messages.
         what: a number is, such as "vol".
         lag: hours after its time at which a number is known: 24 for the close of a day that is named by its date.
+        day_begins: hours after midnight, UTC, that a date stands for.
 
     Raises:
         CandidatesError: for a file that cannot be read, or a row that is none of these; it names line and column.
@@ -41,7 +42,7 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
             rows = [(line, row) for line, row in enumerate(csv.reader(file), start=1) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CandidatesError(f"{option}={shown(path)} cannot be read: {error}.") from error
-    known = [number_of(path, line, row, what) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
+    known = [number_of(path, line, row, what, day_begins) for line, row in rows[1:] if len(row) > 1 and row[1].strip()]
     if not known:
         raise CandidatesError(
             f"{option}={shown(path)}: give a CSV with a header, times in the first column and {what}s in the second."
@@ -54,9 +55,10 @@ def read_series(path: str, option: str, what: str, lag: float = 0.0) -> Series:
     return Series(time[order], *(np.array([one[place] for one in known])[order] for place in (1, 2)))
 
 
-def number_of(path: str, line: int, row: list[str], what: str) -> tuple[int, float, int]:
+def number_of(path: str, line: int, row: list[str], what: str, day_begins: float) -> tuple[int, float, int]:
     """The time in microseconds since 1970, the number, and the line."""
-    time = iso_time(row[0].strip())
+    text = row[0].strip()
+    time = iso_time(text)
     if time is None:
         raise CandidatesError(f"{path}, line {line}, first column: {shown(row[0])} is no time such as 2024-01-01.")
     try:
@@ -65,4 +67,4 @@ def number_of(path: str, line: int, row: list[str], what: str) -> tuple[int, flo
         number = math.nan
     if not 0 < number < math.inf:
         raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no {what} above 0.")
-    return microseconds(utc(time)), number, line
+    return microseconds(utc(time)) + round(day_begins * HOUR) * (len(text) <= len("2024-01-01")), number, line

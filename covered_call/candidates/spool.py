@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from covered_call.candidates.columns import BY_DECISION, COSTS, COUNTERFACTUAL, RECORDED, STATE, Columns, join
+from covered_call.candidates.columns import BY_DECISION, COSTS, COUNTERFACTUAL, LOGGED, STATE, Columns, join
 from covered_call.candidates.schema import CandidatesError
 
-READ = (*STATE, *RECORDED)  # of a candidate, from the files; what is computed of it is added later
+READ = (*STATE, *LOGGED)  # of a candidate, from the files; what is computed of it is added later
 CANDIDATE = pa.struct([("instrument", pa.string()), *((name, pa.float64()) for name in READ)])
 SPOOLED = pa.schema(
     [("underlying", pa.int32()), ("exit_style", pa.int32()), ("time", pa.int64()), ("spot", pa.float64())]

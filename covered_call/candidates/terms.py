@@ -10,7 +10,7 @@ import numpy as np
 
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import FIT, CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import STYLES, Quotes, Replay, Terms, code_of
+from covered_call.candidates.outcomes import RECORDS, STYLES, Quotes, Replay, Terms, as_recorded, code_of
 from covered_call.candidates.pricing import Sales, pick
 from covered_call.candidates.settlement import PRESETS, rule_of
 from covered_call.candidates.splits import split_starts
@@ -33,6 +33,7 @@ class Trades(NamedTuple):
     sales: Sales
     exit_style: np.ndarray  # (T,) int, a place in the names
     recorded: np.ndarray  # (T,) P&L vs HODL in USD a unit of underlying
+    unsold: frozenset[int] = frozenset()  # the exit styles of which the files say outcomes of calls not sold, too
 
 
 class Fit(NamedTuple):
@@ -126,6 +127,13 @@ def settle(
     return terms, fits
 
 
+def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesConfig) -> bool:
+    """Whether outcomes are those that the files have: where they have them of calls that were not sold, or by option;
+    not where they are asked for at another vol, or after some days."""
+    asked = options.settlement == RECORDS or (options.settlement == "auto" and style in trades.unsold)
+    return asked and as_recorded(options)
+
+
 def settle_style(
     style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
@@ -149,15 +157,18 @@ def settle_style(
         known = found[~np.isnan(found)]  # of too few the median says nothing
         return float(np.median(known)) if len(known) >= min(MIN_TRADES, max(1, len(found))) else math.inf
 
-    presets = list(PRESETS) if options.settlement == "auto" else [options.settlement]
+    presets = list(PRESETS) if options.settlement in ("auto", RECORDS) else [options.settlement]
     enough = len(trades.recorded) >= MIN_TRADES
-    if not enough and options.settlement == "auto":
+    if not enough and options.settlement in ("auto", RECORDS):
         presets = [SIMPLEST]
     candidates = [Terms(preset, rule_of(preset, options), vols) for preset in presets for vols in paid]
     if options.pricing_iv == FIT and enough:
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
+    if takes_recorded(code_of(quotes.names, style), trades, options):
+        logger.info("%s: outcomes are those that the files have, of each candidate.", style)
+        return best._replace(recorded=True), trades.recorded
     found = computed(best, trades)
     if len(candidates) > 1:
         say_terms(style, best, dict(zip(candidates, errors, strict=True)), len(chosen_by.recorded))
@@ -166,7 +177,9 @@ def settle_style(
 
 
 def pick_trades(trades: Trades, rows: np.ndarray) -> Trades:
-    return Trades(pick(trades.sales, rows), trades.exit_style[rows], trades.recorded[rows])
+    return trades._replace(
+        sales=pick(trades.sales, rows), exit_style=trades.exit_style[rows], recorded=trades.recorded[rows]
+    )
 
 
 def fit_vols(terms: Terms, error: Callable[[Terms], float]) -> list[Terms]:

@@ -1,7 +1,7 @@
 """Option chains as an exchange quotes them, from Parquet files: one Snapshot for each time and underlying."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -112,19 +112,26 @@ def read_snapshots(path: str, bad: BadRows | None = None) -> Iterator[Snapshot]:
     Raises:
         CandidatesError: for a file that is no Parquet, has no known layout or no call, and for a bad row.
     """
-    bad = bad or BadRows()
     try:
         with pq.ParquetFile(path) as file:
-            layout = layout_of(path, file.schema_arrow.names)
-            calls = 0
-            for table in by_time(path, file, layout):
-                for snapshot in snapshots_of(path, table, layout, bad):
-                    calls += len(snapshot.calls.strike)
-                    yield snapshot
+            names = file.schema_arrow.names
+            read = [column for column in layout_of(path, names).columns.values() if column in names]
+            yield from snapshots_in(path, names, file.iter_batches(BATCH, columns=read), bad)
     except (pa.ArrowInvalid, OSError) as error:
         raise CandidatesError(f"{path} cannot be read as Parquet: {error}. Give a file of option quotes.") from error
+
+
+def snapshots_in(
+    source: str, names: list[str], batches: Iterable[pa.RecordBatch], bad: BadRows | None = None
+) -> Iterator[Snapshot]:
+    """Those of batches of rows with these columns, as read_snapshots has them of a file."""
+    layout, calls = layout_of(source, names), 0
+    for table in by_time(source, batches, layout):
+        for snapshot in snapshots_of(source, table, layout, bad or BadRows()):
+            calls += len(snapshot.calls.strike)
+            yield snapshot
     if not calls:
-        raise CandidatesError(f"{path} holds no call. Leave it out, or collect it again.")
+        raise CandidatesError(f"{source} holds no call. Leave it out, or collect it again.")
 
 
 def layout_of(path: str, names: list[str]) -> Layout:
@@ -140,12 +147,12 @@ def layout_of(path: str, names: list[str]) -> Layout:
     raise CandidatesError(f"{path} has no layout that is known: {lacks}. Its columns are {', '.join(names)}.")
 
 
-def by_time(path: str, file: pq.ParquetFile, layout: Layout) -> Iterator[pa.Table]:
+def by_time(path: str, batches: Iterable[pa.RecordBatch], layout: Layout) -> Iterator[pa.Table]:
     """The rows of each time, with our words for columns."""
-    words = [word for word, column in layout.columns.items() if column in file.schema_arrow.names]
     rest = None
-    for batch in file.iter_batches(BATCH, columns=[layout.columns[word] for word in words]):
-        table = pa.table([batch.column(layout.columns[word]) for word in words], words)
+    for batch in batches:
+        its = {word: batch.column(column) for word, column in layout.columns.items() if column in batch.schema.names}
+        table = pa.table(list(its.values()), list(its))
         table = pa.concat_tables([rest, table]) if rest else table
         time = times_of(path, table.column("time"), layout.columns["time"])
         ends = np.flatnonzero(np.diff(time)) + 1

@@ -23,7 +23,7 @@ from covered_call.candidates.builder import load_candidates
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
 
-from .second_reader import Faulty, Said, moment, understand
+from .second_reader import OUTCOMES, Faulty, Said, moment, understand
 from .spoiling import Mutant, bases, clip, spoil, text_of
 
 REMEDY = re.compile(
@@ -54,7 +54,7 @@ def said_by(entries) -> dict[tuple, Said]:
     found = {}
     for entry in entries:
         rows = (
-            (*candidate, *outcome, int(place == entry.chosen))
+            (*candidate, *outcome[: len(OUTCOMES)], int(place == entry.chosen))
             for place, (candidate, outcome) in enumerate(zip(entry.decision.candidates, entry.outcomes, strict=True))
         )
         found[tuple(entry.decision[:3])] = Said(entry.decision.spot, tuple(sorted(rows, key=lambda row: row[0])))
