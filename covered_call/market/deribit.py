@@ -146,7 +146,7 @@ class Deribit:
             DeribitError, Outage: see ask and chain_of.
         """
         rows = self.ask("publicGetGetBookSummaryByCurrency", currency=currency.split("_")[-1], kind="option")
-        return chain_of(rows, currency, datetime.datetime.now(datetime.UTC), on_bad_rows)
+        return chain_of(rows, currency, datetime.datetime.fromtimestamp(time.time(), datetime.UTC), on_bad_rows)
 
     def daily_closes(self, currency: str, days: int) -> pa.Table:
         """``date`` and ``price_0800utc``: the index at 08:00 UTC of each day, as of which each of the exchange's daily
@@ -171,7 +171,7 @@ class Deribit:
 
     def candles(self, instrument: str, days: int) -> tuple[list, list]:
         """When the daily candles begin, and at what price."""
-        now = self.api.milliseconds()
+        now = int(1000 * time.time())
         span = {"start_timestamp": now - days * DAY, "end_timestamp": now}
         found = self.ask("publicGetGetTradingviewChartData", instrument_name=instrument, resolution="1D", **span)
         if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in ("ticks", "open")):
@@ -188,7 +188,7 @@ class Deribit:
         Raises:
             DeribitError, Outage: see ask; for values that are none, or days that begin at another hour.
         """
-        now = self.api.milliseconds()
+        now = int(1000 * time.time())
         start, end, pages = now - days * DAY, now, []
         while True:  # from the newest page to the oldest
             span = {"start_timestamp": start, "end_timestamp": end, "resolution": "1D"}

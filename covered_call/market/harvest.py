@@ -172,8 +172,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("currency", nargs="+", metavar="CURRENCY", help="BTC, ETH: options settled in the coin; BTC_USDC: in USDC; "
         "USDC: all that are settled so, in one file")  # fmt: skip
-    add("--to", required=True, metavar="DIR", help="the folder of the files, and of harvest.jsonl, which says what was "
-        "collected and what was missed")  # fmt: skip
+    add("--to", required=True, metavar="DIR", help="the folder of the files; of chains, its harvest.jsonl says what "
+        "was collected and what was missed")  # fmt: skip
     add("--every", type=float, default=EVERY, metavar="SECONDS",
         help=f"from one chain to the next, 1 or more; default: {EVERY}")  # fmt: skip
     add("--cycles", type=int, metavar="N", help="how many, now; default: until Ctrl-C or SIGTERM")

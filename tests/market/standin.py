@@ -1,8 +1,8 @@
 """Deribit's public API on 127.0.0.1, with what a test has given it, and with its faults.
 
-    with Exchange() as exchange:
-        exchange.summaries["BTC"] = [summary("BTC-26DEC25-90000-C")]
-        subprocess.run([..., "--url", exchange.url])
+with Exchange() as exchange:
+    exchange.summaries["BTC"] = [summary("BTC-26DEC25-90000-C")]
+    subprocess.run([..., "--url", exchange.url])
 """
 
 import json
@@ -19,7 +19,7 @@ DAY = 86_400_000
 
 
 class Fault(NamedTuple):
-    """What goes wrong with a request: it waits, an HTTP status, an error of Deribit's own, other content, or a hang-up."""
+    """What goes wrong with a request: a delay, an HTTP status, an error of Deribit's, other content, a hang-up."""
 
     delay: float = 0.0
     status: int = 200
