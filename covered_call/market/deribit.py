@@ -105,6 +105,8 @@ class Deribit:
         self.errors, self.patience = ccxt, patience
         timeout = round(1000 * min(TIMEOUT, max(patience, 1.0)))
         self.api = ccxt.deribit({"enableRateLimit": True, "timeout": timeout})
+        # internal_server_error, which ccxt takes for a refusal
+        self.api.exceptions = {**(self.api.exceptions or {}), "11094": ccxt.ExchangeNotAvailable}
         if url is not None:
             if not re.match(r"https?://[^/]", url):
                 raise DeribitError(f"url={shown(url)} is no address such as {TESTNET}.")
@@ -124,10 +126,11 @@ class Deribit:
                 if isinstance(answer, dict):
                     return answer.get("result")
                 failure = f"no JSON but {shown(answer)}"  # a maintenance page, or a hotel's
-            except self.errors.OperationFailed as error:
-                failure = printable(str(error), 300)
             except self.errors.BaseError as error:
-                raise Refused(f"Deribit refuses: {printable(str(error), 300)}") from error
+                failure = printable(f"{error}{root_of(error)}", 400)
+                # What has a cause failed on the way, though ccxt takes some, such as TLS, for a refusal.
+                if error.__cause__ is None and not isinstance(error, self.errors.OperationFailed):
+                    raise Refused(f"Deribit refuses: {failure}") from error
             if time.monotonic() + wait > began + self.patience:
                 break
             logger.info("Deribit: %s. Trying again in %d s.", failure, wait)
@@ -208,6 +211,14 @@ class Deribit:
             raise DeribitError(f"Deribit's vol index of {currency}: {shown(short)} is no candle of five numbers.")
         what = f"the vol index of {currency}"
         return by_day("dvol", what, [one[0] for one in candles], [one[4] for one in candles], hour=0)
+
+
+def root_of(error: BaseException) -> str:
+    """What began it, such as " ([Errno 111] Connection refused)": libraries wrap it several times."""
+    root, inner = error, error.__cause__
+    while inner is not None:
+        root, inner = inner, inner.__cause__ or inner.__context__
+    return "" if root is error else f" ({root})"
 
 
 def is_number(value) -> bool:

@@ -13,8 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-TOO_MANY_REQUESTS = 10028
-INVALID_PARAMS = -32602
+TOO_MANY_REQUESTS, INTERNAL_SERVER_ERROR, NOT_FOUND, INVALID_PARAMS = 10028, 11094, 13020, -32602
 DAY = 86_400_000
 
 
@@ -45,6 +44,7 @@ class Exchange:
         self.requests: list[tuple[str, dict]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"exchange": self}))
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that was killed has hung up
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "Exchange":
@@ -62,7 +62,7 @@ class Exchange:
 
     def get_tradingview_chart_data(self, instrument_name: str, resolution: str, start_timestamp, end_timestamp):
         if instrument_name not in self.candles or resolution != "1D":
-            return INVALID_PARAMS
+            return NOT_FOUND
         found = [c for c in self.candles[instrument_name] if int(start_timestamp) <= c[0] <= int(end_timestamp)]
         ticks, opens = [tick for tick, _ in found], [value for _, value in found]
         others = {name: opens for name in ("high", "low", "close", "volume", "cost")}
