@@ -366,9 +366,9 @@ def test_an_outage_is_a_gap_and_the_next_cycle_goes_on(exchange, clock, tmp_path
 
 
 def test_requests_are_not_tried_for_so_long_that_the_next_cycle_is_late(exchange, clock, tmp_path):
-    exchange.faults = lambda number: Fault(status=503) if number == 0 else None
+    exchange.faults = lambda number: Fault(status=503) if number < 3 else None
     harvest.main(["BTC", "--every", "2", "--cycles", "2", "--to", str(tmp_path), "--url", exchange.url])
-    assert [at(entry) for entry in log_of(tmp_path)] == [0, 2]
+    assert [(at(entry), "gap" in entry) for entry in log_of(tmp_path)] == [(0, True), (2, False)]
 
 
 def test_cycles_that_were_overslept_are_a_gap(exchange, clock, tmp_path):
