@@ -99,26 +99,24 @@ def harvest(exchange: Deribit, log: HarvestLog, currency: str, due: int, args: a
             raise
         return f"{currency} GAP: {error}"
     harvest_time, skipped = chain["harvest_time"][0].value, int(chain.schema.metadata[b"skipped_rows"])
-    path = free_path(log.folder, currency, harvest_time, args.every)
+    path = path_of(log.folder, currency, harvest_time, args.every)
+    if path.exists():
+        why = f"{path.name} is there already"
+        log.add_gap(currency, due, 0, 1, why)
+        return f"{currency} GAP: {why}"
     with atomic.replacing(path) as file:
         pq.write_table(chain, file)
     log.add(currency, due, file=path.name, harvest_time=iso(harvest_time), rows=len(chain), skipped=skipped)
     return f"{currency} {len(chain)} rows" + (f" ({skipped} left out)" if skipped else "")
 
 
-def free_path(folder: Path, currency: str, harvest_time: int, every: float) -> Path:
+def path_of(folder: Path, currency: str, harvest_time: int, every: float) -> Path:
     """BTC_2025-12-10_0105.parquet; with seconds if chains are nearer to each other than a minute, or two of them came
-    within one because the exchange was slow.
-
-    Raises:
-        HarvestError: if there is a file of that second.
-    """
+    within one because the exchange was slow."""
     moment = datetime.datetime.fromtimestamp(harvest_time // SECOND, UTC)
     path = folder / f"{currency}_{moment:%Y-%m-%d_%H%M}.parquet"
     if every < 60 or path.exists():
         path = folder / f"{currency}_{moment:%Y-%m-%d_%H%M%S}.parquet"
-    if path.exists():
-        raise HarvestError(f"{path} is there already. Has the clock been set back?")
     return path
 
 

@@ -32,6 +32,8 @@ def start(url: str, folder: Path, *words: str) -> int:
         os.dup2(log, 2)
         harvest.main([*CURRENCIES, "--every", "1", "--to", str(folder), "--url", url, *words])
         code = 0
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -60,7 +62,8 @@ def kill(child: int, folder: Path, rng: random.Random) -> None:
                 break
     time.sleep(rng.uniform(0, 0.001))
     os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it had ended by itself"
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended == -signal.SIGKILL, f"it ended by itself: {(folder.parent / 'log.txt').read_text()[-500:]}"
 
 
 def check_whole(folder: Path, rows: int) -> None:

@@ -355,6 +355,17 @@ def test_chains_within_a_minute_have_seconds_in_their_names(exchange, clock, tmp
     assert chains_in(tmp_path / "m") == ["BTC_2025-12-10_1201.parquet", "BTC_2025-12-10_120158.parquet"]
 
 
+def test_a_chain_of_the_same_second_is_not_written_over(exchange, clock, tmp_path):
+    def slow(number: int):
+        clock.now += 0.95 if number == 0 else 0
+
+    exchange.faults, clock.now = slow, NOON + 0.1
+    harvest.main(["BTC", "--every", "1", "--cycles", "3", "--to", str(tmp_path), "--url", exchange.url])
+    first, second, third = log_of(tmp_path)
+    assert [entry["file"] for entry in (first, third)] == chains_in(tmp_path)
+    assert second["gap"] == f"{first['file']} is there already" and second["missed"] == 1
+
+
 def test_an_outage_is_a_gap_and_the_next_cycle_goes_on(exchange, clock, tmp_path, capsys):
     exchange.faults = lambda number: Fault(status=503) if 2 <= number < 8 else None
     collect(exchange, tmp_path, "--cycles", "2")
