@@ -7,13 +7,14 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA, ROOT, needs_real_data, python
+from conftest import REAL_DATA, ROOT, needs_real_data
 
 from covered_call import atomic
 from covered_call.candidates.vols import read_series
@@ -481,7 +482,9 @@ def test_a_folder_has_one_writer(exchange, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_killed_at_random_moments_it_leaves_whole_files_and_a_log_of_all_that_was_missed(exchange, tmp_path):
     folder, kills = tmp_path / "chains", os.environ.get("HARVEST_KILLS", "10")
-    done = python(ROOT / "tests/market/kills.py", exchange.url, folder, kills, 1, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    command = [sys.executable, str(ROOT / "tests/market/kills.py"), exchange.url, str(folder), kills, "1"]
+    environment, limit = os.environ | {"PYTHONPATH": str(ROOT)}, 60 + 5 * int(kills)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stderr
     log = log_of(folder)
     assert sorted(entry["file"] for entry in log if "file" in entry) == chains_in(folder)
