@@ -130,7 +130,8 @@ class Deribit:
                 failure = printable(f"{error}{root_of(error)}", 400)
                 # What has a cause failed on the way, though ccxt takes some, such as TLS, for a refusal.
                 if error.__cause__ is None and not isinstance(error, self.errors.OperationFailed):
-                    raise Refused(f"Deribit refuses: {failure}") from error
+                    asked = ", ".join(f"{name}={value}" for name, value in params.items())
+                    raise Refused(f"Deribit refuses what was asked ({asked}): {failure}") from error
             if time.monotonic() + wait > began + self.patience:
                 break
             logger.info("Deribit: %s. Trying again in %d s.", failure, wait)
