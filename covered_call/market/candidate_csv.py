@@ -2,61 +2,57 @@
 
 import csv
 import datetime
-import io
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
 
-from covered_call import atomic
-from covered_call.candidates.schema import COLUMNS, NO_CANDIDATES, QUOTE_COLUMNS, SELL_CALL, SKIP
+import numpy as np
+
+from covered_call.candidates.schema import COLUMNS, NO_CANDIDATES, QUOTED_COLUMNS, SELL_CALL, SKIP, Candidate, Decision
 from covered_call.market.snapshot import Snapshot
-from covered_call.market.teacher import Offer
 
-UNKNOWN = (None,) * 4  # reward, pnl_vs_hodl, max_drawdown_pct, outcome_days
+HEADER = (*COLUMNS, *QUOTED_COLUMNS)
+NOTHING = Candidate(NO_CANDIDATES, 0.0, 0.0, 0.0, 0.0, None, None)
+UNKNOWN = (None, None, None)
+
+
+def quotes_of(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+    """(N, 4) bid, ask and mark in USD a coin, and the open interest, of these of its calls; NaN where unknown."""
+    calls = snapshot.calls
+    prices = [price[rows] * snapshot.spot for price in (calls.bid, calls.ask, calls.mark)]
+    return np.stack([*prices, calls.open_interest[rows]], 1)
 
 
 def rows_of(
-    snapshot: Snapshot,
-    offer: Offer,
+    decision: Decision,
+    quotes: np.ndarray,
     strategy: str,
     chosen: int | None,
-    outcomes: Sequence[tuple[float | None, ...]] | None = None,
-) -> list[list]:
-    """A row for each candidate, of COLUMNS, the quotes and outcome_days, blank where nothing is known; one that says
-    NO_CANDIDATES where there is none.
+    outcomes: Sequence[tuple[float | None, float | None, float | None]] | None = None,
+) -> Iterator[list]:
+    """The cells of a decision, a row a candidate; a placeholder where there is none.
 
     Args:
+        quotes: (N, 4) of its candidates, as quotes_of has them.
         chosen: the candidate that is sold, an index from 0; None for no trade.
-        outcomes: of each candidate reward, pnl_vs_hodl, max_drawdown_pct and outcome_days.
+        outcomes: of each candidate P&L vs HODL in USD a coin, the largest drawdown in percent, and days from the
+            decision to the last price of them; None or NaN where unknown.
     """
-    decision = offer.decision
     head = [decision.decision_time.isoformat(), decision.underlying, decision.spot]
     if not decision.candidates:
-        blank = [NO_CANDIDATES, 0, 0, 0, 0, None, None, decision.exit_style, 0, 0, SKIP, strategy]
-        return [[*head, *blank, *UNKNOWN[:3], *[None] * len(QUOTE_COLUMNS), None]]
-    rows = []
-    for place, (candidate, row) in enumerate(zip(decision.candidates, offer.rows.tolist(), strict=True)):
-        sold = place == chosen
-        label = [decision.exit_style, int(chosen is not None), int(sold), SELL_CALL if sold else SKIP, strategy]
-        *recorded, days = UNKNOWN if outcomes is None else outcomes[place]
-        calls = snapshot.calls
-        prices = [float(price[row]) * snapshot.spot for price in (calls.bid, calls.ask, calls.mark)]
-        rows.append([*head, *candidate, *label, *recorded, *prices, float(calls.open_interest[row]), days])
-    return rows
-
-
-HEADER = (*COLUMNS, *QUOTE_COLUMNS, "outcome_days")
+        yield [*head, *NOTHING, decision.exit_style, 0, 0, SKIP, strategy, *UNKNOWN, *[None] * len(QUOTED_COLUMNS)]
+    known = [UNKNOWN] * len(decision.candidates) if outcomes is None else outcomes
+    for place, (candidate, quote, its) in enumerate(zip(decision.candidates, quotes.tolist(), known, strict=True)):
+        pnl, drawdown, days = its
+        action = [int(chosen is not None), int(place == chosen), SELL_CALL if place == chosen else SKIP]
+        yield [*head, *candidate, decision.exit_style, *action, strategy, pnl, pnl, drawdown, *quote, days]
 
 
 def file_name(underlying: str, exit_style: str, first: datetime.datetime, last: datetime.datetime, stamp: str) -> str:
     return f"training_candidates_{underlying}_{first:%Y%m%d}_{last:%Y%m%d}_{exit_style}_{stamp}.csv"
 
 
-def write(path: str | os.PathLike, rows: Iterable[list], columns: Sequence[str] = HEADER) -> None:
-    """Whole or not at all. NaN and None are blank."""
-    with atomic.replacing(path) as raw:
-        text = io.TextIOWrapper(raw, encoding="utf-8", newline="", write_through=True)
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow(["" if value is None or value != value else value for value in row[: len(columns)]])
-        text.detach()
+def write_rows(file: TextIO, rows: Iterable[Sequence]) -> None:
+    """None and NaN are blank."""
+    writer = csv.writer(file, lineterminator="\n")
+    for row in rows:
+        writer.writerow(["" if cell is None or cell != cell else cell for cell in row])

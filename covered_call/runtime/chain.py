@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import glob
+import io
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets.utils import tqdm
 
+from covered_call import atomic
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
 from covered_call.candidates.schema import MAX_IV, CandidatesError, shown
@@ -249,21 +251,25 @@ def write(args: argparse.Namespace, puts: list[Put]) -> Iterator[tuple[str, int]
         if args.preset == "synthetic":
             found = synthetic.outcomes_of([put.offer for put in its])
             outcomes = [sold_alone(put.offer, values) for put, values in zip(its, found, strict=True)]
-        rows = [
-            row
-            for put, known in zip(its, outcomes, strict=True)
-            for row in candidate_csv.rows_of(put.snapshot, put.offer, "synthetic" if args.preset == "synthetic" else
-                "snapshot", put.offer.chosen if args.teacher else None, known)
-        ]  # fmt: skip
         times = [put.offer.decision.decision_time for put in its]
         path = os.path.join(args.out, candidate_csv.file_name(underlying, style, times[0], times[-1], stamp))
-        candidate_csv.write(path, rows)
-        yield path, len(rows)
+        text = io.StringIO(newline="")
+        candidate_csv.write_rows(text, [candidate_csv.HEADER])
+        for put, known in zip(its, outcomes, strict=True):
+            candidate_csv.write_rows(text, rows_of(put, known, args))
+        atomic.write(path, text.getvalue())
+        yield path, sum(max(1, len(put.offer.rows)) for put in its)
 
 
-def sold_alone(offer: Offer, pnl: tuple[float | None, ...]) -> list[tuple[float | None, ...]]:
+def rows_of(put: Put, outcomes: Any, args: argparse.Namespace) -> Iterator[list]:
+    strategy = "synthetic" if args.preset == "synthetic" else "snapshot"
+    quotes, chosen = candidate_csv.quotes_of(put.snapshot, put.offer.rows), put.offer.chosen
+    return candidate_csv.rows_of(put.offer.decision, quotes, strategy, chosen if args.teacher else None, outcomes)
+
+
+def sold_alone(offer: Offer, pnl: tuple[float | None, ...]) -> list[tuple[float | None, None, None]]:
     """As the teacher's files have it: the outcome of the call that was sold, and of no other."""
-    return [(value, value, None, None) if place == offer.chosen else (None,) * 4 for place, value in enumerate(pnl)]
+    return [(value if place == offer.chosen else None, None, None) for place, value in enumerate(pnl)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
