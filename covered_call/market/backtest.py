@@ -36,7 +36,7 @@ from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.schema import CandidatesError, shown
 from covered_call.candidates.series import HOUR, Series, read_series
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.market.book import SOLD_AT, STYLES, Terms
+from covered_call.market.book import SOLD_AT, STYLES, WAYS, Terms
 from covered_call.market.replay import Log, Replay, rule_of
 from covered_call.market.snapshot import BadRows, layout_of, read_snapshots, times_of
 from covered_call.market.teacher import PRESETS, rules_of
@@ -209,7 +209,7 @@ def money_head(sell_at: str) -> list[str]:
 
 def money_cells(underlying: str, log: Log) -> list[str]:
     """Of the trades that are known at all prices."""
-    paid = np.array([trade.pnl for trade in log.trades]).reshape(len(log.trades), -1)
+    paid = np.array([trade.pnl for trade in log.trades]).reshape(-1, 1 + len(WAYS))
     spot = np.array([trade.spot for trade in log.trades])
     known = ~np.isnan(paid).any(1)
     first = 1 if log.book.terms.sell_at == "bid" else 0
