@@ -44,6 +44,7 @@ from covered_call.tables import align
 
 UNDERLYING = "{underlying}"  # in --spots: the name of each
 ALL = "all"  # snapshots decide
+QUOTED_PRESETS = [name for name in PRESETS if name != "synthetic"]  # whose calls no exchange quotes
 
 
 class Settings(NamedTuple):
@@ -173,7 +174,8 @@ def write_logs(replays: list[Replay], folder: str) -> list[Path]:
 
 
 HEAD = [
-    "underlying", "exit style", "decisions", "without candidates", "candidates", "unknown", "trades", "unknown",
+    "underlying", "exit style", "decisions", "without candidates", "candidates", "of them unknown", "trades",
+    "of them unknown",
 ]  # fmt: skip
 
 
@@ -222,6 +224,8 @@ def money_cells(underlying: str, log: Log) -> list[str]:
 
 def notes(replay: Replay, settings: Settings) -> list[str]:
     name, hours, said = replay.underlying, settings.tolerance, []
+    if replay.first is None:
+        said.append("no decision, so no file is written.")
     if replay.missed:
         said.append(
             f"{replay.missed} decision time(s) without a snapshot within {hours:g} h: no row is written of them."
@@ -280,7 +284,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "lowest_delta or never; default: teacher",
     )
     parser.add_argument(
-        "--preset", default=default.preset, choices=PRESETS, help="whose candidates and scores; default: backtest"
+        "--preset",
+        default=default.preset,
+        choices=QUOTED_PRESETS,
+        help="whose candidates and scores; default: backtest",
     )
     parser.add_argument(
         *flags("exit_style"),

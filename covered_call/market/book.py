@@ -145,13 +145,27 @@ class Results(NamedTuple):
     why: np.ndarray  # str, KNOWN, or why it is unknown
 
 
+def results_of(its: Open, why: str | np.ndarray, time: int | np.ndarray = 0) -> Results:
+    """Args: time: of the last price of those that are known."""
+    why = np.broadcast_to(np.asarray(why, object), len(its.sale))
+    lost = why != KNOWN
+    pnl, fall, days = its.cash.copy(), its.fall.copy(), (time - its.begin) / DAY
+    for values in (pnl, fall, days):
+        values[lost] = np.nan
+    return Results(its.sale, pnl, fall, days, why)
+
+
+WHOLE, REAL = np.zeros(0, np.int64), np.zeros(0)
+NONE_OPEN = Open(WHOLE, WHOLE, np.zeros(0, object), REAL, WHOLE, REAL, WHOLE, np.zeros((0, 1 + len(WAYS))), REAL, REAL,
+                 WHOLE, WHOLE)  # fmt: skip
+
+
 class Book:
     """The chains of one exit style."""
 
     def __init__(self, rule: Rule, terms: Terms, fixings: Fixings):
         self.rule, self.terms, self.fixings = rule, terms, fixings
-        self.open = Open(*(np.zeros((0, 4) if name == "cash" else 0, OPEN_TYPES.get(name, float))
-                           for name in Open._fields))  # fmt: skip
+        self.open = NONE_OPEN
 
     def sell(self, quotes: Quotes, rows: np.ndarray, sales: np.ndarray) -> Results:
         """Sells one call each, and returns those that cannot be sold.
@@ -170,8 +184,7 @@ class Book:
         )  # fmt: skip
         sold = ~np.isnan(its.premium)
         self.open = Open(*map(np.concatenate, zip(self.open, pick(its, sold), strict=True)))
-        why = NO_PRICE.format(sell_at=self.terms.sell_at)
-        return unknown(pick(its, ~sold), why)
+        return results_of(pick(its, ~sold), NO_PRICE.format(sell_at=self.terms.sell_at))
 
     def follow(self, quotes: Quotes) -> list[Results]:
         """What has ended until a snapshot, or ends there."""
@@ -265,19 +278,4 @@ class Book:
     def take_out(self, which: np.ndarray, why: str | np.ndarray, time: int | np.ndarray = 0) -> Results:
         """Args: which: (K,) bool. why, time: of those alone; the time is that of the last price."""
         its, self.open = pick(self.open, which), pick(self.open, ~which)
-        if isinstance(why, str) and why != KNOWN:
-            return unknown(its, why)
-        known = np.broadcast_to(np.asarray(why, object) == KNOWN, len(its.sale))
-        days = np.where(known, (time - its.begin) / DAY, np.nan)
-        return Results(its.sale, its.cash, its.fall, days, np.broadcast_to(np.asarray(why, object), len(its.sale)))
-
-
-OPEN_TYPES = {"sale": np.int64, "begin": np.int64, "instrument": object, "expiry": np.int64, "rolls": np.int64,
-              "quoted": np.int64, "marked": np.int64}  # fmt: skip
-
-
-def unknown(its: Open, why: str) -> Results:
-    lost = np.full(len(its.sale), np.nan)
-    return Results(
-        its.sale, np.full((len(its.sale), 1 + len(WAYS)), np.nan), lost, lost, np.full(len(lost), why, object)
-    )
+        return results_of(its, why, time)

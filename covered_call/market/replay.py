@@ -26,7 +26,7 @@ from covered_call.market.teacher import Offer, Rules
 
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest", "outcome_days")
 Rule = Callable[[Quotes, Rules], np.ndarray]  # the candidates that it would sell, by their places, the best first
-NOTHING = Candidate(NO_CANDIDATES, 0.0, 0.0, 0.0, 0.0, None, None)
+PLACEHOLDER = Candidate(NO_CANDIDATES, 0.0, 0.0, 0.0, 0.0, None, None)
 
 
 def rule_of(name: str) -> Rule:
@@ -144,7 +144,7 @@ def rows_of(pending: Pending, exit_style: str, rule: str, outcomes: list[tuple])
     decision, chosen = pending.decision, pending.chosen
     state = [decision.decision_time.isoformat(), decision.underlying, decision.spot]
     if not decision.candidates:
-        yield [*state, *NOTHING, exit_style, 0, 0, SKIP, rule, *[None] * 3, *[None] * len(QUOTE_COLUMNS)]
+        yield [*state, *PLACEHOLDER, exit_style, 0, 0, SKIP, rule, *[None] * 3, *[None] * len(QUOTE_COLUMNS)]
     its = zip(decision.candidates, outcomes, pending.quoted.tolist(), strict=True)
     for place, (candidate, (pnl, drawdown, days), quoted) in enumerate(its):
         action = [int(chosen is not None), int(place == chosen), SELL_CALL if place == chosen else SKIP]

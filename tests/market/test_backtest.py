@@ -324,7 +324,7 @@ def test_a_folder_of_single_snapshots_is_the_same_as_one_file(backtest, tmp_path
     assert backtest(snaps, chains=str(parts)) == one
 
 
-def test_calls_that_are_settled_in_dollars_are_an_underlying_of_their_own(backtest, tmp_path):
+def test_calls_that_are_settled_in_dollars_are_an_underlying_of_their_own(backtest, load, tmp_path):
     snaps = quiet(104_000.0)
     folder = tmp_path / "chains"
     folder.mkdir()
@@ -335,6 +335,7 @@ def test_calls_that_are_settled_in_dollars_are_an_underlying_of_their_own(backte
     backtest([], "--exit_style", HOLD, chains=str(folder))
     coin, usdc = (rows_of(path)[0] for path in backtest.paths)
     assert (coin["underlying"], usdc["underlying"]) == ("BTC", "BTC_USDC")
+    assert load(data_files=str(backtest.paths[1]), splits="train")["train"].num_rows == 5
     assert float(coin["bid"]) == pytest.approx(float(usdc["bid"])) and money(coin) == money(usdc) == pytest.approx(970)
 
 
@@ -512,3 +513,5 @@ def test_a_day_of_real_harvests_ends_before_anything_is_known(backtest):
     rows = backtest([], "--at", "all", chains=str(REAL_DATA / "deribit_chains" / "BTC_*.parquet"))[HOLD]
     assert len(rows) == 62 and {row["pnl_vs_hodl"] for row in rows} == {""}
     assert "BTC: spot is the forward of the nearest expiry at 7 snapshot(s)." in backtest.said
+    assert not backtest([], chains=str(REAL_DATA / "deribit_chains"))  # none is near 08:00
+    assert backtest.said.count("no decision, so no file is written.") == 2
