@@ -187,8 +187,8 @@ def summary(replays: list[Replay], settings: Settings, bad: BadRows) -> str:
     if bad.count:
         said.append(f"{bad.count:,} bad row(s) left out.")
     return "\n".join(
-        [align(counts, range(2, 9)), "", "Mean of a trade, net of fees; the same trades in all columns:",
-         align(money, range(2, 9)), "", *said]
+        [align(counts, range(2, len(HEAD))), "", "Mean of a trade, net of fees; the same trades in all columns:",
+         align(money, range(2, len(money[0]))), "", *said]
     )  # fmt: skip
 
 
