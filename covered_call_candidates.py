@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "08f8f7d5b0b72eae661cb6601d635d681d2f1bc1565336ae731c410041a34095"  # their SHA-256
+MADE_FROM = "4e8e60080f50be04906f269850d8ac924079937d9847ea12f1532195a0144ffe"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3173,7 +3173,7 @@ class Terms(NamedTuple):
         )
 
 
-class Quotes(NamedTuple):
+class Basis(NamedTuple):
     """D decisions of all files by time, ties in the order of the files: what outcomes rest on."""
 
     names: tuple[str, ...]  # of underlyings and exit styles: the next two are places in it
@@ -3189,14 +3189,14 @@ class Replay:
 
     def __init__(
         self,
-        quotes: Quotes,
+        basis: Basis,
         terms: dict[str, Terms],
         options: CoveredCallCandidatesConfig,
         market: Market | None = None,
     ):
-        """Args: market: that of the quotes, where it is there already."""
-        self.quotes, self.terms, self.options = quotes, terms, options
-        names, underlying, _, time, spot, _ = quotes
+        """Args: market: that of the basis, where it is there already."""
+        self.basis, self.terms, self.options = basis, terms, options
+        names, underlying, _, time, spot, _ = basis
         self.market = market or Market(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
@@ -3207,7 +3207,7 @@ class Replay:
             other.options = options or self.options
             return other
         terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
-        return Replay(self.quotes, terms, options or self.options, self.market)
+        return Replay(self.basis, terms, options or self.options, self.market)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
         """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
@@ -3221,17 +3221,17 @@ class Replay:
 
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""
-        quotes = self.quotes
-        its = np.flatnonzero(quotes.exit_style == code_of(quotes.names, style))
+        basis = self.basis
+        its = np.flatnonzero(basis.exit_style == code_of(basis.names, style))
         if style != TP_AND_ROLL or not len(its):
             return NO_NODES
-        underlying, time = quotes.underlying[its], quotes.time[its]
+        underlying, time = basis.underlying[its], basis.time[its]
         places = self.market.nearest(underlying, time, 0)
-        rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in quotes.rolls))
+        rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in basis.rolls))
         return nodes_of(self.market, underlying, places, rolls, self.terms[style].rule)
 
     def of_candidates(self, columns: Columns) -> Outcomes:
-        """Of any decisions, with the names of the quotes, each of the R candidates."""
+        """Of any decisions, with the names of the basis, each of the R candidates."""
         parts = [self.of_rows(columns, rows) for rows in parts_of(columns.offsets[-1])]
         return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
 
@@ -3499,7 +3499,7 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 
 def settle(
-    quotes: Quotes, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
+    basis: Basis, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
 ) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
     """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
     underlying under it.
@@ -3507,16 +3507,16 @@ def settle(
     Raises:
         CandidatesError: for an iv_file that cannot be used.
     """
-    priced = vols_of(options, list(quotes.names), set(np.unique(quotes.underlying).tolist()))
-    known = set(np.unique(quotes.exit_style).tolist())
+    priced = vols_of(options, list(basis.names), set(np.unique(basis.underlying).tolist()))
+    known = set(np.unique(basis.exit_style).tolist())
     terms, fits = {}, {}
     for style in STYLES:
-        if code_of(quotes.names, style) in known:
-            its = pick_trades(trades, trades.exit_style == code_of(quotes.names, style))
-            terms[style], computed = settle_style(style, quotes, market, its, priced, options)
-            for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
+        if code_of(basis.names, style) in known:
+            its = pick_trades(trades, trades.exit_style == code_of(basis.names, style))
+            terms[style], computed = settle_style(style, basis, market, its, priced, options)
+            for code in np.unique(basis.underlying[basis.exit_style == code_of(basis.names, style)]).tolist():
                 of = its.sales.underlying == code
-                names = (quotes.names[code], style)
+                names = (basis.names[code], style)
                 fits[names] = fit_of(computed[of], its.recorded[of])
                 if not fits[names].trusted:
                     logger.warning(fits[names].sentence(*names))
@@ -3531,19 +3531,19 @@ def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesCon
 
 
 def settle_style(
-    style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
+    style: str, basis: Basis, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
     They choose, and are checked, at a vol that they may have been paid at: the market's is another, a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
-    early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
+    early = trades.sales.time < split_starts(basis.time, options)[0] if options.splits != "train" else True
     chosen_by = pick_trades(trades, np.broadcast_to(early, len(trades.recorded)))
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
 
     def computed(terms: Terms, trades: Trades) -> np.ndarray:
-        replay = Replay(quotes, {style: terms}, dataclasses.replace(options, horizon=None), market)
+        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), market)
         found = replay.of_sales(trades.sales, style)
         # A teacher whose calls live to their own expiries records a mark where its file ends; another what came later.
         return found.gross if terms.rule.own_expiry else np.where(found.cut, np.nan, found.gross)
@@ -3562,7 +3562,7 @@ def settle_style(
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
-    if takes_recorded(code_of(quotes.names, style), trades, options):
+    if takes_recorded(code_of(basis.names, style), trades, options):
         logger.info("%s: outcomes are those that the files have, of each candidate.", style)
         return best._replace(recorded=True), trades.recorded
     found = computed(best, trades)
@@ -3969,10 +3969,10 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     if TP_AND_ROLL in names:
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
     rolls.clear()  # or all would be in memory twice
-    quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
+    basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
-    terms, fits = settle(quotes, market, recorded_trades(decisions), options)
-    replay, ends = Replay(quotes, terms, options, market), []
+    terms, fits = settle(basis, market, recorded_trades(decisions), options)
+    replay, ends = Replay(basis, terms, options, market), []
     horizons = horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 

@@ -35,7 +35,7 @@ from covered_call.candidates.vols import Vols, read_vols  # noqa: E402
 from covered_call.evaluation import resampling  # noqa: E402
 from covered_call.market.backtest import UNDERLYING, Settings, files_of, replay  # noqa: E402
 from covered_call.market.book import DERIBIT, STYLES  # noqa: E402
-from covered_call.market.replay import Log, Replay  # noqa: E402
+from covered_call.market.replay import ChainReplay, Log  # noqa: E402
 from covered_call.market.snapshot import BadRows  # noqa: E402
 from covered_call.tables import markdown  # noqa: E402
 
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"\n{one.underlying}: {moved(one)}")
 
 
-def row(replay: Replay, log: Log, dvol: str) -> list[str]:
+def row(replay: ChainReplay, log: Log, dvol: str) -> list[str]:
     paid = paid_of(replay, log, dvol)
     counts = [f"{number:,}" for number in (log.decisions, log.sales, len(log.trades), len(paid.time))]
     cells = [replay.underlying, log.exit_style, *counts]
@@ -76,7 +76,7 @@ def row(replay: Replay, log: Log, dvol: str) -> list[str]:
     return [*cells, means[0], interval_of(paid), thirds, *means[1:]]
 
 
-def paid_of(replay: Replay, log: Log, dvol: str) -> Paid:
+def paid_of(replay: ChainReplay, log: Log, dvol: str) -> Paid:
     trades = [trade for trade in log.trades if not np.isnan(trade.pnl).any()]
     time, days, spot = (np.array([getattr(trade, name) for trade in trades]) for name in ("time", "days", "spot"))
     pnl = np.array([trade.pnl[1:] for trade in trades]).reshape(-1, 3)
@@ -89,7 +89,7 @@ def paid_of(replay: Replay, log: Log, dvol: str) -> Paid:
     return Paid(time, time + np.rint(days * DAY).astype(np.int64), ways)
 
 
-def held_at(iv: np.ndarray, names: list[str], time: np.ndarray, spot: np.ndarray, replay: Replay) -> np.ndarray:
+def held_at(iv: np.ndarray, names: list[str], time: np.ndarray, spot: np.ndarray, replay: ChainReplay) -> np.ndarray:
     """USD that the same calls bring when they are sold at their value at these vols, and held."""
     named = [named_call(name) for name in names]
     strike = np.array([one[1] for one in named if one])
@@ -111,7 +111,7 @@ def interval_of(paid: Paid) -> str:
     return f"{found[0]:+.2f} to {found[1]:+.2f}" if found else ""
 
 
-def moved(replay: Replay) -> str:
+def moved(replay: ChainReplay) -> str:
     """How spot moved from the first expiry that was settled to the last, and the way between."""
     prices = [one.price for _, one in sorted(replay.fixings.found.items()) if not np.isnan(one.price)]
     return (

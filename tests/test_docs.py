@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT, on_the_default_stack, python
-from market.quotes import chain, write_harvest
+from market.quotes import chain, write_days, write_harvest
 from matplotlib.image import imread
 
 from covered_call import load_candidates
@@ -156,6 +156,7 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "vols" / "spot_BTC_0800utc.csv").write_text(f"date,price\n{spots}")
     (folder / "chains").mkdir()
     write_harvest(folder / "chains" / "BTC_2025-12-10_0105.parquet", chain())
+    write_days(folder / "chains")
     return folder
 
 

@@ -17,7 +17,7 @@ from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, i
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
-from covered_call.candidates.outcomes import TP_AND_ROLL, Quotes, Replay, net_of
+from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.reading import read_file, warn_of_no_offset
@@ -211,10 +211,10 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     if TP_AND_ROLL in names:
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
     rolls.clear()  # or all would be in memory twice
-    quotes = Quotes(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
+    basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
-    terms, fits = settle(quotes, market, recorded_trades(decisions), options)
-    replay, ends = Replay(quotes, terms, options, market), []
+    terms, fits = settle(basis, market, recorded_trades(decisions), options)
+    replay, ends = Replay(basis, terms, options, market), []
     horizons = horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 

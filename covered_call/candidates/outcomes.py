@@ -60,7 +60,7 @@ class Terms(NamedTuple):
         )
 
 
-class Quotes(NamedTuple):
+class Basis(NamedTuple):
     """D decisions of all files by time, ties in the order of the files: what outcomes rest on."""
 
     names: tuple[str, ...]  # of underlyings and exit styles: the next two are places in it
@@ -76,14 +76,14 @@ class Replay:
 
     def __init__(
         self,
-        quotes: Quotes,
+        basis: Basis,
         terms: dict[str, Terms],
         options: CoveredCallCandidatesConfig,
         market: Market | None = None,
     ):
-        """Args: market: that of the quotes, where it is there already."""
-        self.quotes, self.terms, self.options = quotes, terms, options
-        names, underlying, _, time, spot, _ = quotes
+        """Args: market: that of the basis, where it is there already."""
+        self.basis, self.terms, self.options = basis, terms, options
+        names, underlying, _, time, spot, _ = basis
         self.market = market or Market(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
@@ -94,7 +94,7 @@ class Replay:
             other.options = options or self.options
             return other
         terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
-        return Replay(self.quotes, terms, options or self.options, self.market)
+        return Replay(self.basis, terms, options or self.options, self.market)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
         """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
@@ -108,17 +108,17 @@ class Replay:
 
     def nodes_of(self, style: str) -> Nodes:
         """What chains of a style may roll into."""
-        quotes = self.quotes
-        its = np.flatnonzero(quotes.exit_style == code_of(quotes.names, style))
+        basis = self.basis
+        its = np.flatnonzero(basis.exit_style == code_of(basis.names, style))
         if style != TP_AND_ROLL or not len(its):
             return NO_NODES
-        underlying, time = quotes.underlying[its], quotes.time[its]
+        underlying, time = basis.underlying[its], basis.time[its]
         places = self.market.nearest(underlying, time, 0)
-        rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in quotes.rolls))
+        rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in basis.rolls))
         return nodes_of(self.market, underlying, places, rolls, self.terms[style].rule)
 
     def of_candidates(self, columns: Columns) -> Outcomes:
-        """Of any decisions, with the names of the quotes, each of the R candidates."""
+        """Of any decisions, with the names of the basis, each of the R candidates."""
         parts = [self.of_rows(columns, rows) for rows in parts_of(columns.offsets[-1])]
         return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
 

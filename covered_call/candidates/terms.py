@@ -10,7 +10,7 @@ import numpy as np
 
 from covered_call.candidates.market import Market
 from covered_call.candidates.options import FIT, CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import RECORDS, STYLES, Quotes, Replay, Terms, as_recorded, code_of
+from covered_call.candidates.outcomes import RECORDS, STYLES, Basis, Replay, Terms, as_recorded, code_of
 from covered_call.candidates.pricing import Sales, pick
 from covered_call.candidates.settlement import PRESETS, rule_of
 from covered_call.candidates.splits import split_starts
@@ -103,7 +103,7 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 
 def settle(
-    quotes: Quotes, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
+    basis: Basis, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
 ) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
     """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
     underlying under it.
@@ -111,16 +111,16 @@ def settle(
     Raises:
         CandidatesError: for an iv_file that cannot be used.
     """
-    priced = vols_of(options, list(quotes.names), set(np.unique(quotes.underlying).tolist()))
-    known = set(np.unique(quotes.exit_style).tolist())
+    priced = vols_of(options, list(basis.names), set(np.unique(basis.underlying).tolist()))
+    known = set(np.unique(basis.exit_style).tolist())
     terms, fits = {}, {}
     for style in STYLES:
-        if code_of(quotes.names, style) in known:
-            its = pick_trades(trades, trades.exit_style == code_of(quotes.names, style))
-            terms[style], computed = settle_style(style, quotes, market, its, priced, options)
-            for code in np.unique(quotes.underlying[quotes.exit_style == code_of(quotes.names, style)]).tolist():
+        if code_of(basis.names, style) in known:
+            its = pick_trades(trades, trades.exit_style == code_of(basis.names, style))
+            terms[style], computed = settle_style(style, basis, market, its, priced, options)
+            for code in np.unique(basis.underlying[basis.exit_style == code_of(basis.names, style)]).tolist():
                 of = its.sales.underlying == code
-                names = (quotes.names[code], style)
+                names = (basis.names[code], style)
                 fits[names] = fit_of(computed[of], its.recorded[of])
                 if not fits[names].trusted:
                     logger.warning(fits[names].sentence(*names))
@@ -135,19 +135,19 @@ def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesCon
 
 
 def settle_style(
-    style: str, quotes: Quotes, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
+    style: str, basis: Basis, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
     They choose, and are checked, at a vol that they may have been paid at: the market's is another, a constant may be.
     """
     paid = [Vols()] + [Vols(constant=priced.constant)] * (priced.constant is not None)
-    early = trades.sales.time < split_starts(quotes.time, options)[0] if options.splits != "train" else True
+    early = trades.sales.time < split_starts(basis.time, options)[0] if options.splits != "train" else True
     chosen_by = pick_trades(trades, np.broadcast_to(early, len(trades.recorded)))
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
 
     def computed(terms: Terms, trades: Trades) -> np.ndarray:
-        replay = Replay(quotes, {style: terms}, dataclasses.replace(options, horizon=None), market)
+        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), market)
         found = replay.of_sales(trades.sales, style)
         # A teacher whose calls live to their own expiries records a mark where its file ends; another what came later.
         return found.gross if terms.rule.own_expiry else np.where(found.cut, np.nan, found.gross)
@@ -166,7 +166,7 @@ def settle_style(
         candidates = [one for terms in candidates for one in fit_vols(terms, error)]
     errors = [error(terms) for terms in candidates] if len(trades.recorded) else [math.inf] * len(candidates)
     best = candidates[int(np.argmin(np.round(errors, 6)))]
-    if takes_recorded(code_of(quotes.names, style), trades, options):
+    if takes_recorded(code_of(basis.names, style), trades, options):
         logger.info("%s: outcomes are those that the files have, of each candidate.", style)
         return best._replace(recorded=True), trades.recorded
     found = computed(best, trades)

@@ -1,4 +1,4 @@
-"""Replay a rule over collected option chains, paid at their real quotes, and log it as this project's CSV.
+"""ChainReplay a rule over collected option chains, paid at their real quotes, and log it as this project's CSV.
 
     covered-call backtest --chains chains/ --rule teacher --to runs/          # chains that harvest has collected
     covered-call backtest --chains 'chains/*.parquet' --rule delta:0.25 --spots 'spots_{underlying}.csv'
@@ -31,15 +31,16 @@ import pyarrow.parquet as pq
 from datasets.utils import tqdm
 
 from covered_call import atomic
-from covered_call.candidates.columns import DAY, time_of
+from covered_call.candidates.columns import time_of
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.schema import CandidatesError, shown
 from covered_call.candidates.series import HOUR, Series, read_series
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.market.book import SOLD_AT, STYLES, WAYS, Terms
-from covered_call.market.replay import Log, Replay, rule_of
+from covered_call.market.book import SOLD_AT, STYLES, WAYS, Conditions
+from covered_call.market.candidate_csv import file_name
+from covered_call.market.replay import ChainReplay, Log, rule_of
 from covered_call.market.snapshot import BadRows, layout_of, read_snapshots, times_of
-from covered_call.market.teacher import PRESETS, rules_of
+from covered_call.market.teacher import DAY_BEGINS, PRESETS, rules_of
 from covered_call.tables import align
 
 UNDERLYING = "{underlying}"  # in --spots: the name of each
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> None:
 # Replaying
 
 
-def replay(paths: list[str], settings: Settings, bad: BadRows, folder: str) -> list[Replay]:
+def replay(paths: list[str], settings: Settings, bad: BadRows, folder: str) -> list[ChainReplay]:
     """A replay for each underlying of the files, of which no more than a snapshot and what is open are in memory.
 
     Raises:
@@ -91,8 +92,8 @@ def replay(paths: list[str], settings: Settings, bad: BadRows, folder: str) -> l
             name = snapshot.underlying
             if name not in replays:
                 spots = read_spots(settings.spots, name, *replays) if settings.spots else None
-                terms = Terms(rules, settings.sell_at, round(settings.tolerance * HOUR), spots)
-                replays[name] = Replay(name, settings.rule, terms, at, settings.exit_styles, bad, folder)
+                terms = Conditions(rules, settings.sell_at, round(settings.tolerance * HOUR), spots)
+                replays[name] = ChainReplay(name, settings.rule, terms, at, settings.exit_styles, bad, folder)
             replays[name].take(snapshot)
             bar.set_postfix_str(f"{name} {time_of(snapshot.time):%Y-%m-%d %H:%M}", refresh=False)
             bar.update(0)
@@ -133,15 +134,13 @@ def first_time(path: str) -> int:
 
 
 def read_spots(pattern: str, underlying: str, *others: str) -> Series:
-    """Prices by time; where the file has dates alone, they are those of 08:00 UTC."""
+    """Prices by time; a date alone is its 08:00 UTC."""
     if others and UNDERLYING not in pattern:
         raise CandidatesError(
             f"spots={shown(pattern)}: the chains hold {', '.join([*others, underlying])}, each with its own prices. "
             f"Name the files with {UNDERLYING} in the place of the name."
         )
-    spots = read_series(pattern.replace(UNDERLYING, underlying), "spots", "price")
-    dates = bool((spots.time % DAY == 0).all())
-    return spots._replace(time=spots.time + 8 * HOUR) if dates else spots
+    return read_series(pattern.replace(UNDERLYING, underlying), "spots", "price", day_begins=DAY_BEGINS)
 
 
 def time_of_day(text: str) -> int | None:
@@ -157,15 +156,15 @@ def time_of_day(text: str) -> int | None:
 # What is written and said
 
 
-def write_logs(replays: list[Replay], folder: str) -> list[Path]:
+def write_logs(replays: list[ChainReplay], folder: str) -> list[Path]:
     """A CSV for each underlying and exit style with a decision, named as the teacher's are."""
     stamp, paths = f"{datetime.datetime.now(datetime.UTC):%Y%m%d_%H%M%S}", []
     for replay in replays:
         if replay.first is None or replay.last is None:
             continue
-        days = f"{time_of(replay.first):%Y%m%d}_{time_of(replay.last):%Y%m%d}"
+        ends = time_of(replay.first), time_of(replay.last)
         for log in replay.logs:
-            path = Path(folder) / f"training_candidates_{replay.underlying}_{days}_{log.exit_style}_{stamp}.csv"
+            path = Path(folder) / file_name(replay.underlying, log.exit_style, *ends, stamp)
             log.file.seek(0)
             with atomic.replacing(path) as file:
                 shutil.copyfileobj(log.file.buffer, file)
@@ -179,7 +178,7 @@ HEAD = [
 ]  # fmt: skip
 
 
-def summary(replays: list[Replay], settings: Settings, bad: BadRows) -> str:
+def summary(replays: list[ChainReplay], settings: Settings, bad: BadRows) -> str:
     logs = [(replay, log) for replay in replays for log in replay.logs]
     counts = [HEAD, *(count_cells(replay.underlying, log) for replay, log in logs)]
     money = [money_head(settings.sell_at), *(money_cells(replay.underlying, log) for replay, log in logs)]
@@ -222,7 +221,7 @@ def money_cells(underlying: str, log: Log) -> list[str]:
     return cells
 
 
-def notes(replay: Replay, settings: Settings) -> list[str]:
+def notes(replay: ChainReplay, settings: Settings) -> list[str]:
     name, hours, said = replay.underlying, settings.tolerance, []
     if replay.first is None:
         said.append("no decision, so no file is written.")
@@ -246,7 +245,7 @@ def notes(replay: Replay, settings: Settings) -> list[str]:
     return [f"{name}: {line}" for line in [*said, *settlement(replay)]]
 
 
-def settlement(replay: Replay) -> list[str]:
+def settlement(replay: ChainReplay) -> list[str]:
     """How far the prices that were settled at are from those at expiry."""
     found = replay.fixings.found.items()
     off = np.array([abs(one.index_time - expiry) / HOUR for expiry, one in found if not np.isnan(one.index)])

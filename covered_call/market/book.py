@@ -33,7 +33,7 @@ KNOWN, NO_PRICE, NO_QUOTES, NO_FIXING, NO_MORE = (
 )
 
 
-class Terms(NamedTuple):
+class Conditions(NamedTuple):
     """What all sales of a replay have in common."""
 
     rules: Rules
@@ -45,7 +45,7 @@ class Terms(NamedTuple):
 class Quotes:
     """A snapshot, its prices in USD a coin by name, (C,) each, and what the teacher makes of it."""
 
-    def __init__(self, snapshot: Snapshot, terms: Terms, bad: BadRows):
+    def __init__(self, snapshot: Snapshot, terms: Conditions, bad: BadRows):
         calls, self.snapshot, self.terms, self.bad = snapshot.calls, snapshot, terms, bad
         self.time, self.spot = snapshot.time, snapshot.spot
         prices = {"bid": calls.bid, "ask": calls.ask, "mid": (calls.bid + calls.ask) / 2, "mark": calls.mark}
@@ -92,7 +92,7 @@ class Fixing(NamedTuple):
 class Fixings:
     """The prices of an underlying at the expiries that calls were settled at."""
 
-    def __init__(self, terms: Terms):
+    def __init__(self, terms: Conditions):
         self.terms, self.seen = terms, []
         self.found: dict[int, Fixing] = {}  # by expiry
 
@@ -163,7 +163,7 @@ NONE_OPEN = Open(WHOLE, WHOLE, np.zeros(0, object), REAL, WHOLE, REAL, WHOLE, np
 class Book:
     """The chains of one exit style."""
 
-    def __init__(self, rule: Rule, terms: Terms, fixings: Fixings):
+    def __init__(self, rule: Rule, terms: Conditions, fixings: Fixings):
         self.rule, self.terms, self.fixings = rule, terms, fixings
         self.open = NONE_OPEN
 

@@ -1,32 +1,21 @@
 """A rule replayed over the snapshots of one underlying: when it decides, what it sells, and the log of it as a CSV."""
 
 import collections
-import csv
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
 from covered_call.candidates.columns import DAY, microseconds, time_of
-from covered_call.candidates.schema import (
-    COLUMNS,
-    NO_CANDIDATES,
-    SELL_CALL,
-    SKIP,
-    Candidate,
-    CandidatesError,
-    Decision,
-    shown,
-)
-from covered_call.market.book import KNOWN, STYLES, Book, Fixings, Quotes, Results, Terms
+from covered_call.candidates.schema import CandidatesError, Decision, shown
+from covered_call.market.book import KNOWN, STYLES, Book, Conditions, Fixings, Quotes, Results
+from covered_call.market.candidate_csv import HEADER, quotes_of, rows_of, write_rows
 from covered_call.market.snapshot import BadRows, Snapshot
 from covered_call.market.teacher import Offer, Rules
 
-QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest", "outcome_days")
 Rule = Callable[[Quotes, Rules], np.ndarray]  # the candidates that it would sell, by their places, the best first
-PLACEHOLDER = Candidate(NO_CANDIDATES, 0.0, 0.0, 0.0, 0.0, None, None)
 
 
 def rule_of(name: str) -> Rule:
@@ -92,7 +81,7 @@ class Pending(NamedTuple):
 class Log:
     """The decisions of one exit style: they are written in their order, each once all its outcomes are known."""
 
-    def __init__(self, exit_style: str, rule: str, terms: Terms, fixings: Fixings, file: TextIO):
+    def __init__(self, exit_style: str, rule: str, terms: Conditions, fixings: Fixings, file: TextIO):
         self.exit_style, self.rule, self.file = exit_style, rule, file
         self.book = Book(STYLES[exit_style], terms, fixings)
         self.pending: collections.deque[Pending] = collections.deque()
@@ -100,19 +89,17 @@ class Log:
         self.sales = self.decisions = self.empty = 0
         self.why: collections.Counter[str] = collections.Counter()  # of the candidates' outcomes that are unknown
         self.trades: list[Trade] = []
-        self.writer = csv.writer(file, lineterminator="\n")
-        self.writer.writerow([*COLUMNS, *QUOTE_COLUMNS])
+        write_rows(file, [HEADER])
 
     def follow(self, quotes: Quotes) -> None:
         self.take_in(self.book.follow(quotes))
 
     def decide(self, quotes: Quotes, chosen: int | None) -> None:
-        rows, calls = quotes.offer.rows, quotes.snapshot.calls
+        rows = quotes.offer.rows
         sales = range(self.sales, self.sales + len(rows))
         self.sales = sales.stop
-        prices = [quotes.price[name][rows] for name in ("bid", "ask", "mark")]
-        quoted = np.stack([*prices, calls.open_interest[rows]], 1)
-        self.pending.append(Pending(quotes.offer.decision, chosen, quoted, sales))
+        decision = quotes.offer.decision._replace(exit_style=self.exit_style)
+        self.pending.append(Pending(decision, chosen, quotes_of(quotes.snapshot, rows), sales))
         self.take_in([self.book.sell(quotes, rows, np.array(sales, np.int64))])
 
     def end(self, time: int) -> None:
@@ -131,35 +118,22 @@ class Log:
         self.decisions += 1
         self.empty += not sales
         outcomes = [self.results.pop(sale) for sale in sales]
-        for row in rows_of(pending, self.exit_style, self.rule, outcomes):
-            self.writer.writerow("" if cell is None or cell != cell else cell for cell in row)
+        known = [(float(pnl[0]), drawdown, days) for pnl, drawdown, days in outcomes]
+        write_rows(self.file, rows_of(decision, pending.quoted, self.rule, chosen, known))
         if chosen is not None:
             pnl, _, days = outcomes[chosen]
             instrument = decision.candidates[chosen].instrument
             self.trades.append(Trade(microseconds(decision.decision_time), instrument, decision.spot, pnl, days))
 
 
-def rows_of(pending: Pending, exit_style: str, rule: str, outcomes: list[tuple]) -> Iterator[list]:
-    """The cells of a decision, a row a candidate; a placeholder where there is none. None and NaN are unknown."""
-    decision, chosen = pending.decision, pending.chosen
-    state = [decision.decision_time.isoformat(), decision.underlying, decision.spot]
-    if not decision.candidates:
-        yield [*state, *PLACEHOLDER, exit_style, 0, 0, SKIP, rule, *[None] * 3, *[None] * len(QUOTE_COLUMNS)]
-    its = zip(decision.candidates, outcomes, pending.quoted.tolist(), strict=True)
-    for place, (candidate, (pnl, drawdown, days), quoted) in enumerate(its):
-        action = [int(chosen is not None), int(place == chosen), SELL_CALL if place == chosen else SKIP]
-        outcome = [float(pnl[0]), float(pnl[0]), drawdown]
-        yield [*state, *candidate, exit_style, *action, rule, *outcome, *quoted, days]
-
-
-class Replay:
+class ChainReplay:
     """The snapshots of one underlying, one after another, and a log for each exit style."""
 
     def __init__(
         self,
         underlying: str,
         rule: str,
-        terms: Terms,
+        terms: Conditions,
         at: int | None,
         styles: Sequence[str],
         bad: BadRows,

@@ -10,7 +10,7 @@ import numpy as np
 from covered_call.candidates.chains import rolls_of
 from covered_call.candidates.columns import DAY, columns_of, time_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import Quotes, Replay, Terms, net_of
+from covered_call.candidates.outcomes import Basis, Replay, Terms, net_of
 from covered_call.candidates.pricing import DAYS_PER_YEAR, black_scholes_call
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, Outcome
 from covered_call.candidates.series import Series
@@ -73,12 +73,12 @@ def outcomes_of(offers: Sequence[Offer]) -> list[tuple[float | None, ...]]:
         for one in offers
     ]
     columns, options = columns_of(logged), CoveredCallCandidatesConfig(settlement="teacher", keep_cut=True)
-    quotes = Quotes(
+    basis = Basis(
         columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot, rolls_of(columns, options)
     )
     terms = {
         style: Terms("teacher", PRESETS["teacher"], Vols()) for style in {one.decision.exit_style for one in offers}
     }
-    found = net_of(Replay(quotes, terms, options).of_candidates(columns), options).tolist()
+    found = net_of(Replay(basis, terms, options).of_candidates(columns), options).tolist()
     known = [None if np.isnan(one) else one for one in found]
     return [tuple(known[begin:end]) for begin, end in zip(columns.offsets, columns.offsets[1:], strict=False)]

@@ -12,6 +12,7 @@ from covered_call.candidates.series import HOUR, Series
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
 
 DAYS_PER_YEAR = 365
+DAY_BEGINS = 8.0  # hours after midnight, UTC: Deribit's days, and what a date alone means in a file of spots
 HISTORY_DAYS = 50
 NEAR = 12 * HOUR  # a day's close is taken from this far away at most
 STALE = 36 * HOUR  # of the last close: beyond it the past is unknown

@@ -25,7 +25,7 @@ from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
 from covered_call.market.deribit import TESTNET, Deribit, DeribitError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots, snapshots_in
-from covered_call.market.teacher import PRESETS, UNKNOWN, Offer, Rules, offer_of, past_of, rules_of
+from covered_call.market.teacher import DAY_BEGINS, PRESETS, UNKNOWN, Offer, Rules, offer_of, past_of, rules_of
 from covered_call.runtime.drift import drift_of
 from covered_call.tables import align
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
@@ -44,7 +44,6 @@ examples:
   covered-call chain --live BTC --model out/ranking
   covered-call chain --preset synthetic --spots history/spot_BTC_0800utc.csv --out runs/   # the teacher on any period
 """
-DAY_BEGINS = 8.0  # hours after midnight, UTC: Deribit's days, and what a date alone means in a file of spots
 QUOTED = ("mark", "bid", "ask")
 RIGHT = range(2, 12)
 

@@ -14,7 +14,7 @@ from covered_call.candidates import chains
 from covered_call.candidates.chains import rolls_of
 from covered_call.candidates.columns import COSTS, COUNTERFACTUAL, Columns, columns_of, logged_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.outcomes import Quotes, Replay, Terms, net_of
+from covered_call.candidates.outcomes import Basis, Replay, Terms, net_of
 from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision, Outcome
 from covered_call.candidates.settlement import PRESETS, Rule
@@ -161,7 +161,7 @@ def replay_of(columns: Columns, rule: Rule, options) -> Replay:
     key = columns.names, columns.underlying, columns.exit_style, columns.time, columns.spot
     terms = Terms("", rule, Vols())
     return Replay(
-        Quotes(*key, rolls_of(columns, options)), dict.fromkeys(("hold_to_expiry", "tp_and_roll"), terms), options
+        Basis(*key, rolls_of(columns, options)), dict.fromkeys(("hold_to_expiry", "tp_and_roll"), terms), options
     )
 
 
