@@ -148,7 +148,11 @@ def decide(fold: Fold, market: Market, files: list[str], args: argparse.Namespac
     columns, splits = market.columns, splits_of(fold, market, args)
     config = make_config(args)
     train, validation, test = (columns.take(places) for places in (splits["train"], splits["validation"], fold.places))
-    scorer = learning.fit(train, validation, config)
+    scorer = learning.learn(train, config)
+    if np.isfinite(learning.outcomes(validation, config)).any():
+        scorer = learning.fit_offset(scorer, validation, config)
+    else:  # in files of a few months, whose outcomes last for weeks
+        print(f"{fold.name}: no outcome of the validation split was settled before it: the Q-scorer has no offset.")
     picks = {name: made[fold.places] for name, made in plain_policies(market).items()}
     picks |= {
         RULE: score_rule(train).picks(test),
@@ -373,7 +377,7 @@ def check_lines(backtest: Backtest, market: Market) -> str:
     """How outcomes come about, how they follow what was recorded, and what the teacher's own trades come to."""
     decisions = backtest.decisions
     lines = [its.sentence(style, backtest.options) for style, its in decisions.replay.terms.items()]
-    lines += [fit.sentence(*its) for its, fit in decisions.fits.items()]
+    lines += decisions.checks()
     earned = at(market.columns.chosen, market.cases.computed, market.columns, np.nan)
     earned = earned[~np.isnan(earned)]
     if len(earned):

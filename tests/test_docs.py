@@ -151,7 +151,7 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "vols").mkdir()
     days = np.arange(np.datetime64("2024-01-01"), np.datetime64("2025-07-01"))
     (folder / "vols" / "dvol_BTC_daily.csv").write_text("time,vol\n" + "".join(f"{day},55\n" for day in days))
-    days = np.arange(np.datetime64("2025-09-01"), np.datetime64("2025-12-10"))
+    days = np.arange(np.datetime64("2025-09-01"), np.datetime64("2026-01-10"))
     spots = "".join(f"{day},{90_000 + 100 * (place % 7)}\n" for place, day in enumerate(days))
     (folder / "vols" / "spot_BTC_0800utc.csv").write_text(f"date,price\n{spots}")
     (folder / "chains").mkdir()

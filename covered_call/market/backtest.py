@@ -258,9 +258,11 @@ def settlement(replay: ChainReplay) -> list[str]:
     if replay.terms.spots is not None:
         wrong = np.array([abs(one.index - one.price) for _, one in found])
         wrong = wrong[~np.isnan(wrong)]
+        away = f"{np.median(wrong):,.2f} USD away (median; most {wrong.max():,.2f} USD)" if len(wrong) else ""
         said.append(
-            f"settled at the prices of --spots, from which that index is {np.median(wrong):,.2f} USD away (median; "
-            f"most {wrong.max():,.2f} USD)."
+            f"settled at the prices of --spots, from which that index is {away}."
+            if away
+            else "--spots has no price near any expiry that was settled."
         )
     return said
 

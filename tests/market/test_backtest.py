@@ -132,6 +132,13 @@ def test_spots_settle_in_place_of_the_index(backtest, tmp_path):
     assert found[ROLL][0]["pnl_vs_hodl"] == ""  # it might have been bought back
 
 
+def test_spots_that_end_before_any_expiry_leave_outcomes_unknown(backtest, tmp_path):
+    spots = tmp_path / "spots.csv"
+    spots.write_text("date,price\n2025-12-01,100000\n")
+    assert first(backtest(quiet(104_000.0), "--spots", str(spots))[HOLD])["pnl_vs_hodl"] == ""
+    assert "--spots has no price near any expiry that was settled" in backtest.said
+
+
 def test_spots_give_the_realised_vol(backtest, tmp_path):
     days = [datetime.date(2025, 10, 1) + datetime.timedelta(days=day) for day in range(110)]
     prices = 100_000 * np.exp(0.03 * (np.arange(110) % 2))  # up and down by 3 % a day
