@@ -103,6 +103,15 @@ class Measured(NamedTuple):
     picks: dict[str, list[int]]
 
 
+def start_of(words: list[str]) -> list[str]:
+    """The start of all runs as a key of the recipe; the tiny base is built with its seed if it is not there."""
+    model, data, training, _ = parse_recipe(words, DPO)
+    if model.adapter:
+        return []
+    dpo.load(model, data, training, None)
+    return ["--model_name_or_path", model.model_name_or_path]
+
+
 def measure(balance: str, seed: int, backtest: Backtest, words: list[str], folder: Path) -> Measured:
     """A run, from its file if it has finished."""
     path = folder / f"{balance}-{seed}.json"
@@ -159,6 +168,8 @@ class Paid:
     def __init__(self, cases: Cases):
         unknown = cases.columns.decision_of[np.isnan(cases.computed)]
         self.cases, self.of = cases, np.flatnonzero(np.bincount(unknown, minlength=len(cases.columns)) == 0)
+        if not len(self.of):
+            raise CandidatesError("At no test decision are the outcomes of all candidates known, and to be trusted.")
         self.times, self.place = np.unique(cases.columns.time[self.of], return_inverse=True)
         ends = np.zeros(len(self.times), np.int64)
         np.maximum.at(ends, self.place, cases.label_end[self.of])
@@ -220,17 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data_files", nargs="+", default=[SAMPLE], help="default: the sample")
     parser.add_argument("--output_dir", type=Path, default=Path("out/pair_balance"), help="default: %(default)s")
     args, more = parser.parse_known_args(arguments)
-    words = ["--config", "tiny_dpo", "--report_to", "none", "--disable_tqdm", "true", "--collapse_patience", "0"]
-    words += ["--load_best_model_at_end", "false", "--save_total_limit", "99", "--data_files", *args.data_files, *more]
-    model, data, training, _ = parse_recipe(words, DPO)
-    dpo.load(model, data, training, dpo.take_over(model, data, {}))  # builds the start, once, with the recipe's seed
-    if not model.adapter:
-        words += ["--model_name_or_path", model.model_name_or_path]
-    backtest = data.backtest()
+    words = ["--config", "tiny_dpo", "--report_to", "none", "--collapse_patience", "0", "--save_total_limit", "99"]
+    words += ["--load_best_model_at_end", "false", "--data_files", *args.data_files, *more]
+    _, data, training, _ = parse_recipe(words, DPO)
+    words, backtest = [*words, *start_of(words)], data.backtest()
     columns = backtest.decisions.columns(backtest.numbers["test"])
     paid = Paid(make_cases(backtest.decisions, columns, backtest.options))
-    if not len(paid.of):
-        sys.exit("error: at no test decision are the outcomes of all candidates known.")
     found = {
         balance: [measure(balance, seed, backtest, words, args.output_dir) for seed in args.seeds]
         for balance in BALANCES
