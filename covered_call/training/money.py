@@ -61,11 +61,8 @@ def doubt_about(validation: Dataset, fits: Mapping[tuple[str, str], Fit]) -> str
 def settle_metric(training: RunArguments, doubt: str | None) -> str:
     """Leaves the choice of a checkpoint to the loss where money is in doubt; says by what it is chosen."""
     metric = str(training.metric_for_best_model).removeprefix("eval_")
-    if not training.load_best_model_at_end:
-        said = "the last one, as load_best_model_at_end is off"
-    else:
-        said = f"the best on validation by {metric}"
+    said = f"the best on validation by {metric}"
     if metric == MONEY and doubt:
         training.metric_for_best_model, training.greater_is_better = LOSS, False
         said = f"by {LOSS}, not by money: {doubt}"
-    return said
+    return said if training.load_best_model_at_end else "the last one, for load_best_model_at_end is off"

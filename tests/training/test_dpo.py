@@ -94,8 +94,8 @@ def test_a_dry_run_counts_the_pairs_and_trains_nothing(pair_words, pair_base, st
     tuning.run("dpo", [*pair_words, "--dry_run", "--adapter", str(start)])
     text = capsys.readouterr().out
     assert f"Preflight of preference on {pair_base}, int4, from {start}" in text
-    assert re.search(r"^train +62 +62 +2024-09-01 2024-11-02 +50.0%  NO_TRADE 31, 1 31$", text, re.MULTILINE)
-    assert re.search(r"^chosen +as above, against 1 31, NO_TRADE 31 in train$", text, re.MULTILINE)
+    assert re.search(r"^train +63 +63 +2024-09-01 2024-11-02 +49.2%  NO_TRADE 32, 1 31$", text, re.MULTILINE)
+    assert re.search(r"^chosen +as above, against 1 32, NO_TRADE 31 in train$", text, re.MULTILINE)
     assert "on which alone each record's loss is" in text and "no second model" in text
     assert re.search(r"^steps +3 of 8 records: 0.4 epochs; micro-batches of 8, ", text, re.MULTILINE)
     assert not (tmp_path / "out").exists()
@@ -251,7 +251,7 @@ def test_the_manifest_names_the_start_and_the_recipe_can_be_run_again(preferred,
     manifest = manifest_of(preferred)
     assert manifest["start"]["adapter"] == str(start) and manifest["method"] == "dpo"
     assert manifest["base_revision"] == manifest_of(start)["base_revision"]
-    assert manifest["splits"]["train"]["records"] == 62
+    assert manifest["splits"]["train"]["records"] == 63
     assert manifest["tuned_on"]["exit_styles"] == ["hold_to_expiry"]
     again = yaml.safe_load((preferred / "recipe.yaml").read_text())
     assert (again["beta"], again["fee"], again["adapter"]) == (0.2, 0.0003, str(start))
