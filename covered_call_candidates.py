@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "4e8e60080f50be04906f269850d8ac924079937d9847ea12f1532195a0144ffe"  # their SHA-256
+MADE_FROM = "2c41336884daf6093791ebb64a87e3998cfa82f1921cd4848f557cab809cf24f"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -4151,38 +4151,6 @@ def as_float(number: float) -> float:
     return float(number) if number <= sys.float_info.max else math.inf
 
 
-def balance_pairs(chosen: np.ndarray, options: PreferenceConfig) -> np.ndarray:
-    """Which pairs are kept when the commonest chosen answer is cut by lot to as many as the second: none dominates.
-
-    Args:
-        chosen: (K,) the places that the pairs prefer, as the prompts count them; -1 for NO_TRADE.
-
-    Returns:
-        (K,) bool.
-    """
-    answers, first, counts = np.unique(chosen, return_index=True, return_counts=True)
-    kept, before = np.ones(len(chosen), bool), count_labels(chosen)
-    commonest = np.lexsort((first, -counts))[:2]
-    if len(commonest) == 2:
-        most, second = commonest
-        lot = random.Random(int(options.seed)).sample(range(counts[most]), int(counts[second]))
-        kept = chosen != answers[most]
-        kept[np.flatnonzero(~kept)[lot]] = True
-    logger.warning(
-        "Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(chosen[kept]), before
-    )
-    return kept
-
-
-def count_labels(chosen: np.ndarray) -> str:
-    picks, counts = np.unique(chosen, return_counts=True)
-    by_label = {
-        answer_of(None if pick < 0 else pick): count
-        for pick, count in zip(picks.tolist(), counts.tolist(), strict=True)
-    }
-    return ", ".join(f"{label} {count}" for label, count in sorted(by_label.items()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # records
 #
@@ -4508,7 +4476,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         generators = []
         decisions = backtest.decisions
         for name, numbers in backtest.numbers.items():
-            numbers = with_record(decisions, numbers, self.config, balanced=name == "train")
+            numbers = with_record(decisions, numbers, self.config)
             if len(numbers):
                 shards = shards_of(decisions, numbers)
                 generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
@@ -4572,22 +4540,12 @@ def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
     return [Shard(decisions.spool, [decisions.place[its] for its in decisions.batches(piece)]) for piece in pieces]
 
 
-def with_record(
-    decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig, balanced: bool
-) -> np.ndarray:
-    """The numbers of those decisions of which the config has a record.
-
-    Args:
-        balanced: of the pairs leave some of the commonest answer out.
-    """
+def with_record(decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """The numbers of those decisions of which the config has a record."""
     if not isinstance(options, PreferenceConfig):
         return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
-    has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
-    if balanced:
-        chosen = np.concatenate([np.zeros(0, np.int32), *(pair.chosen for pair in pairs)])
-        has[has] = balance_pairs(chosen[has], options)
-    return numbers[has]
+    return numbers[np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])]
 
 
 class Backtest:

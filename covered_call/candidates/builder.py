@@ -29,7 +29,7 @@ from covered_call.candidates.options import (
     names_of,
     options_of,
 )
-from covered_call.candidates.preferences import balance_pairs, preferred_pairs
+from covered_call.candidates.preferences import preferred_pairs
 from covered_call.candidates.records import RECORDS, features_of
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
@@ -160,7 +160,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         generators = []
         decisions = backtest.decisions
         for name, numbers in backtest.numbers.items():
-            numbers = with_record(decisions, numbers, self.config, balanced=name == "train")
+            numbers = with_record(decisions, numbers, self.config)
             if len(numbers):
                 shards = shards_of(decisions, numbers)
                 generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
@@ -224,22 +224,12 @@ def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
     return [Shard(decisions.spool, [decisions.place[its] for its in decisions.batches(piece)]) for piece in pieces]
 
 
-def with_record(
-    decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig, balanced: bool
-) -> np.ndarray:
-    """The numbers of those decisions of which the config has a record.
-
-    Args:
-        balanced: of the pairs leave some of the commonest answer out.
-    """
+def with_record(decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """The numbers of those decisions of which the config has a record."""
     if not isinstance(options, PreferenceConfig):
         return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
-    has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
-    if balanced:
-        chosen = np.concatenate([np.zeros(0, np.int32), *(pair.chosen for pair in pairs)])
-        has[has] = balance_pairs(chosen[has], options)
-    return numbers[has]
+    return numbers[np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])]
 
 
 class Backtest:

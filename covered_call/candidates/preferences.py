@@ -1,8 +1,6 @@
 """Pairs of answers to one decision: the one that brought more, and one that brought less."""
 
-import logging
 import math
-import random
 import sys
 from typing import NamedTuple
 
@@ -11,9 +9,6 @@ import numpy as np
 from covered_call.candidates.columns import COSTS, COUNTERFACTUAL, Columns
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
 from covered_call.candidates.outcomes import as_recorded, has_costs
-from covered_call.candidates.prompts import answer_of
-
-logger = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
@@ -85,35 +80,3 @@ def best_places(values: np.ndarray, columns: Columns) -> np.ndarray:
 def as_float(number: float) -> float:
     """An integer beyond all floats as infinity."""
     return float(number) if number <= sys.float_info.max else math.inf
-
-
-def balance_pairs(chosen: np.ndarray, options: PreferenceConfig) -> np.ndarray:
-    """Which pairs are kept when the commonest chosen answer is cut by lot to as many as the second: none dominates.
-
-    Args:
-        chosen: (K,) the places that the pairs prefer, as the prompts count them; -1 for NO_TRADE.
-
-    Returns:
-        (K,) bool.
-    """
-    answers, first, counts = np.unique(chosen, return_index=True, return_counts=True)
-    kept, before = np.ones(len(chosen), bool), count_labels(chosen)
-    commonest = np.lexsort((first, -counts))[:2]
-    if len(commonest) == 2:
-        most, second = commonest
-        lot = random.Random(int(options.seed)).sample(range(counts[most]), int(counts[second]))
-        kept = chosen != answers[most]
-        kept[np.flatnonzero(~kept)[lot]] = True
-    logger.warning(
-        "Pairs of train by the chosen answer: %s; before balancing: %s.", count_labels(chosen[kept]), before
-    )
-    return kept
-
-
-def count_labels(chosen: np.ndarray) -> str:
-    picks, counts = np.unique(chosen, return_counts=True)
-    by_label = {
-        answer_of(None if pick < 0 else pick): count
-        for pick, count in zip(picks.tolist(), counts.tolist(), strict=True)
-    }
-    return ", ".join(f"{label} {count}" for label, count in sorted(by_label.items()))

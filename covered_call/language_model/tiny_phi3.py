@@ -15,7 +15,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import Phi3Config, Phi3ForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from covered_call import atomic
@@ -24,6 +24,7 @@ from covered_call.language_model.training_log import talk_plainly
 logger = logging.getLogger(__name__)
 
 BATCH = 32  # records of a step of the base's training
+MADE = "tiny_base"  # in the configuration of a base that was made here: how
 
 # Special, but with no role in the tokenizer, as Phi-3 has them: all_special_ids does not know them. Phi-3's swallow
 # the line break that follows, too; two layers learn better where it stays.
@@ -80,6 +81,12 @@ def random_phi3(tokenizer: PreTrainedTokenizerFast, seed: int) -> Phi3ForCausalL
     return Phi3ForCausalLM(config)
 
 
+def made_tiny(config: PretrainedConfig) -> dict[str, int] | None:
+    """For how many ``steps`` a tiny Phi-3 was trained on the answers, from the random weights of ``seed``; None of any
+    other model."""
+    return getattr(config, MADE, None)
+
+
 def tiny_base_path(folder: str, train: Dataset, steps: int, seed: int) -> str:
     """Where the tiny Phi-3 of these arguments and this file stands or will stand: a stale one is never reused.
 
@@ -120,8 +127,10 @@ def train_tiny_base(path: str, train: Dataset, steps: int, seed: int) -> None:
     tokenizer = train_tokenizer(message["content"] for row in rows for message in row["prompt"] + row["completion"])
     unfinished = atomic.unfinished(path)
     try:
+        model = random_phi3(tokenizer, seed)
+        setattr(model.config, MADE, {"steps": steps, "seed": seed})  # a result must not call it untuned
         trainer = SFTTrainer(
-            model=random_phi3(tokenizer, seed),
+            model=model,
             args=SFTConfig(
                 output_dir=str(unfinished),
                 max_steps=steps,

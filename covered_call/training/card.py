@@ -36,8 +36,10 @@ SFT_PANELS = (
 STYLES = ("o-", "s--", "^-.", "x:")  # two curves may lie on one another
 
 
-def plot_course(history: list[dict], best: int | None, path: Path, panels: tuple[Panel, ...] = SFT_PANELS) -> None:
-    """A panel for each question that the log answers, over the optimiser steps."""
+def plot_course(
+    history: list[dict], best: int | None, path: Path, panels: tuple[Panel, ...] = SFT_PANELS, why: str = ""
+) -> None:
+    """A panel for each question that the log answers, over the optimiser steps; above them, why a step was kept."""
     shown = [panel for panel in panels if any(key in entry for entry in history for key in panel.curves)] or panels[:1]
     figure = Figure(figsize=(10, 1 + 2.4 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
@@ -49,6 +51,7 @@ def plot_course(history: list[dict], best: int | None, path: Path, panels: tuple
             axis.legend(
                 fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5)
             )  # beside, lest it hide a curve
+    figure.suptitle(why, fontsize="medium", x=0.01, ha="left")
     axes[-1].set_xlabel("optimiser step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     picture = io.BytesIO()
@@ -76,7 +79,7 @@ prompts.
 
 {table}
 
-The validation split chose the checkpoint (step {best_step} of {steps}); the test split was looked at once. Data: \
+{why_saved} The test split was looked at once. Data: \
 {files}; training decisions from {since} to {until}. Prompts of version {prompt_version}.
 
 Use it with the code that tuned it, which renders the same prompts and scores the admissible answers:
@@ -121,6 +124,6 @@ def fill_card(manifest: dict, folder: str, method: str, aim: str, table: str, li
         files=", ".join(f"`{file}`" for file in manifest["data_files"]),
         since=train["from"][:10],
         until=train["to"][:10],
-        **{key: manifest[key] for key in ("best_step", "steps", "prompt_version")},
+        **{key: manifest[key] for key in ("why_saved", "prompt_version")},
     )
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}")

@@ -32,6 +32,7 @@ from covered_call.training.examples import (
 )
 from covered_call.training.first_checks import read_start
 from covered_call.training.keys import RANKING, PairArguments, StartArguments
+from covered_call.training.money import MONEY, add_outcomes, doubt_about, mean_money, settle_metric
 from covered_call.training.preference_trainer import PreferenceTrainer, pair_metrics
 from covered_call.training.preflight import (
     check_lengths,
@@ -49,7 +50,18 @@ from covered_call.training.preflight import (
     memory_for,
 )
 from covered_call.training.recipe import DPO, PreferenceArguments
-from covered_call.training.results import begin_run, calibrate_on, cells, describe_run, save, table, what_next
+from covered_call.training.results import (
+    RANDOM,
+    begin_run,
+    calibrate_on,
+    cells,
+    describe_run,
+    name_of_base,
+    random_base,
+    save,
+    table,
+    what_next,
+)
 from covered_call.training.runs import RecipeError, of_the_run
 from covered_call.training.trainers import balanced_accuracy, load_model, predictions
 
@@ -63,13 +75,15 @@ class Pairs(Examples):
     Args:
         chosen, rejected: each pair's prompt with that answer, of all splits, as encode_pairs makes them.
         rankings: all decisions with the teacher's answers, as encode_split makes them.
-        judged: those of validation and test, with their pairs.
+        judged: those of validation and test, with their pairs and what each answer brings.
+        doubt: why no checkpoint is to be chosen by money; None if it may be.
     """
 
     chosen: DatasetDict
     rejected: DatasetDict
     rankings: DatasetDict
     judged: dict[str, Dataset]
+    doubt: str | None
 
 
 def tune(model: StartArguments, data: PairArguments, training: PreferenceArguments, given: dict) -> None:
@@ -163,7 +177,12 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         DatasetDict({name: encode_pairs(split, side, tokenizer) for name, split in paired.items()})
         for side in ("chosen", "rejected")
     )
-    judged = {name: add_pairs(name, rankings[name], chosen[name]) for name in ("validation", "test") if name in chosen}
+    fits = backtest.decisions.fits
+    judged = {
+        name: add_outcomes(add_pairs(name, rankings[name], chosen[name]), asked[name], fits)
+        for name in ("validation", "test")
+        if name in chosen
+    }
     return Pairs(
         splits=DatasetDict({**rankings, "train": chosen["train"]}),
         tokenizer=tokenizer,
@@ -176,6 +195,7 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         rejected=rejected,
         rankings=rankings,
         judged=judged,
+        doubt=doubt_about(thin_out(judged["validation"], data.max_eval_records), fits),
     )
 
 
@@ -237,6 +257,7 @@ def preflight(model: StartArguments, training: PreferenceArguments, pairs: Pairs
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
+        "checkpoint": settle_metric(training, pairs.doubt),
     }
     origin = f", from {model.adapter}" if model.adapter else ""
     what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"
@@ -301,21 +322,25 @@ def finish(trainer: PreferenceTrainer, pairs: Pairs, manifest: dict, adapter: st
     save(trainer, manifest, results, calibration, PANELS, model_card)
     if trainer.args.is_first:
         print(table(results, COLUMNS))
-        print(what_next(trainer.args.output_dir))
+        print(what_next(trainer))
 
 
 def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: str) -> list[dict]:
-    """The tuned model beside its start, the untuned base and always the commonest answer, on each split."""
-    results = []
+    """The tuned model beside its start, its base, a random one if it is tiny, and always the commonest answer, on each
+    split."""
+    results, base, untrained = [], name_of_base(trainer), random_base(trainer)
     for name, split in splits.items():
         start = [trainer.at_start[decision] for decision in split["decision_id"]]
-        scores = {"tuned model": scored[name], "its start" if adapter else "its base, untuned": start}
+        scores = {"tuned model": scored[name], "its start" if adapter else base: start}
         if adapter:
             with trainer.model.disable_adapter():
-                scores["its base, untuned"] = trainer.score(split)
+                scores[base] = trainer.score(split)
+        if untrained:
+            scores[RANDOM] = trainer.score(split, untrained)
         for who, found in scores.items():
-            pairs = pair_metrics(split, found, start, trainer.beta)
-            results.append({**judge(name, split, who, predictions(split, found)), **pairs})
+            given = predictions(split, found)
+            more = mean_money(split, given) | pair_metrics(split, found, start, trainer.beta)
+            results.append({**judge(name, split, who, given), **more})
         results.append(judge(name, split, f"always {commonest}", [commonest] * len(split)))
     return results
 
@@ -344,6 +369,7 @@ COLUMNS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "trade_rate": "trade rate",
+    MONEY: "P&L vs HODL, % of spot",
     "pairs_won": "pairs won",
     "dpo_loss": "DPO loss",
 }
@@ -356,12 +382,18 @@ HINDSIGHT = (
     "computed; winning pairs is no evidence of profit."
 )
 EXPLAINED = (
-    "Accuracy is agreement with the teacher; pairs won the share of pairs whose better answer scores higher; the DPO "
-    f"loss is {math.log(2):.3f} at the start."
+    "Accuracy is agreement with the teacher; P&L vs HODL the mean a decision, net of costs, where the outcomes of all "
+    "candidates are known (never selling is 0; `covered-call evaluate` gives its intervals); pairs won the share of "
+    f"pairs whose better answer scores higher; the DPO loss is {math.log(2):.3f} at the start."
 )
 
 
 PANELS = (
+    Panel(
+        "What do its answers bring on validation?",
+        "P&L vs HODL a decision\n(% of spot, net of costs)",
+        {"eval_" + MONEY: "validation"},
+    ),
     Panel(
         "Does it come to prefer what paid more than it did at the start?",
         f"DPO loss (nats a pair)\n{math.log(2):.3f} at the start",

@@ -116,7 +116,7 @@ class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceC
     """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
 
     dataset_config: str = field(default="preference", init=False)
-    balance: Balance = field(default="none", init=False)  # the pairs come balanced
+    balance: Balance = field(default="none", init=False)  # each answer's own share: benchmarks/pair_balance.py
 
     def __post_init__(self):
         super().__post_init__()

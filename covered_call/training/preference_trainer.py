@@ -16,7 +16,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from covered_call.language_model.loading import check_adapter
 from covered_call.language_model.scoring import Batch, Scored, asked_logits, collate, lay_out
-from covered_call.training.trainers import ScoringTrainer, answer_metrics
+from covered_call.training.money import mean_money
+from covered_call.training.trainers import ScoringTrainer, answer_metrics, predictions
 
 
 class PreferenceTrainer(ScoringTrainer, DPOTrainer):
@@ -77,7 +78,8 @@ class PreferenceTrainer(ScoringTrainer, DPOTrainer):
 
     def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
         start = [self.at_start[decision] for decision in split["decision_id"]]
-        return answer_metrics(split, scored) | pair_metrics(split, scored, start, self.beta)
+        money = mean_money(split, predictions(split, scored))
+        return answer_metrics(split, scored) | money | pair_metrics(split, scored, start, self.beta)
 
 
 class PairCollator(DataCollatorForPreference):

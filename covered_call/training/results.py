@@ -13,6 +13,7 @@ import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
@@ -22,6 +23,7 @@ from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
 from covered_call.language_model.policy import best_temperature
 from covered_call.language_model.scoring import Scored
+from covered_call.language_model.tiny_phi3 import made_tiny, random_phi3
 from covered_call.tables import align
 from covered_call.training.card import Panel, plot_course
 from covered_call.training.examples import Examples
@@ -116,12 +118,13 @@ def save(
     for name in files:
         os.replace(unfinished / name, folder / name)
     unfinished.rmdir()
-    best = trainer.state.best_global_step
+    best, why = best_step(trainer), why_saved(trainer)
     manifest = {
         **manifest,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "steps": trainer.state.global_step,
         "best_step": best,
+        "why_saved": why,
         "results": results,
         "files": files,
     }
@@ -129,13 +132,52 @@ def save(
     recipe["output_dir"] = trainer.args.output_dir
     atomic.write(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False))
     atomic.write(folder / CALIBRATION, json.dumps(calibration, indent=2))
-    plot_course(trainer.state.log_history, best, folder / PLOT, panels)
+    plot_course(trainer.state.log_history, best, folder / PLOT, panels, why)
     atomic.write(folder / CARD, str(card(manifest, trainer.args.output_dir)))
     atomic.write(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
+def best_step(trainer: ScoringTrainer) -> int | None:
+    """The step that is kept; None for the last one, where no best one was asked for."""
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+
+
+def why_saved(trainer: ScoringTrainer) -> str:
+    """Which step is kept, by which metric, and its value."""
+    state, best = trainer.state, best_step(trainer)
+    if not best:
+        return f"Kept is the last step, {state.global_step}, for no best one was asked for."
+    name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+    tried = sum(f"eval_{name}" in entry for entry in state.log_history)
+    side = "highest" if trainer.args.greater_is_better else "lowest"
+    return (
+        f"Kept is step {best} of {state.global_step}: its {METRICS.get(name, name)}, {state.best_metric:.3f} on "
+        f"{len(trainer.eval_dataset):,} validation records, is the {side} of {tried} evaluations."
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
+
+
+METRICS = {
+    "mean_percent": "P&L vs HODL in % of spot",
+    "dpo_loss": "DPO loss",
+    "balanced_accuracy": "balanced accuracy",
+}
+RANDOM = "a random base"
+
+
+def name_of_base(trainer: ScoringTrainer) -> str:
+    """What the base is called in tables: the tiny one is not untuned."""
+    made = made_tiny(trainer.model.config)
+    return f"its base, trained {made['steps']} steps on the answers" if made else "its base, untuned"
+
+
+def random_base(trainer: ScoringTrainer) -> PreTrainedModel | None:
+    """What the tiny base was before its steps, in full precision; None of another base."""
+    made = made_tiny(trainer.model.config)
+    return random_phi3(trainer.processing_class, made["seed"]).to(trainer.args.device) if made else None
 
 
 def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:
@@ -159,11 +201,13 @@ def table(results: list[dict], columns: dict[str, str]) -> str:
     return f"\n{align(cells(results, columns), right)}"
 
 
-def what_next(folder: str) -> str:
-    """The last lines of a training: where its result lies, and what to do with it."""
+def what_next(trainer: ScoringTrainer) -> str:
+    """The last lines of a training: which step its result is and why, where it lies, and what to do with it."""
+    folder = trainer.args.output_dir
     quoted = shlex.quote(folder)
     return (
-        f"\nSaved in {folder}: the model, its card (README.md), its course ({PLOT}), its recipe ({RECIPE}).\n"
+        f"\n{why_saved(trainer)}\n"
+        f"Saved in {folder}: the model, its card (README.md), its course ({PLOT}), its recipe ({RECIPE}).\n"
         f"Is it any good?  covered-call evaluate --model {quoted}\n"
         f"Decide with it:  from covered_call import Policy; Policy.load({json.dumps(folder)}).decide(decisions)"
     )

@@ -29,7 +29,18 @@ from covered_call.training.examples import (
 from covered_call.training.keys import RANKING, DataArguments, ModelArguments
 from covered_call.training.preflight import count_steps, preflight
 from covered_call.training.recipe import SFT, TrainingArguments
-from covered_call.training.results import begin_run, calibrate_on, cells, describe_run, save, table, what_next
+from covered_call.training.results import (
+    RANDOM,
+    begin_run,
+    calibrate_on,
+    cells,
+    describe_run,
+    name_of_base,
+    random_base,
+    save,
+    table,
+    what_next,
+)
 from covered_call.training.trainers import AnswerTrainer, balanced_accuracy, load_model, predictions
 
 STAGE = SFT
@@ -110,7 +121,7 @@ def finish(trainer: AnswerTrainer, examples: Examples, manifest: dict) -> None:
     save(trainer, manifest, results, calibration, SFT_PANELS, model_card)
     if trainer.args.is_first:
         print(table(results, COLUMNS))
-        print(what_next(trainer.args.output_dir))
+        print(what_next(trainer))
 
 
 COLUMNS = {
@@ -125,13 +136,16 @@ COPIES = "it copies a rule, on the markets of those dates; agreeing with the tea
 
 
 def report(trainer: AnswerTrainer, splits: dict, scored: dict[str, list[Scored]], commonest: str) -> list[dict]:
-    """Accuracy and balanced accuracy of the tuned model, of its base, and of always the commonest answer."""
-    results = []
+    """Accuracy and balanced accuracy of the tuned model, of its base, of a random one if it is tiny, and of always the
+    commonest answer."""
+    results, untrained = [], random_base(trainer)
     for name, split in splits.items():
         answers = {"tuned model": predictions(split, scored[name])}
         if isinstance(trainer.model, PeftModel):
             with trainer.model.disable_adapter():
-                answers["its base, untuned"] = predictions(split, trainer.score(split))
+                answers[name_of_base(trainer)] = predictions(split, trainer.score(split))
+        if untrained:
+            answers[RANDOM] = predictions(split, trainer.score(split, untrained))
         answers[f"always {commonest}"] = [commonest] * len(split)
         for who, given in answers.items():
             results.append(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         """What ScoringTrainer is mixed into, and what it is given."""
 
         args: RunArguments
+        processing_class: Any  # a tokenizer
         model: Any  # a PreTrainedModel, or a PeftModel where an adapter is trained
         model_wrapped: torch.nn.Module
         eval_dataset: Dataset
@@ -128,8 +129,12 @@ class ScoringTrainer(Mixed):
     def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
         return answer_metrics(split, scored)
 
-    def score(self, split: Dataset) -> list[Scored]:
-        """The scores of each record's admissible answers, every process taking its share of the decisions."""
+    def score(self, split: Dataset, model: torch.nn.Module | None = None) -> list[Scored]:
+        """The scores of each record's admissible answers, every process taking its share of the decisions.
+
+        Args:
+            model: another than the one that is trained.
+        """
         processes = self.accelerator.num_processes
         owners = list(split["decision_id"])
         groups = [list(rows) for _, rows in itertools.groupby(range(len(split)), key=owners.__getitem__)]
@@ -142,7 +147,8 @@ class ScoringTrainer(Mixed):
             prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
             answers.append([self.answers[answer] for answer in row["answers"]])
         decisions = [owners[place] for place in mine]
-        found = score_answers(self.model_wrapped, prompts, answers, decisions, self.args.batch_tokens)
+        model = self.model_wrapped if model is None else model
+        found = score_answers(model, prompts, answers, decisions, self.args.batch_tokens)
         scored = dict(zip(mine, found, strict=True))
         if processes > 1:
             scored = dict(gather_object(list(scored.items())))

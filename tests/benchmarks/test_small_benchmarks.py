@@ -3,8 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
-from conftest import SCRIPT, import_script
+from conftest import SCRIPT, decision, import_script, write_csv
+from datasets import Dataset
 
 from covered_call.language_model.manifest import MANIFEST
 from covered_call.training.recipe import parse_recipe
@@ -66,7 +68,55 @@ def test_each_option_of_the_recipes_is_a_row_and_a_run_that_has_finished_is_not_
     assert len(ran) == 4
 
 
-@pytest.mark.parametrize("name", ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory"])
+def test_each_balance_of_pairs_is_paid_by_both_checkpoints_and_a_run_that_has_finished_is_not_repeated(
+    monkeypatch, capsys, tmp_path
+):
+    """With a stand-in for the training: of two seeds, one never sells, and one always as the teacher."""
+    rows = []
+    for day in range(80):  # a price that jumps up and down each day
+        low = day % 2 == 0
+        market = {"dte": 1.0, "spot": 58000.0 if low else 66000.0, "exit_style": "hold_to_expiry"}
+        rows += decision(day, sold=0 if low else None, **market, pnl_vs_hodl=-4000.0 if low else 0.0)
+    path = write_csv(tmp_path / "candidates.csv", rows)
+    bench, ran = import_script(SCRIPT.parent / "benchmarks" / "pair_balance.py"), []
+
+    def train(balance, backtest, words):
+        seed = int(words[words.index("--seed") + 1])
+        ran.append((balance, seed))
+        teacher = backtest.decisions.columns(backtest.numbers["test"]).chosen
+        picks = {"dpo_loss": [-1] * len(teacher), "mean_percent": np.where(seed, teacher, -1).tolist()}
+        return bench.Measured(0.25, {"dpo_loss": 2, "mean_percent": 1}, {"the start": teacher.tolist(), **picks})
+
+    monkeypatch.setattr(bench, "train", train)
+    monkeypatch.setattr(bench, "start_of", lambda words: [])
+    words = ["--data_files", path, "--seeds", "0", "1", "--output_dir", str(tmp_path)]
+    bench.main(words)
+    printed = capsys.readouterr().out
+    assert ran == [(balance, seed) for balance in ("shares", "cut", "edge") for seed in (0, 1)]
+    (start,) = re.findall(r"^\| the teacher \| +\| +\| \S+ \| ([+-][\d.,]+) \|", printed, re.MULTILINE)
+    assert "| shares | dpo_loss | 25% | 0.000 | +0.0 | +0.000 | " in printed
+    half = float(start.replace(",", "")) / 2
+    (mean,) = re.findall(r"^\| edge \| mean_percent \| 25% \| \S+ \| ([+-][\d.,]+) \(", printed, re.MULTILINE)
+    assert float(mean.replace(",", "")) == pytest.approx(half, abs=0.1)
+    bench.main(words)
+    assert capsys.readouterr().out == printed and len(ran) == 6
+
+
+def test_pairs_are_drawn_by_their_shares_cut_to_the_second_or_by_their_edge():
+    bench = import_script(SCRIPT.parent / "benchmarks" / "pair_balance.py")
+    labels = ["NO_TRADE"] * 2 + ["1"] * 6 + ["2"]
+    outcomes = {"chosen_outcome": [0.0] * 9, "rejected_outcome": [-8.0, *[-1.0] * 8], "spot": [100.0] * 9}
+    pairs, rng = Dataset.from_dict({"chosen_label": labels, **outcomes}), np.random.default_rng(0)
+    drawn = {name: [labels[one] for one in by(pairs, 9000, rng)] for name, by in bench.BALANCES.items()}
+    assert {name: drawn["shares"].count(name) for name in set(labels)} == {"NO_TRADE": 2000, "1": 6000, "2": 1000}
+    assert {name: drawn["cut"].count(name) for name in set(labels)} == {"NO_TRADE": 3600, "1": 3600, "2": 1800}
+    assert drawn["edge"].count("NO_TRADE") == pytest.approx(9000 * 9 / 16, rel=0.05)
+    assert sorted(bench.by_shares(pairs, 9, rng)) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    "name", ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory", "pair_balance"]
+)
 def test_what_a_benchmark_says_of_itself_names_it(name):
     text = (SCRIPT.parent / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
     assert f"python benchmarks/{name}.py" in text

@@ -5,7 +5,6 @@ import math
 from collections import Counter, namedtuple
 from datetime import date
 
-import numpy as np
 import pytest
 from conftest import (
     REAL_DATA,
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 
 from covered_call.candidates.columns import columns_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig
-from covered_call.candidates.preferences import Pairs, balance_pairs, preferred_pairs
+from covered_call.candidates.preferences import Pairs, preferred_pairs
 from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.prompts import admissible_answers, present_in_order
 from covered_call.candidates.records import preference_records
@@ -362,8 +361,8 @@ def test_the_labels_of_a_pair_point_into_the_prompts_order(tmp_path, order):
         assert one["chosen_outcome"] == by_strike[one["decision_id"], strike]
 
 
-def test_no_answer_is_preferred_more_often_than_any_other_in_training(load, tmp_path, caplog):
-    """On a falling path the lowest strike brings most; on a rising one, nothing does. Validation stays as it was."""
+def test_the_pairs_of_each_split_keep_the_shares_of_the_better_answers(load, tmp_path):
+    """On a falling path the lowest strike brings most; on a rising one, nothing does. No pair of these is left out."""
 
     def path(day: float) -> float:
         return {0: 300.0 - day, 1: 180 * 1.03 ** (day - 120)}[int(120 <= day < 170 or day >= 190)]
@@ -371,30 +370,11 @@ def test_no_answer_is_preferred_more_often_than_any_other_in_training(load, tmp_
     rows = week(220, path, sold=None, strikes=(0.9, 1.0, 1.1))
     for one in rows:
         one["strike"] = float(one["spot"]) * float(one["strike"])
-    splits = load("preference", data_files=write(tmp_path / "a.csv", rows), splits=(0.7, 0.2, 0.1))
-    counts = Counter(splits["train"]["chosen_label"]).most_common()
-    assert len(counts) > 1 and counts[0][1] == counts[1][1]
-    assert "before balancing" in caplog.text
-    assert Counter(splits["validation"]["chosen_label"]).most_common(1)[0][1] > len(splits["validation"]) / 2
-
-
-def test_balancing_takes_from_the_commonest_answer_alone(tmp_path):
-    options = PreferenceConfig(name="preference")
-    pairs = pairs_of(logged(tmp_path, week(120, swinging)), options)
-    chosen = pairs.chosen[pairs.has]
-    kept = balance_pairs(chosen, options)
-    before, after = Counter(chosen.tolist()), Counter(chosen[kept].tolist())
-    (most, _), (_, second), *_ = before.most_common()
-    assert after == before | {most: second} and before[most] > second
-    assert kept[chosen != most].all()
-    assert balance_pairs(chosen[:0], options).tolist() == []
-
-
-def test_balancing_says_how_many_pairs_it_leaves_of_each_answer(caplog):
-    kept = balance_pairs(np.array([1, 1, -1, 9, 1, -1]), PreferenceConfig(name="preference"))
-    assert kept.tolist().count(True) == 5 and kept[[2, 3, 5]].all()
-    said = "Pairs of train by the chosen answer: 10 1, 2 2, NO_TRADE 2; before balancing: 10 1, 2 3, NO_TRADE 2."
-    assert said in caplog.text
+    files = {"data_files": write(tmp_path / "a.csv", rows), "splits": (0.7, 0.2, 0.1)}
+    pairs, asked = load("preference", **files), load("per_decision_ranking", **files)
+    counts = Counter(pairs["train"]["chosen_label"]).most_common()
+    assert len(counts) > 1 and counts[0][1] > counts[1][1]
+    assert [len(pairs[name]) for name in ("train", "validation")] == [len(asked["train"]), len(asked["validation"])]
 
 
 # --- Q-values

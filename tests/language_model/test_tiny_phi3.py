@@ -7,11 +7,11 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Phi3Config
 
 from covered_call import atomic
 from covered_call.language_model import tiny_phi3
-from covered_call.language_model.tiny_phi3 import build_tiny_base, tiny_base_path, train_tokenizer
+from covered_call.language_model.tiny_phi3 import build_tiny_base, made_tiny, tiny_base_path, train_tokenizer
 
 READER = train_tokenizer(["Score: 3.2029, IV: n/a — SELL_CALL or SKIP"] * 3)
 
@@ -49,6 +49,8 @@ def test_a_tiny_base_has_a_place_of_its_own_for_its_data(corpus, load, tmp_path)
         warnings.simplefilter("error", FutureWarning)  # of keys of our own
         build_tiny_base(path, train, steps=2, seed=0)
     assert AutoTokenizer.from_pretrained(path).chat_template
+    assert made_tiny(AutoConfig.from_pretrained(path)) == {"steps": 2, "seed": 0}
+    assert made_tiny(Phi3Config()) is None
     assert [found.name for found in tmp_path.glob("tiny*")] == [Path(path).name]
 
 

@@ -94,8 +94,8 @@ def test_a_dry_run_counts_the_pairs_and_trains_nothing(pair_words, pair_base, st
     tuning.run("dpo", [*pair_words, "--dry_run", "--adapter", str(start)])
     text = capsys.readouterr().out
     assert f"Preflight of preference on {pair_base}, int4, from {start}" in text
-    assert re.search(r"^train +62 +62 +2024-09-01 2024-11-02 +50.0%  NO_TRADE 31, 1 31$", text, re.MULTILINE)
-    assert re.search(r"^chosen +as above, against 1 31, NO_TRADE 31 in train$", text, re.MULTILINE)
+    assert re.search(r"^train +63 +63 +2024-09-01 2024-11-02 +49.2%  NO_TRADE 32, 1 31$", text, re.MULTILINE)
+    assert re.search(r"^chosen +as above, against 1 32, NO_TRADE 31 in train$", text, re.MULTILINE)
     assert "on which alone each record's loss is" in text and "no second model" in text
     assert re.search(r"^steps +3 of 8 records: 0.4 epochs; micro-batches of 8, ", text, re.MULTILINE)
     assert not (tmp_path / "out").exists()
@@ -153,15 +153,19 @@ def test_the_answers_that_paid_more_gain_on_the_teachers(pair_words, start, tmp_
         rows += decision(day, sold=0, strikes=(spot - 2000, spot + 1000), **market)
     files = ["--data_files", write_csv(tmp_path / "rising.csv", rows), "--settlement", "intrinsic"]
     longer = ["--max_steps", "20", "--learning_rate", "0.01"]
-    tuning.run("dpo", [*pair_words, *longer, *files, "--adapter", str(start)])
+    once = [word.replace("1", "20") for word in OFTEN]
+    tuning.run("dpo", [*pair_words, *longer, *files, "--adapter", str(start), *once])
     tuned, before = (result(tmp_path / "out", who) for who in ("tuned model", "its start"))
     assert before["pairs_won"] == 0 and before["dpo_loss"] == pytest.approx(LN2)
     assert tuned["pairs_won"] == 1 and tuned["dpo_loss"] < 0.62
     assert (before["accuracy"], tuned["accuracy"]) == (1, 0)
-    table = capsys.readouterr().out.split("answers by")[-1]
+    printed = capsys.readouterr().out
+    table = printed.split("answers by")[-1]
     for who in ("tuned model", "its start", "its base, untuned"):
-        assert re.search(rf"^test +\d+ +\d+  {who} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", table, re.MULTILINE)
-    assert re.search(r"^test +\d+ +\d+  always \w+ +[\d.]+ +[\d.]+ +[\d.]+ +- +-$", table, re.MULTILINE)
+        assert re.search(rf"^test +\d+ +\d+  {who}( +[\d.]+){{3}} +-( +[\d.]+){{2}}$", table, re.MULTILINE)
+    assert re.search(r"^test +\d+ +\d+  always \w+( +[\d.]+){3} +- +- +-$", table, re.MULTILINE)
+    doubt = "the computed outcomes of BTC hold_to_expiry do not follow the recorded ones"  # as a load warns, too
+    assert f"checkpoint by dpo_loss, not by money: {doubt}\n" in printed
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8", "none"])
@@ -182,15 +186,23 @@ def test_what_is_saved_decides(quantization, pair_words, pair_corpus, tmp_path):
     assert "- dpo" in card and "no evidence of profit" in card
 
 
-def test_evaluation_while_training_goes_to_the_log_and_the_best_step_is_kept(pair_words, start, tmp_path):
+def test_evaluation_while_training_goes_to_the_log_and_the_best_step_is_kept(pair_words, start, tmp_path, capsys):
     tuning.run("dpo", [*pair_words, *OFTEN, "--adapter", str(start)])
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     evaluated = [entry for entry in state["log_history"] if "eval_dpo_loss" in entry]
     assert [entry["step"] for entry in evaluated] == [1, 2, 3]
     names = {"eval_pairs_won", "eval_accuracy", "eval_balanced_accuracy", "eval_trade_rate", "eval_outside"}
-    assert all(names <= entry.keys() for entry in evaluated)
-    best = min(evaluated, key=lambda entry: entry["eval_dpo_loss"])
-    assert manifest_of(tmp_path / "out")["best_step"] == best["step"]
+    assert all(names | {"eval_mean_pnl", "eval_mean_percent"} <= entry.keys() for entry in evaluated)
+    best = max(evaluated, key=lambda entry: entry["eval_mean_percent"])
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["best_step"] == best["step"]
+    value = f"{best['eval_mean_percent']:.3f} on {manifest['splits']['validation']['records']} validation records"
+    why = f"its P&L vs HODL in % of spot, {value}, is the highest of 3 evaluations."
+    assert manifest["why_saved"] == f"Kept is step {best['step']} of 3: {why}"
+    printed = capsys.readouterr().out
+    assert re.search(r"^checkpoint the best on validation by mean_percent$", printed, re.MULTILINE)
+    assert f"\n{manifest['why_saved']}\nSaved in" in printed
+    assert manifest["why_saved"] in (tmp_path / "out" / "README.md").read_text()
     kept = adapter(tmp_path / "out" / f"checkpoint-{best['step']}")
     assert difference(adapter(tmp_path / "out"), kept) == 0
 
@@ -239,7 +251,7 @@ def test_the_manifest_names_the_start_and_the_recipe_can_be_run_again(preferred,
     manifest = manifest_of(preferred)
     assert manifest["start"]["adapter"] == str(start) and manifest["method"] == "dpo"
     assert manifest["base_revision"] == manifest_of(start)["base_revision"]
-    assert manifest["splits"]["train"]["records"] == 62
+    assert manifest["splits"]["train"]["records"] == 63
     assert manifest["tuned_on"]["exit_styles"] == ["hold_to_expiry"]
     again = yaml.safe_load((preferred / "recipe.yaml").read_text())
     assert (again["beta"], again["fee"], again["adapter"]) == (0.2, 0.0003, str(start))

@@ -41,7 +41,7 @@ def test_every_recipe_of_preferences_parses_and_keeps_the_best_checkpoint(name):
     model, data, training = parse("--config", name, "--use_cpu", "true", "--bf16", "false", script=DPO)
     assert training.output_dir == f"out/{name}" and training.loss_type == ["sigmoid"]
     assert model.quantization == "int4" and data.dataset_config == "preference"
-    assert (training.metric_for_best_model, training.greater_is_better) == ("dpo_loss", False)
+    assert (training.metric_for_best_model, training.greater_is_better) == ("mean_percent", True)
     assert training.load_best_model_at_end and training.save_steps % training.eval_steps == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,10 +13,10 @@ from covered_call.language_model.loading import load_tuned
 from covered_call.language_model.manifest import PolicyError
 from covered_call.language_model.tiny_phi3 import random_phi3
 from covered_call.training import card as run_card
-from covered_call.training import sft
+from covered_call.training import dpo, results, sft
 from covered_call.training.runs import RecipeError
 
-from .conftest import adapter, difference, manifest_of, parse
+from .conftest import adapter, difference, manifest_of, parse, trainer_of
 
 
 def keys_with(text: str, value, key: str = "") -> set[str]:
@@ -132,14 +133,57 @@ def test_a_data_file_that_changes_while_a_run_reads_it_stops_the_run(words, corp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_a_tiny_base_is_called_what_it_is_beside_a_random_one(stage, words, pair_words, monkeypatch):
+    """A real base is untuned; the tiny one was trained on the answers, and what it was before stands beside it."""
+    name, given, more = ("sft", words, []) if stage is sft else ("dpo", pair_words, [None])
+    trainer = trainer_of(monkeypatch, name, *given)
+    split = trainer.eval_dataset.select(range(4))
+    kept = random_phi3(trainer.processing_class, seed=3)
+
+    def rows() -> list[str]:
+        found = stage.report(trainer, {"test": split}, {"test": trainer.score(split)}, *more, "SKIP")
+        return [result["answers_by"] for result in found]
+
+    assert rows() == ["tuned model", "its base, untuned", "always SKIP"]
+    trainer.model.config.tiny_base = {"steps": 200, "seed": 3}
+    base = "its base, trained 200 steps on the answers"
+    assert rows() == ["tuned model", base, "a random base", "always SKIP"]
+    random = results.random_base(trainer)
+    assert trainer.score(split, random) == trainer.score(split, kept) != trainer.score(split)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {},
+            "step 50 of 100: its balanced accuracy, 0.812 on 3 validation records, is the highest of 2 evaluations.",
+        ),
+        (
+            {"metric_for_best_model": "eval_loss", "greater_is_better": False},
+            "its loss, 0.812 on 3 validation records, is the lowest of 1 evaluations.",
+        ),
+        ({"load_best_model_at_end": False}, "Kept is the last step, 100, for no best one was asked for."),
+    ],
+)
+def test_the_reason_for_the_step_that_is_kept_names_its_metric_and_value(changes, said):
+    asked = {"metric_for_best_model": "balanced_accuracy", "greater_is_better": True, "load_best_model_at_end": True}
+    log = [{"eval_balanced_accuracy": 0.8}, {"loss": 1.0}, {"eval_balanced_accuracy": 0.812, "eval_loss": 2.0}]
+    state = SimpleNamespace(best_global_step=50, global_step=100, best_metric=0.812, log_history=log)
+    trainer = SimpleNamespace(args=SimpleNamespace(**asked | changes), state=state, eval_dataset=[None] * 3)
+    assert said in results.why_saved(trainer)
+
+
 def test_each_panel_of_the_plot_asks_one_question_in_one_unit(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(run_card.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 0.5, "eval_accuracy": 0.9, "eval_trade_rate": 0.9}]
     for log in (history, history[:1], []):
-        run_card.plot_course(log, 2, tmp_path / "training.png")
+        run_card.plot_course(log, 2, tmp_path / "training.png", why="Kept is step 2: for this.")
     labels = [[axis.get_ylabel().split("\n")[0] for axis in figure.axes] for figure in figures]
     assert labels == [["training loss", "validation loss", "share of the records"], *[["training loss"]] * 2]
     assert all(axis.get_title("left").endswith("?") for figure in figures for axis in figure.axes)
     shown = [[line.get_label() for line in axis.lines] for axis in figures[0].axes]
     assert [len(lines) for lines in shown] == [2, 2, 3] and all("saved: step 2" in lines for lines in shown)
+    assert {figure.get_suptitle() for figure in figures} == {"Kept is step 2: for this."}
