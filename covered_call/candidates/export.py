@@ -143,13 +143,12 @@ def export_on_ray(args: argparse.Namespace, options: dict) -> None:
     if args.output_dir is None:
         raise CandidatesError("engine='ray' writes into a folder that all nodes see: give it as output_dir.")
     sources, config = find_inputs(args.input), CoveredCallCandidatesConfig(**options)
-    parts = export_parquet(sources, args.output_dir, config, RayCluster())
+    counts = export_parquet(sources, args.output_dir, config, RayCluster())
+    parts = sum(its["parts"] for its in counts.values())
     for name in CHATS:
-        counts = collections.Counter()
-        for part, rows in parts.items():
-            counts[part.split("-")[0]] += rows[name]
-        splits = ", ".join(f"{split} {count:,}" for split, count in counts.items() if count)
-        print(f"{args.output_dir}/{name}: {counts.total():,} records in {len(parts)} parts ({splits})")
+        splits = ", ".join(f"{split} {its[name]:,}" for split, its in counts.items() if its[name])
+        records = sum(its[name] for its in counts.values())
+        print(f"{args.output_dir}/{name}: {records:,} records of {parts} parts ({splits})")
 
 
 def main(arguments: list[str]) -> None:

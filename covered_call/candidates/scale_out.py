@@ -105,7 +105,9 @@ class Shared(NamedTuple):
     options: CoveredCallCandidatesConfig
 
 
-def export_parquet(paths: list[str], place: str, options: CoveredCallCandidatesConfig, cluster: Cluster) -> dict:
+def export_parquet(
+    paths: list[str], place: str, options: CoveredCallCandidatesConfig, cluster: Cluster
+) -> dict[str, collections.Counter]:
     """Writes PLACE/CONFIG/SPLIT-00000.parquet and so on, the records of load_candidates in their order, for both
     configs of chats; parts that an earlier run has finished are kept.
 
@@ -113,7 +115,7 @@ def export_parquet(paths: list[str], place: str, options: CoveredCallCandidatesC
         paths: files or URIs of the backtest; all nodes must see them, and the place.
 
     Returns:
-        Of each part how many records of each config it has, and how many decisions were purged.
+        Of each split how many records of each config it has, in how many parts, and how many decisions were purged.
 
     Raises:
         CandidatesError: as load_candidates does, and for a place that holds something else.
@@ -124,9 +126,10 @@ def export_parquet(paths: list[str], place: str, options: CoveredCallCandidatesC
     decisions, files = read_on(cluster, paths, folder, options, made)
     check_files(manifest.get("files", files), files, place)
     parts = render_on(cluster, decisions, folder, options, {"parts": {}} | manifest | {"made": made, "files": files})
-    say_what_came(parts)
+    counts = {split: counts_of(split, parts) for split in split_bounds(decisions.time, options)}
+    say_what_came(counts)
     folder.remove(WORK)
-    return parts
+    return counts
 
 
 def read_on(
@@ -270,16 +273,16 @@ def files_of(part: str, rows: dict) -> list[str]:
     return [f"{name}/{part}.parquet" for name in CHATS if rows[name]]
 
 
-def say_what_came(parts: dict) -> None:
+def counts_of(split: str, parts: dict) -> collections.Counter:
+    of_split = [rows for name, rows in parts.items() if name.startswith(f"{split}-")]
+    return sum(map(collections.Counter, of_split), collections.Counter(parts=len(of_split)))
+
+
+def say_what_came(counts: dict[str, collections.Counter]) -> None:
     """Raises CandidatesError where there is no record at all."""
-    purged, records = collections.Counter(), collections.Counter()
-    for name, rows in parts.items():
-        split = name.split("-")[0]
-        purged[split] += rows["purged"]
-        records[split] += rows["per_decision_ranking"]
-    say_purged(purged)
-    if not records.total():
+    say_purged(collections.Counter({split: its["purged"] for split, its in counts.items()}))
+    empty = [split for split, its in counts.items() if not its["per_decision_ranking"]]
+    if len(empty) == len(counts):
         raise CandidatesError("No split has a record: the purge took all.")
-    for split in records:
-        if not records[split]:
-            logger.warning("Split %s is empty, and left out.", split)
+    for split in empty:
+        logger.warning("Split %s is empty, and left out.", split)
