@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "86ee00eedb56ec6a2fc70740b1bc44f8a5c3f8433cd5b5412b86a4b506676c0e"  # their SHA-256
+MADE_FROM = "8241a28e1640e1ee316e90183abd8d3f48f228572492432c3734f76ca62b9f42"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3804,7 +3804,7 @@ class Reader:
     """Files, one after the other, into a spool."""
 
     def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
-        self.options, self.spool = options, spool or Spool()
+        self.options, self.spool = options, Spool() if spool is None else spool
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}

@@ -16,7 +16,10 @@ STOREYS = (
     {"tuning"},
     {"__main__"},
 )
-ROOMS_APART = ({"language_model", "value_model", "market"}, {"training", "evaluation", "runtime"})  # on one storey, without a door
+ROOMS_APART = (
+    {"language_model", "value_model", "market"},
+    {"training", "evaluation", "runtime"},
+)  # on one storey, without a door
 MAX_LINES = 500
 PACKAGE = ROOT / "covered_call"
 

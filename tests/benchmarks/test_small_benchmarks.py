@@ -66,7 +66,20 @@ def test_each_option_of_the_recipes_is_a_row_and_a_run_that_has_finished_is_not_
     assert len(ran) == 4
 
 
-@pytest.mark.parametrize("name", ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory"])
+@pytest.mark.slow
+def test_a_cluster_of_one_node_says_what_a_row_costs(monkeypatch, capsys):
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'covered-call-candidates[ray]'")
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    printed = printed_by("scale_out", monkeypatch, capsys, "--rows", 2_000, "--files", 2, "--nodes", 1)
+    ((rows, work),) = re.findall(
+        r"^\| 1 \|.* \| ([\d,]+) \|(?: \d+\.\d\d \|){3}.* (\d+) \| \d+ \|$", printed, re.MULTILINE
+    )
+    assert int(rows.replace(",", "")) > 0 and 80 < int(work) < 200
+
+
+@pytest.mark.parametrize(
+    "name", ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory", "scale_out"]
+)
 def test_what_a_benchmark_says_of_itself_names_it(name):
     text = (SCRIPT.parent / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
     assert f"python benchmarks/{name}.py" in text

@@ -64,7 +64,6 @@ class Here:
 def small_parts(monkeypatch):
     monkeypatch.setattr(scale_out, "PART", 60)
     monkeypatch.setattr(pieces, "PIECE", 16)
-    monkeypatch.setattr(scale_out, "SAVED_EVERY", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +163,20 @@ def test_a_run_that_begins_again_keeps_what_is_finished(backtest, tmp_path):
     files = out_of(out)
     third = Here()
     assert export_parquet(backtest, str(out), options, third) == counts and not third.done and out_of(out) == files
+
+
+def test_the_manifest_grows_while_parts_are_rendered(backtest, tmp_path, monkeypatch):
+    known = []
+
+    class Watching(Here):
+        def each(self, function, calls):
+            for done in super().each(function, calls):
+                yield done
+                known.append(len(json.loads((tmp_path / "out" / MANIFEST).read_text())["parts"]) if self.done else 0)
+
+    monkeypatch.setattr(scale_out, "SAVED_EVERY", 0.0)
+    export_parquet(backtest, str(tmp_path / "out"), CoveredCallCandidatesConfig(), Watching())
+    assert known == [0, 0, 0, *range(1, len(known) - 2)]
 
 
 def test_files_that_were_read_are_not_read_again(backtest, tmp_path, monkeypatch):
