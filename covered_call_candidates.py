@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool",
     "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "8241a28e1640e1ee316e90183abd8d3f48f228572492432c3734f76ca62b9f42"  # their SHA-256
+MADE_FROM = "3de331969e48c6d10c1613fa7e89bf3cafb11d9cfa1945c058a614921b4c5712"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -510,9 +510,12 @@ ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
 
 def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
     """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
-    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
-    starts = np.flatnonzero(np.diff(ends // (rows or ROWS), prepend=-1)).tolist()
-    return list(itertools.pairwise([*starts, len(sizes)]))
+    if not len(sizes):
+        return []
+    part = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    part //= rows or ROWS  # in place: of very many decisions an array less
+    starts = (np.flatnonzero(part[1:] != part[:-1]) + 1).tolist()
+    return list(itertools.pairwise([0, *starts, len(sizes)]))
 
 
 BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")
@@ -2570,13 +2573,16 @@ class Market:
             spot: (D,) USD; 0 where there is none.
         """
         self.tolerance = round(options.expiry_tolerance * HOUR)
-        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = priced[np.lexsort((time[priced], underlying[priced]))]
-        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
-        self.time, self.spot = time[order][last], spot[order][last]
-        self.bounds = np.searchsorted(underlying[order][last], np.arange(underlyings + 1))
+        # Step by step, for of very many decisions each array that is not there counts.
+        order = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = order[np.lexsort((time[order], underlying[order]))]
+        last = np.ones(len(order), bool)
+        last[:-1] = changes(time[order]) | changes(underlying[order])
+        order = order[last]
+        self.time, self.spot = time[order], spot[order]
+        self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
         # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 
     def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
         """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
@@ -2606,6 +2612,11 @@ class Market:
     def high(self) -> np.ndarray:
         """(levels, N) USD: the highest, likewise."""
         return windows(self.spot, np.maximum)
+
+
+def changes(values: np.ndarray) -> np.ndarray:
+    """Of each value but the last whether the next one is another."""
+    return values[1:] != values[:-1]
 
 
 def windows(spot: np.ndarray, extreme) -> np.ndarray:
@@ -3834,6 +3845,14 @@ class Reader:
                 self.present[name].update(rows)
         return len(self.spool)
 
+    def in_order(self) -> Decisions:
+        """All that were read, in the order of the files; they are no longer kept."""
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
+        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
         before = len(self.kept)
@@ -3859,12 +3878,7 @@ class Reader:
         Args:
             ends: of each file, how many decisions it and those before it have.
         """
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        decisions = Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
-        decisions = once(decisions, paths, ends, self.options)
+        decisions = once(self.in_order(), paths, ends, self.options)
         if self.dropped:
             logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", self.dropped)
         if not len(decisions.place):
@@ -4537,7 +4551,8 @@ def with_record(
         balanced: of the pairs leave some of the commonest answer out.
     """
     if not isinstance(options, PreferenceConfig):
-        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+        has = decisions.size[numbers] > 0
+        return numbers if options.name == "per_decision_ranking" or has.all() else numbers[has]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
     has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
     if balanced:

@@ -233,7 +233,8 @@ def with_record(
         balanced: of the pairs leave some of the commonest answer out.
     """
     if not isinstance(options, PreferenceConfig):
-        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+        has = decisions.size[numbers] > 0
+        return numbers if options.name == "per_decision_ranking" or has.all() else numbers[has]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
     has = np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])
     if balanced:

@@ -105,9 +105,12 @@ ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
 
 def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
     """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
-    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
-    starts = np.flatnonzero(np.diff(ends // (rows or ROWS), prepend=-1)).tolist()
-    return list(itertools.pairwise([*starts, len(sizes)]))
+    if not len(sizes):
+        return []
+    part = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    part //= rows or ROWS  # in place: of very many decisions an array less
+    starts = (np.flatnonzero(part[1:] != part[:-1]) + 1).tolist()
+    return list(itertools.pairwise([0, *starts, len(sizes)]))
 
 
 BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")

@@ -130,6 +130,14 @@ class Reader:
                 self.present[name].update(rows)
         return len(self.spool)
 
+    def in_order(self) -> Decisions:
+        """All that were read, in the order of the files; they are no longer kept."""
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
+        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
         before = len(self.kept)
@@ -155,12 +163,7 @@ class Reader:
         Args:
             ends: of each file, how many decisions it and those before it have.
         """
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        decisions = Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
-        decisions = once(decisions, paths, ends, self.options)
+        decisions = once(self.in_order(), paths, ends, self.options)
         if self.dropped:
             logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", self.dropped)
         if not len(decisions.place):
