@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "2c41336884daf6093791ebb64a87e3998cfa82f1921cd4848f557cab809cf24f"  # their SHA-256
+MADE_FROM = "90d8585c2944fae9d9637fe67dabac25911a0e8eac1a8ce6b17c2440f9ca8163"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -464,8 +464,7 @@ class Columns:
 
     def renamed(self, names: list[str]) -> "Columns":
         """The same with the names of others, to which those that they lack are added."""
-        names += [name for name in self.names if name not in names]
-        places = np.array([names.index(name) for name in self.names], np.int32)
+        places = places_among(names, self.names)
         return dataclasses.replace(
             self, names=tuple(names), underlying=places[self.underlying], exit_style=places[self.exit_style]
         )
@@ -484,6 +483,12 @@ class Columns:
         return dataclasses.replace(
             self, instrument=of.instrument.take(pa.array(rows)), numbers=numbers, label_end=of.label_end[rows]
         )
+
+
+def places_among(names: list[str], others: Sequence[str]) -> np.ndarray:
+    """int32: where the others stand among the names, to which those that they lack are added."""
+    names += [name for name in others if name not in names]
+    return np.array([names.index(name) for name in others], np.int32)
 
 
 def label_ends(columns: Columns) -> np.ndarray:
@@ -513,11 +518,14 @@ def join(parts: Sequence[Columns]) -> Columns:
 ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
 
 
-def in_batches(sizes: np.ndarray) -> list[tuple[int, int]]:
+def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
     """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
-    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
-    starts = np.flatnonzero(np.diff(ends // ROWS, prepend=-1)).tolist()
-    return list(itertools.pairwise([*starts, len(sizes)]))
+    if not len(sizes):
+        return []
+    part = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    part //= rows or ROWS  # in place: of very many decisions an array less
+    starts = (np.flatnonzero(part[1:] != part[:-1]) + 1).tolist()
+    return list(itertools.pairwise([0, *starts, len(sizes)]))
 
 
 BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")
@@ -2653,13 +2661,16 @@ class Market:
             spot: (D,) USD; 0 where there is none.
         """
         self.tolerance = round(options.expiry_tolerance * HOUR)
-        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = priced[np.lexsort((time[priced], underlying[priced]))]
-        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
-        self.time, self.spot = time[order][last], spot[order][last]
-        self.bounds = np.searchsorted(underlying[order][last], np.arange(underlyings + 1))
+        # Step by step, for of very many decisions each array that is not there counts.
+        order = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = order[np.lexsort((time[order], underlying[order]))]
+        last = np.ones(len(order), bool)
+        last[:-1] = changes(time[order]) | changes(underlying[order])
+        order = order[last]
+        self.time, self.spot = time[order], spot[order]
+        self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
         # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 
     def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
         """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
@@ -2689,6 +2700,11 @@ class Market:
     def high(self) -> np.ndarray:
         """(levels, N) USD: the highest, likewise."""
         return windows(self.spot, np.maximum)
+
+
+def changes(values: np.ndarray) -> np.ndarray:
+    """Of each value but the last whether the next one is another."""
+    return values[1:] != values[:-1]
 
 
 def windows(spot: np.ndarray, extreme) -> np.ndarray:
@@ -3380,9 +3396,8 @@ def split_places(
     """
     if options.splits == "train":
         return {"train": np.arange(len(time))}
-    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
-    splits, purged, begin = {}, collections.Counter(), 0
-    for name, end in zip(("train", "validation", "test"), ends, strict=True):
+    splits, purged = {}, collections.Counter()
+    for name, (begin, end) in split_bounds(time, options).items():
         splits[name] = np.arange(begin, end)
         if options.purge and end < len(time):
             # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
@@ -3390,11 +3405,22 @@ def split_places(
             purged[name] = end - begin - len(splits[name])
         first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
         logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
-        begin = end
+    say_purged(purged)
+    return splits
+
+
+def say_purged(purged: collections.Counter) -> None:
     if purged.total():
         counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
-    return splits
+
+
+def split_bounds(time: np.ndarray, options: CoveredCallCandidatesConfig) -> dict[str, tuple[int, int]]:
+    """Where the decisions of each split begin and end, before the purge."""
+    if options.splits == "train":
+        return {"train": (0, len(time))}
+    ends = [0, *np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
+    return dict(zip(("train", "validation", "test"), itertools.pairwise(ends), strict=True))
 
 
 def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:
@@ -3677,10 +3703,9 @@ class Spool:
             with pa.ipc.new_file(file, schema) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
-                    *values, label_end = computed = outcomes(block)
+                    computed = outcomes(block)
                     writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=schema))
-                    numbers = block.numbers | dict(zip(names, values, strict=True))
-                    self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
+                    self.keep(number, with_computed(block, names, computed))
         self.computed = schema
 
     def take(self, places: np.ndarray) -> Columns:
@@ -3688,13 +3713,17 @@ class Spool:
         numbers = np.searchsorted(self.starts, places, side="right") - 1
         parts, rank = [], np.empty(len(places), np.int64)
         found = 0
-        for number in np.unique(numbers):
+        used = np.unique(numbers).tolist()
+        for number, block in zip(used, self.several(used), strict=True):
             its = np.flatnonzero(numbers == number)
-            parts.append(self.block(number).take(places[its] - self.starts[number]))
+            parts.append(block.take(places[its] - self.starts[number]))
             rank[its] = found + np.arange(len(its))
             found += len(its)
         joined = join(parts)
         return joined if len(parts) == 1 else joined.take(rank)
+
+    def several(self, numbers: list[int]) -> Iterable[Columns]:
+        return map(self.block, numbers)
 
     def block(self, number: int) -> Columns:
         known = self.recent.pop(number, None)
@@ -3707,26 +3736,19 @@ class Spool:
             self.recent.popitem(last=False)
 
     def read_block(self, number: int) -> Columns:
-        batch = self.read_batch(*self.blocks[number])
-        candidates = batch.column("candidates")
-        rows = candidates.values
-        numbers = {name: rows.field(name).to_numpy() for name in READ}
-        label_end = np.zeros(len(rows), np.int64)
-        if self.computed:
-            computed = self.read_batch("outcomes.arrow", number)
-            found = {name: computed.column(name).to_numpy() for name in self.computed.names}
-            label_end = found.pop("label_end")
-            numbers |= found
-        by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
-        offsets = candidates.offsets.to_numpy().astype(np.int64)
-        return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
-            numbers=numbers, label_end=label_end)  # fmt: skip
+        columns = columns_in(self.read_batch(*self.blocks[number]), self.names)
+        if not self.computed:
+            return columns
+        computed = self.read_batch("outcomes.arrow", number)
+        return with_computed(columns, self.computed.names[:-1], [column.to_numpy() for column in computed.columns])
 
     def read_batch(self, name: str, index: int) -> pa.RecordBatch:
         with pa.OSFile(self.path(name)) as file:
             return pa.ipc.open_file(file).get_batch(index)
 
-    def batch_of(self, columns: Columns) -> pa.RecordBatch:
+    @staticmethod
+    def batch_of(columns: Columns) -> pa.RecordBatch:
+        """What was read of decisions, as SPOOLED has it."""
         rows = pa.StructArray.from_arrays(
             [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
         )
@@ -3736,6 +3758,24 @@ class Spool:
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+
+def columns_in(batch: pa.RecordBatch, names: Iterable[str]) -> Columns:
+    """The decisions of a batch of SPOOLED; the names are those that its codes are places in."""
+    candidates = batch.column("candidates")
+    rows = candidates.values
+    numbers = {name: rows.field(name).to_numpy() for name in READ}
+    by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
+    offsets = candidates.offsets.to_numpy().astype(np.int64)
+    return Columns(tuple(names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
+        numbers=numbers, label_end=np.zeros(len(rows), np.int64))  # fmt: skip
+
+
+def with_computed(columns: Columns, names: Iterable[str], computed: Iterable[np.ndarray]) -> Columns:
+    """The same with what is computed of each candidate: numbers of these names, and the label ends last."""
+    *values, label_end = computed
+    numbers = columns.numbers | dict(zip(names, values, strict=True))
+    return dataclasses.replace(columns, numbers=numbers, label_end=label_end)
 
 
 @contextlib.contextmanager
@@ -3853,20 +3893,14 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     """
     reader, hashes = Reader(options), hashes_of(options.data_files)
     ends = [reader.read(path, hashes.get(path)) for path in paths]
-    decisions = once(reader.decisions(), paths, ends, options)
-    if reader.dropped:
-        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", reader.dropped)
-    if not len(decisions.place):
-        raise nothing_left(paths, options, reader.present, reader.dropped)
-    say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.rolls, options)
+    return with_outcomes(reader.decisions(paths, ends), reader.rolls, options)
 
 
 class Reader:
     """Files, one after the other, into a spool."""
 
-    def __init__(self, options: CoveredCallCandidatesConfig):
-        self.options, self.spool = options, Spool()
+    def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
+        self.options, self.spool = options, Spool() if spool is None else spool
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
@@ -3896,6 +3930,14 @@ class Reader:
                 self.present[name].update(rows)
         return len(self.spool)
 
+    def in_order(self) -> Decisions:
+        """All that were read, in the order of the files; they are no longer kept."""
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
+        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
         before = len(self.kept)
@@ -3915,13 +3957,19 @@ class Reader:
         self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
 
-    def decisions(self) -> Decisions:
-        """All that were read, in the order of the files."""
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+    def decisions(self, paths: list[str], ends: list[int]) -> Decisions:
+        """All that were read, each once, by time.
+
+        Args:
+            ends: of each file, how many decisions it and those before it have.
+        """
+        decisions = once(self.in_order(), paths, ends, self.options)
+        if self.dropped:
+            logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", self.dropped)
+        if not len(decisions.place):
+            raise nothing_left(paths, self.options, self.present, self.dropped)
+        say_what_was_filtered(self.options, self.present)
+        return decisions
 
 
 def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -3959,10 +4007,25 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, at each of the horizons too, into the spool.
+    """Computes the outcome of each candidate, at each of the horizons too, into the spool; see settled."""
+    decisions = settled(decisions, rolls, options)
+    replay, ends, horizons = decisions.replay, [], horizon_columns(options)
+    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+
+    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
+        *computed, label_end = outcomes_of(columns, replay, replays)
+        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
+        return *computed, label_end
+
+    decisions.spool.compute(outcomes, horizons)
+    return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+
+
+def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
+    """The decisions with what computes their outcomes.
 
     Args:
-        rolls: those of rolls_of, of the decisions in the spool's order.
+        rolls: those of rolls_of, of the decisions in the spool's order; emptied.
     """
     names = tuple(decisions.spool.names)
     roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
@@ -3972,20 +4035,16 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(basis, market, recorded_trades(decisions), options)
-    replay, ends = Replay(basis, terms, options, market), []
-    horizons = horizon_columns(options)
-    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+    return decisions._replace(outcomes=(Replay(basis, terms, options, market), fits))
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
-        found, *others = (one.of_candidates(columns) for one in (replay, *replays))
-        label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
-        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
-        net, *early = (net_of(one, options) for one in (found, *others))
-        return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
-    decisions.spool.compute(outcomes, horizons)
-    label_end = np.concatenate(ends)[decisions.place]
-    return decisions._replace(label_end=label_end, outcomes=(replay, fits))
+def outcomes_of(columns: Columns, replay: Replay, others: Sequence[Replay] = ()) -> tuple[np.ndarray, ...]:
+    """(R,) each: the net outcomes of candidates, the costs in them, the net outcomes by other replays, and when the
+    last of all is known."""
+    found = [one.of_candidates(columns) for one in (replay, *others)]
+    net, *early = (net_of(one, replay.options) for one in found)
+    costs = np.where(np.isnan(net), np.nan, found[0].costs)
+    return net, costs, *early, np.maximum.reduce([one.label_end for one in found])
 
 
 def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:
@@ -4543,7 +4602,8 @@ def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
 def with_record(decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> np.ndarray:
     """The numbers of those decisions of which the config has a record."""
     if not isinstance(options, PreferenceConfig):
-        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+        has = decisions.size[numbers] > 0
+        return numbers if options.name == "per_decision_ranking" or has.all() else numbers[has]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
     return numbers[np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])]
 

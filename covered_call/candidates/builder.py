@@ -227,7 +227,8 @@ def shards_of(decisions: Decisions, numbers: np.ndarray) -> list[Shard]:
 def with_record(decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> np.ndarray:
     """The numbers of those decisions of which the config has a record."""
     if not isinstance(options, PreferenceConfig):
-        return numbers if options.name == "per_decision_ranking" else numbers[decisions.size[numbers] > 0]
+        has = decisions.size[numbers] > 0
+        return numbers if options.name == "per_decision_ranking" or has.all() else numbers[has]
     pairs = [preferred_pairs(decisions.columns(batch), options) for batch in decisions.batches(numbers)]
     return numbers[np.concatenate([np.zeros(0, bool), *(pair.has for pair in pairs)])]
 

@@ -50,8 +50,7 @@ class Columns:
 
     def renamed(self, names: list[str]) -> "Columns":
         """The same with the names of others, to which those that they lack are added."""
-        names += [name for name in self.names if name not in names]
-        places = np.array([names.index(name) for name in self.names], np.int32)
+        places = places_among(names, self.names)
         return dataclasses.replace(
             self, names=tuple(names), underlying=places[self.underlying], exit_style=places[self.exit_style]
         )
@@ -70,6 +69,12 @@ class Columns:
         return dataclasses.replace(
             self, instrument=of.instrument.take(pa.array(rows)), numbers=numbers, label_end=of.label_end[rows]
         )
+
+
+def places_among(names: list[str], others: Sequence[str]) -> np.ndarray:
+    """int32: where the others stand among the names, to which those that they lack are added."""
+    names += [name for name in others if name not in names]
+    return np.array([names.index(name) for name in others], np.int32)
 
 
 def label_ends(columns: Columns) -> np.ndarray:
@@ -99,11 +104,14 @@ def join(parts: Sequence[Columns]) -> Columns:
 ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
 
 
-def in_batches(sizes: np.ndarray) -> list[tuple[int, int]]:
+def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
     """Where parts of about so many candidates begin and end; ``sizes`` (D,) says how many each decision has."""
-    ends = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
-    starts = np.flatnonzero(np.diff(ends // ROWS, prepend=-1)).tolist()
-    return list(itertools.pairwise([*starts, len(sizes)]))
+    if not len(sizes):
+        return []
+    part = np.cumsum(sizes + 1)  # for the prompts of one without candidates take room, too
+    part //= rows or ROWS  # in place: of very many decisions an array less
+    starts = (np.flatnonzero(part[1:] != part[:-1]) + 1).tolist()
+    return list(itertools.pairwise([0, *starts, len(sizes)]))
 
 
 BY_DECISION = ("underlying", "exit_style", "time", "spot", "chosen")

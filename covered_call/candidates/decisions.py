@@ -95,20 +95,14 @@ def read_decisions(paths: list[str], options: CoveredCallCandidatesConfig) -> De
     """
     reader, hashes = Reader(options), hashes_of(options.data_files)
     ends = [reader.read(path, hashes.get(path)) for path in paths]
-    decisions = once(reader.decisions(), paths, ends, options)
-    if reader.dropped:
-        logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", reader.dropped)
-    if not len(decisions.place):
-        raise nothing_left(paths, options, reader.present, reader.dropped)
-    say_what_was_filtered(options, reader.present)
-    return with_outcomes(decisions, reader.rolls, options)
+    return with_outcomes(reader.decisions(paths, ends), reader.rolls, options)
 
 
 class Reader:
     """Files, one after the other, into a spool."""
 
-    def __init__(self, options: CoveredCallCandidatesConfig):
-        self.options, self.spool = options, Spool()
+    def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
+        self.options, self.spool = options, Spool() if spool is None else spool
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
@@ -138,6 +132,14 @@ class Reader:
                 self.present[name].update(rows)
         return len(self.spool)
 
+    def in_order(self) -> Decisions:
+        """All that were read, in the order of the files; they are no longer kept."""
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
+        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
+        self.kept = []  # or all would be in memory twice
+        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
         before = len(self.kept)
@@ -157,13 +159,19 @@ class Reader:
         self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
 
-    def decisions(self) -> Decisions:
-        """All that were read, in the order of the files."""
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+    def decisions(self, paths: list[str], ends: list[int]) -> Decisions:
+        """All that were read, each once, by time.
+
+        Args:
+            ends: of each file, how many decisions it and those before it have.
+        """
+        decisions = once(self.in_order(), paths, ends, self.options)
+        if self.dropped:
+            logger.warning("Dropped %d decision(s) with bad rows, whole (on_bad_rows='skip').", self.dropped)
+        if not len(decisions.place):
+            raise nothing_left(paths, self.options, self.present, self.dropped)
+        say_what_was_filtered(self.options, self.present)
+        return decisions
 
 
 def once(decisions: Decisions, paths: list[str], ends: list[int], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -201,10 +209,25 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
-    """Computes the outcome of each candidate, at each of the horizons too, into the spool.
+    """Computes the outcome of each candidate, at each of the horizons too, into the spool; see settled."""
+    decisions = settled(decisions, rolls, options)
+    replay, ends, horizons = decisions.replay, [], horizon_columns(options)
+    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+
+    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
+        *computed, label_end = outcomes_of(columns, replay, replays)
+        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
+        return *computed, label_end
+
+    decisions.spool.compute(outcomes, horizons)
+    return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+
+
+def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
+    """The decisions with what computes their outcomes.
 
     Args:
-        rolls: those of rolls_of, of the decisions in the spool's order.
+        rolls: those of rolls_of, of the decisions in the spool's order; emptied.
     """
     names = tuple(decisions.spool.names)
     roll = rolls[0]  # without decisions that roll none is looked up, and together they would take memory
@@ -214,20 +237,16 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
     market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
     terms, fits = settle(basis, market, recorded_trades(decisions), options)
-    replay, ends = Replay(basis, terms, options, market), []
-    horizons = horizon_columns(options)
-    replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+    return decisions._replace(outcomes=(Replay(basis, terms, options, market), fits))
 
-    def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
-        found, *others = (one.of_candidates(columns) for one in (replay, *replays))
-        label_end = np.maximum.reduce([one.label_end for one in (found, *others)])
-        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
-        net, *early = (net_of(one, options) for one in (found, *others))
-        return net, np.where(np.isnan(net), np.nan, found.costs), *early, label_end
 
-    decisions.spool.compute(outcomes, horizons)
-    label_end = np.concatenate(ends)[decisions.place]
-    return decisions._replace(label_end=label_end, outcomes=(replay, fits))
+def outcomes_of(columns: Columns, replay: Replay, others: Sequence[Replay] = ()) -> tuple[np.ndarray, ...]:
+    """(R,) each: the net outcomes of candidates, the costs in them, the net outcomes by other replays, and when the
+    last of all is known."""
+    found = [one.of_candidates(columns) for one in (replay, *others)]
+    net, *early = (net_of(one, replay.options) for one in found)
+    costs = np.where(np.isnan(net), np.nan, found[0].costs)
+    return net, costs, *early, np.maximum.reduce([one.label_end for one in found])
 
 
 def join_calls(parts: Sequence[Calls], places: np.ndarray) -> Calls:

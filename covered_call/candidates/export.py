@@ -1,4 +1,4 @@
-"""The verb export: the chats of a backtest as JSON lines, unsplit."""
+"""The verb export: the chats of a backtest as JSON lines, unsplit; or on a cluster, as the splits of a load."""
 
 import argparse
 import collections
@@ -14,12 +14,14 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import find_csvs
-from covered_call.candidates.data_options import Help, add_option, flags
+from covered_call.candidates.data_options import Help, add_option, flags, typed
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import (
     CHATS,
     DATA,
+    OUTCOMES,
     PROMPTS,
+    SPLITS,
     CoveredCallCandidatesConfig,
     check_options,
     options_of,
@@ -29,8 +31,12 @@ from covered_call.candidates.records import RECORDS
 from covered_call.candidates.schema import CandidatesError
 from covered_call.command_line import plain_errors
 
+ENGINES = ("local", "ray")
 # Of a decision that stands in two files: each file is exported for itself.
 OPTIONS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, PROMPTS) if option.name != "duplicates"]
+# Of what the lines of a chat do not hold.
+OF_SPLITS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, SPLITS, OUTCOMES)
+    if option not in OPTIONS]  # fmt: skip
 
 
 LINE = (
@@ -82,27 +88,44 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="covered-call export",
         description="Exports candidate CSVs as chat JSON lines: <stem>_per_candidate.jsonl and\n"
-        "<stem>_per_decision_ranking.jsonl, whole and unsplit. The CSVs are only read.",
-        epilog="example: covered-call export --input data/sample/*_tp_and_roll_simulated.csv --output_dir out",
+        "<stem>_per_decision_ranking.jsonl, whole and unsplit. The CSVs are only read.\n"
+        "With --engine ray, on a Ray cluster: all CSVs together, as load_candidates splits them, with all columns,\n"
+        "as OUTPUT_DIR/per_candidate/train-00000.parquet and so on; run again, it goes on where it ended.",
+        epilog="examples: covered-call export --input data/sample/*_tp_and_roll_simulated.csv --output_dir out\n"
+        "          covered-call export --engine ray --input 's3://or/folder/*.csv' --output_dir s3://another/folder",
         allow_abbrev=False,
         formatter_class=Help,
     )
     parser.add_argument("--input", "--data_files", "--data-files", nargs="+", action="extend", required=True,
-        metavar="CSV", help="a CSV or a glob; may be given more than once")  # fmt: skip
-    parser.add_argument(*flags("output_dir"), metavar="DIR", help="default: beside each input")
+        metavar="CSV", help="a CSV or a glob, with --engine ray also a URI; may be given more than once")  # fmt: skip
+    parser.add_argument(*flags("output_dir"), metavar="DIR",
+        help="default: beside each input; with --engine ray also a URI, and without default")  # fmt: skip
+    parser.add_argument("--engine", choices=ENGINES, default="local",
+        help="this process, or a Ray cluster that is there already (pip install 'covered-call-candidates[ray]'); "
+        "default: %(default)s")  # fmt: skip
     for option in OPTIONS:
         add_option(parser, option)
-    return parser.parse_args(arguments)
+    group = parser.add_argument_group("splits and outcomes, with --engine ray")
+    for option in OF_SPLITS:
+        add_option(group, option)
+    return typed(parser, parser.parse_args(arguments))
 
 
 def export(args: argparse.Namespace) -> None:
+    given = {option.name: getattr(args, option.name) for option in (*OPTIONS, *OF_SPLITS)}
+    options = {name: value for name, value in given.items() if value is not None}
+    check_options("per_candidate", options)
+    if args.engine == "ray":
+        return export_on_ray(args, options)
+    late = [option.name for option in OF_SPLITS if option.name in options]
+    if late:
+        raise CandidatesError(
+            f"{late[0]} says nothing of lines, which are unsplit and without outcomes: see engine='ray'."
+        )
     sources = find_csvs(args.input, None, os.getcwd())
     targets = [path for source in sources for path in export_paths(source, args.output_dir).values()]
     if len(set(targets)) < len(targets):
         raise CandidatesError("Two inputs have the same name, so one export would replace the other. Rename one.")
-    given = {option.name: getattr(args, option.name) for option in OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
-    check_options("per_candidate", options)
     # All are read before any is written, so that a bad one leaves every export as it was.
     read = {source: read_decisions([source], CoveredCallCandidatesConfig(**options)) for source in sources}
     for source, decisions in read.items():
@@ -111,6 +134,21 @@ def export(args: argparse.Namespace) -> None:
             labels = write_jsonl(path, decisions, CoveredCallCandidatesConfig(name=name, **options))
             balance = ", ".join(f"{label} {count / labels.total():.1%}" for label, count in labels.most_common())
             print(f"{path}: {labels.total()} records of {len(decisions.place)} decisions ({balance})")
+
+
+def export_on_ray(args: argparse.Namespace, options: dict) -> None:
+    from covered_call.candidates.scale_out import RayCluster, export_parquet
+    from covered_call.candidates.shared_folder import find_inputs
+
+    if args.output_dir is None:
+        raise CandidatesError("engine='ray' writes into a folder that all nodes see: give it as output_dir.")
+    sources, config = find_inputs(args.input), CoveredCallCandidatesConfig(**options)
+    counts = export_parquet(sources, args.output_dir, config, RayCluster())
+    parts = sum(its["parts"] for its in counts.values())
+    for name in CHATS:
+        splits = ", ".join(f"{split} {its[name]:,}" for split, its in counts.items() if its[name])
+        records = sum(its[name] for its in counts.values())
+        print(f"{args.output_dir}/{name}: {records:,} records of {parts} parts ({splits})")
 
 
 def main(arguments: list[str]) -> None:

@@ -31,13 +31,16 @@ class Market:
             spot: (D,) USD; 0 where there is none.
         """
         self.tolerance = round(options.expiry_tolerance * HOUR)
-        priced = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = priced[np.lexsort((time[priced], underlying[priced]))]
-        last = np.append((np.diff(time[order]) != 0) | (np.diff(underlying[order]) != 0), True)[: len(order)]
-        self.time, self.spot = time[order][last], spot[order][last]
-        self.bounds = np.searchsorted(underlying[order][last], np.arange(underlyings + 1))
+        # Step by step, for of very many decisions each array that is not there counts.
+        order = np.flatnonzero(spot > 0)  # a placeholder row may have none
+        order = order[np.lexsort((time[order], underlying[order]))]
+        last = np.ones(len(order), bool)
+        last[:-1] = changes(time[order]) | changes(underlying[order])
+        order = order[last]
+        self.time, self.spot = time[order], spot[order]
+        self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
         # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance)
+        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 
     def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
         """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
@@ -67,6 +70,11 @@ class Market:
     def high(self) -> np.ndarray:
         """(levels, N) USD: the highest, likewise."""
         return windows(self.spot, np.maximum)
+
+
+def changes(values: np.ndarray) -> np.ndarray:
+    """Of each value but the last whether the next one is another."""
+    return values[1:] != values[:-1]
 
 
 def windows(spot: np.ndarray, extreme) -> np.ndarray:

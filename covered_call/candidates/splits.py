@@ -1,6 +1,7 @@
 """Splits: chronological, a decision time never divided, and purged where options outlive the boundary."""
 
 import collections
+import itertools
 import logging
 
 import numpy as np
@@ -32,9 +33,8 @@ def split_places(
     """
     if options.splits == "train":
         return {"train": np.arange(len(time))}
-    ends = [*np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
-    splits, purged, begin = {}, collections.Counter(), 0
-    for name, end in zip(("train", "validation", "test"), ends, strict=True):
+    splits, purged = {}, collections.Counter()
+    for name, (begin, end) in split_bounds(time, options).items():
         splits[name] = np.arange(begin, end)
         if options.purge and end < len(time):
             # An outcome that is not known before the next split begins would tell of it: keep it out of this one.
@@ -42,11 +42,22 @@ def split_places(
             purged[name] = end - begin - len(splits[name])
         first_last = [time_of(int(time[splits[name][i]])).date() for i in (0, -1)] if len(splits[name]) else []
         logger.info("%s: %d decisions %s", name, len(splits[name]), " to ".join(map(str, first_last)))
-        begin = end
+    say_purged(purged)
+    return splits
+
+
+def say_purged(purged: collections.Counter) -> None:
     if purged.total():
         counts = ", ".join(f"{count} from {name}" for name, count in purged.items() if count)
         logger.warning("Purged %d decision(s) whose options live into the next split: %s.", purged.total(), counts)
-    return splits
+
+
+def split_bounds(time: np.ndarray, options: CoveredCallCandidatesConfig) -> dict[str, tuple[int, int]]:
+    """Where the decisions of each split begin and end, before the purge."""
+    if options.splits == "train":
+        return {"train": (0, len(time))}
+    ends = [0, *np.searchsorted(time, split_starts(time, options)).tolist(), len(time)]
+    return dict(zip(("train", "validation", "test"), itertools.pairwise(ends), strict=True))
 
 
 def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list[int]:

@@ -84,10 +84,9 @@ class Spool:
             with pa.ipc.new_file(file, schema) as writer:
                 for number in range(len(self.blocks)):
                     block = self.block(number)
-                    *values, label_end = computed = outcomes(block)
+                    computed = outcomes(block)
                     writer.write_batch(pa.record_batch(list(map(pa.array, computed)), schema=schema))
-                    numbers = block.numbers | dict(zip(names, values, strict=True))
-                    self.keep(number, dataclasses.replace(block, numbers=numbers, label_end=label_end))
+                    self.keep(number, with_computed(block, names, computed))
         self.computed = schema
 
     def take(self, places: np.ndarray) -> Columns:
@@ -95,13 +94,17 @@ class Spool:
         numbers = np.searchsorted(self.starts, places, side="right") - 1
         parts, rank = [], np.empty(len(places), np.int64)
         found = 0
-        for number in np.unique(numbers):
+        used = np.unique(numbers).tolist()
+        for number, block in zip(used, self.several(used), strict=True):
             its = np.flatnonzero(numbers == number)
-            parts.append(self.block(number).take(places[its] - self.starts[number]))
+            parts.append(block.take(places[its] - self.starts[number]))
             rank[its] = found + np.arange(len(its))
             found += len(its)
         joined = join(parts)
         return joined if len(parts) == 1 else joined.take(rank)
+
+    def several(self, numbers: list[int]) -> Iterable[Columns]:
+        return map(self.block, numbers)
 
     def block(self, number: int) -> Columns:
         known = self.recent.pop(number, None)
@@ -114,26 +117,19 @@ class Spool:
             self.recent.popitem(last=False)
 
     def read_block(self, number: int) -> Columns:
-        batch = self.read_batch(*self.blocks[number])
-        candidates = batch.column("candidates")
-        rows = candidates.values
-        numbers = {name: rows.field(name).to_numpy() for name in READ}
-        label_end = np.zeros(len(rows), np.int64)
-        if self.computed:
-            computed = self.read_batch("outcomes.arrow", number)
-            found = {name: computed.column(name).to_numpy() for name in self.computed.names}
-            label_end = found.pop("label_end")
-            numbers |= found
-        by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
-        offsets = candidates.offsets.to_numpy().astype(np.int64)
-        return Columns(tuple(self.names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
-            numbers=numbers, label_end=label_end)  # fmt: skip
+        columns = columns_in(self.read_batch(*self.blocks[number]), self.names)
+        if not self.computed:
+            return columns
+        computed = self.read_batch("outcomes.arrow", number)
+        return with_computed(columns, self.computed.names[:-1], [column.to_numpy() for column in computed.columns])
 
     def read_batch(self, name: str, index: int) -> pa.RecordBatch:
         with pa.OSFile(self.path(name)) as file:
             return pa.ipc.open_file(file).get_batch(index)
 
-    def batch_of(self, columns: Columns) -> pa.RecordBatch:
+    @staticmethod
+    def batch_of(columns: Columns) -> pa.RecordBatch:
+        """What was read of decisions, as SPOOLED has it."""
         rows = pa.StructArray.from_arrays(
             [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
         )
@@ -143,6 +139,24 @@ class Spool:
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+
+def columns_in(batch: pa.RecordBatch, names: Iterable[str]) -> Columns:
+    """The decisions of a batch of SPOOLED; the names are those that its codes are places in."""
+    candidates = batch.column("candidates")
+    rows = candidates.values
+    numbers = {name: rows.field(name).to_numpy() for name in READ}
+    by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
+    offsets = candidates.offsets.to_numpy().astype(np.int64)
+    return Columns(tuple(names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
+        numbers=numbers, label_end=np.zeros(len(rows), np.int64))  # fmt: skip
+
+
+def with_computed(columns: Columns, names: Iterable[str], computed: Iterable[np.ndarray]) -> Columns:
+    """The same with what is computed of each candidate: numbers of these names, and the label ends last."""
+    *values, label_end = computed
+    numbers = columns.numbers | dict(zip(names, values, strict=True))
+    return dataclasses.replace(columns, numbers=numbers, label_end=label_end)
 
 
 @contextlib.contextmanager

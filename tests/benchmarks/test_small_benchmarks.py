@@ -114,8 +114,20 @@ def test_pairs_are_drawn_by_their_shares_cut_to_the_second_or_by_their_edge():
     assert sorted(bench.by_shares(pairs, 9, rng)) == list(range(9))
 
 
+@pytest.mark.slow
+def test_a_cluster_of_one_node_says_what_a_row_costs(monkeypatch, capsys):
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'covered-call-candidates[ray]'")
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    printed = printed_by("scale_out", monkeypatch, capsys, "--rows", 2_000, "--files", 2, "--nodes", 1)
+    ((rows, work),) = re.findall(
+        r"^\| 1 \|.* \| ([\d,]+) \|(?: \d+\.\d\d \|){3}.* (\d+) \| \d+ \|$", printed, re.MULTILINE
+    )
+    assert int(rows.replace(",", "")) > 0 and 80 < int(work) < 200
+
+
 @pytest.mark.parametrize(
-    "name", ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory", "pair_balance"]
+    "name",
+    ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory", "pair_balance", "scale_out"],
 )
 def test_what_a_benchmark_says_of_itself_names_it(name):
     text = (SCRIPT.parent / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
