@@ -6,9 +6,10 @@ CURRENT = .venv-current
 SAMPLE = data/sample/training_candidates_BTC_20190101_20251206_hold_to_expiry_simulated.csv
 
 # A worker that has nothing left takes over tests of the other. SLOW=1: the tests that are marked slow, and those alone,
-# handed out one by one.
+# handed out one by one; SLOW=all: all tests.
 JOBS ?= 2
-PYTEST = -m pytest -n $(JOBS) --durations 10 $(if $(SLOW),-m slow --maxschedchunk 1,-m "not slow" --dist worksteal)
+SELECTED = $(if $(SLOW),$(if $(filter all,$(SLOW)),--dist worksteal,-m slow --maxschedchunk 1),-m "not slow" --dist worksteal)
+PYTEST = -m pytest -n $(JOBS) --durations 10 $(SELECTED)
 COVERAGE = $(if $(SLOW),,--cov --cov-report term:skip-covered)
 
 .PHONY: run test test-current lint script wheel clean

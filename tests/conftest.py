@@ -60,10 +60,11 @@ runs_scripts = pytest.mark.skipif(
     reason=f"datasets {datasets.__version__} runs no loading scripts: load_dataset on a script needs datasets < 4",
 )
 
-# For a test of code that calls neither datasets nor trl, all else being of one version on both stacks, too.
+# For tests of code that calls neither datasets nor trl, all else being of one version on both stacks: which those are
+# was found by tracing which functions of the two each test enters.
 on_the_default_stack = pytest.mark.skipif(
     int(datasets.__version__.split(".")[0]) >= 4,
-    reason="takes long, and shows nothing that depends on the stack but what quicker tests show on both",
+    reason="of datasets and trl, in which alone the stacks differ, it shows nothing but what other tests show on both",
 )
 
 

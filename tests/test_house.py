@@ -4,7 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, on_the_default_stack
+
+pytestmark = on_the_default_stack
 
 # From the ground up: a module imports from its own storey or from those above it in this list.
 STOREYS = (

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SCRIPT, import_script
+from conftest import SCRIPT, import_script, on_the_default_stack
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.splits import split_decisions
+
+pytestmark = on_the_default_stack
 
 ROOT = SCRIPT.parent
 

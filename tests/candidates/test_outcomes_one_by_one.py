@@ -20,6 +20,8 @@ from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decis
 from covered_call.candidates.settlement import PRESETS, Rule
 from covered_call.candidates.vols import Vols
 
+pytestmark = on_the_default_stack
+
 DAY = datetime.timedelta(days=1)
 SIMULATED = PRESETS["simulated"]
 
@@ -239,7 +241,6 @@ rules = st.sampled_from(list(PRESETS.values())) | st.builds(
 )
 
 
-@on_the_default_stack
 @settings(max_examples=300)
 @given(st.lists(common, min_size=1, max_size=25) | st.lists(strange, min_size=1, max_size=25), configs, rules)
 def test_all_at_once_is_as_one_by_one(some, options, rule):

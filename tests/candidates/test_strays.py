@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
 
+pytestmark = on_the_default_stack
+
 RANKING = "per_decision_ranking"
 # A decision a day, of three rows, each day at a spot of its own: lines 2 to 4, 5 to 7, ...
 DAYS = 20
@@ -125,7 +127,6 @@ def check_no_harm(path, rows: list[dict], place: int, kind: str, rng: random.Ran
         assert all(clean.get(name) == entry for name, entry in left.items())
 
 
-@on_the_default_stack
 @given(st.integers(0, len(ROWS) - 1), st.sampled_from(KINDS), st.randoms(use_true_random=False))
 @settings(max_examples=100)
 def test_no_decision_is_left_a_candidate_short_wherever_a_row_strays(tmp_path, place, kind, rng):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, write_csv
+from conftest import REAL_DATA, decision, needs_real_data, on_the_default_stack, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import day
@@ -24,6 +24,8 @@ from covered_call.evaluation.cases import (
     regret,
     trusted,
 )
+
+pytestmark = on_the_default_stack
 
 OPTIONS = CoveredCallCandidatesConfig()
 

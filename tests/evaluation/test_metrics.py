@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import day
@@ -20,6 +21,8 @@ from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
 from covered_call.evaluation.metrics import METRICS, NO_BELIEFS, Beliefs, Played
 from covered_call.evaluation.resampling import as_it_was, draw, month_starts
+
+pytestmark = on_the_default_stack
 
 NAN = math.nan
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import decision, write_csv
+from conftest import decision, on_the_default_stack, write_csv
 
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -10,6 +10,8 @@ from covered_call.evaluation.cases import bounds, difference, make_cases
 from covered_call.evaluation.money import held, judge, make_groups
 from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, TEACHER, Row
+
+pytestmark = on_the_default_stack
 
 
 @pytest.fixture

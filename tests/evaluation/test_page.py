@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -26,6 +27,8 @@ from covered_call.evaluation.page import (
     svg_of,
 )
 from evaluation.chromium import needs_chromium
+
+pytestmark = on_the_default_stack
 
 HOSTILE = (
     "<script>window.hacked = 1</script>\"><img src=x onerror='window.hacked=2'>"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from arch.bootstrap import MovingBlockBootstrap
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from covered_call.evaluation.resampling import (
     month_starts,
     worst_months,
 )
+
+pytestmark = on_the_default_stack
 
 
 def orders(draws: Draws) -> np.ndarray:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, needs_real_data
+from conftest import REAL_DATA, needs_real_data, on_the_default_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covered_call.candidates.schema import COLUMNS, named_call
 from covered_call.market.backtest import main
 from tests.market.chains import START, Snap, harvest_row, snap, write, write_harvest, write_history
+
+pytestmark = on_the_default_stack
 
 CALL, OTHER = "BTC-8JAN26-105000-C", "BTC-14JAN26-111000-C"  # of 7 and 13 days at START
 GOOD = {CALL: (0.0100, 0.0110, 0.0105)}  # at 100,000 USD: a bid of 1,000, whose fee is 30

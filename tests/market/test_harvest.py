@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA, ROOT, needs_real_data
+from conftest import REAL_DATA, ROOT, needs_real_data, on_the_default_stack
 
 from covered_call import atomic
 from covered_call.candidates.vols import read_vols
@@ -22,6 +22,8 @@ from covered_call.market import deribit, harvest
 from covered_call.market.deribit import SNAPSHOT, Deribit, DeribitError, Outage, Refused
 
 from .standin import DAY, INTERNAL_SERVER_ERROR, TOO_MANY_REQUESTS, Exchange, Fault, chain, summary
+
+pytestmark = on_the_default_stack
 
 NOON = 1_765_368_000  # 2025-12-10 12:00:00 UTC
 CHAINS = REAL_DATA / "deribit_chains"

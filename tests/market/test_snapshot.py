@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_DATA, needs_real_data
+from conftest import REAL_DATA, needs_real_data, on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,8 @@ from covered_call.candidates.schema import CandidatesError
 from covered_call.market.snapshot import YEAR, BadRows, black_76_delta, black_76_price, read_snapshots
 
 from .quotes import NOW, as_history, chain, quote, write_harvest
+
+pytestmark = on_the_default_stack
 
 # Of the 14 real snapshots in the order of their times: the calls that the backtest's filter leaves.
 LEFT = {"BTC": [10, 9, 10, 8, 8, 8, 9], "ETH": [8, 8, 8, 8, 8, 7, 8]}

@@ -6,13 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, needs_real_data
+from conftest import REAL_DATA, needs_real_data, on_the_default_stack
 
 from covered_call.candidates.columns import DAY, microseconds
 from covered_call.candidates.schema import CandidatesError, iso_time, utc
 from covered_call.candidates.series import Series
 from covered_call.market import synthetic
 from covered_call.market.teacher import PRESETS, offer_of, past_of
+
+pytestmark = on_the_default_stack
 
 RULES = PRESETS["synthetic"]
 STYLES = ("hold_to_expiry", "tp_and_roll")

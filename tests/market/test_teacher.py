@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, needs_real_data
+from conftest import REAL_DATA, needs_real_data, on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,8 @@ from covered_call.market.snapshot import BadRows, read_snapshots
 from covered_call.market.teacher import PRESETS, UNKNOWN, Past, offer_of, past_of, penalty, rules_of
 
 from .quotes import chain, quote, write_harvest
+
+pytestmark = on_the_default_stack
 
 BACKTEST = PRESETS["backtest"]
 # Of the 14 real snapshots, without history: scores of at least 3, and the best with its score.

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import on_the_default_stack
 from hub_standin import WRITER
 from huggingface_hub import ModelCard
 
 from covered_call.evaluation import metrics
 
 from .conftest import DATA, LIKE_A_TOKEN, MANIFEST, MODEL_CARD, describe, error_of, files, filled, local
+
+pytestmark = on_the_default_stack
 
 
 @pytest.fixture

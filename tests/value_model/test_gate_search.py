@@ -3,6 +3,7 @@
 import datetime
 
 import pytest
+from conftest import on_the_default_stack
 from markets import CONFIG, decide, entry, rich_if_volatile
 
 from covered_call.value_model.gate_search import (
@@ -19,6 +20,8 @@ from covered_call.value_model.gate_search import (
 )
 from covered_call.value_model.learning import Gates, QScorerError, fit_offset, learn
 from covered_call.value_model.walk_forward import cut
+
+pytestmark = on_the_default_stack
 
 
 def test_the_search_ends_with_gates_that_did_best_in_the_second_window():

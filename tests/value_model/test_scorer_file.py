@@ -13,11 +13,14 @@ import zipfile
 import numpy as np
 import pytest
 import sklearn
+from conftest import on_the_default_stack
 from markets import decide, entry, rich_if_volatile
 
 from covered_call.candidates.columns import columns_of
 from covered_call.value_model.learning import Gates, QScorerError
 from covered_call.value_model.scorer import MAX_PART, QScorer, read, save
+
+pytestmark = on_the_default_stack
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, entry, rich_if_volatile
@@ -9,6 +10,8 @@ from markets import CONFIG, entry, rich_if_volatile
 from covered_call.candidates.columns import columns_of
 from covered_call.value_model.learning import QScorerError
 from covered_call.value_model.walk_forward import HEAD, blocks, compare, comparison_json, fold_rows, walk_forward
+
+pytestmark = on_the_default_stack
 
 # Predicted against realised
 
