@@ -86,6 +86,7 @@ class Proposal(NamedTuple):
     latency_s: float = 0.0
     cached: bool = False
     error: str | None = None  # why there is no answer: such a proposal never trades
+    probabilities: dict[str, float] | None = None  # of all answers, by instrument and "NO_TRADE"; None: it has none
 
 
 class Veto(NamedTuple):
