@@ -17,6 +17,7 @@ STYLES = ("hold", "tp_and_roll", "others_live")
 DAY = datetime.timedelta(days=1)
 LAST_DAY, IN_THE_MONEY_DAYS = 1.0, 2.0  # of others_live: days to expiry from which on a call is rolled
 CLOSE_TO_STRIKE = 0.02  # of spot, out of the money
+ROUNDED_UP = 1 + 1e-9  # an ask of the very share of the premium counts, whatever floats round
 
 
 class Exit(NamedTuple):
@@ -27,8 +28,7 @@ class Exit(NamedTuple):
         reason: "take_profit", "defence", "last_day", "in_the_money", "near_the_money"; of HOLD "no_ask" where it would
             be bought back and nobody sells it, "expired", which is for settlement, or "".
         intentions: to be ordered one after the other: nothing, the buy-back, or the buy-back and then a sale. Where
-            the buy-back is not filled there is no sale. A sale is an entry: what vetoes it is asked when the buy-back
-            is filled.
+            the buy-back is not filled there is no sale. A sale is an entry, and vetoed as one.
     """
 
     action: str
@@ -69,7 +69,8 @@ def teacher_reason(position: Position, spot: float, ask: float | None, days: flo
     """Why TEACHER buys back, "" if it does not; both only while days are left, and not after its last roll."""
     if days <= TEACHER.min_dte_to_roll or position.rolls >= TEACHER.max_rolls:
         return ""
-    if ask is not None and ask <= (1 - TEACHER.take_profit) * position.entry_price:
+    enough = (1 - TEACHER.take_profit) * position.entry_price
+    if ask is not None and ask <= enough * ROUNDED_UP:
         return "take_profit"
     return "defence" if spot / position.strike >= TEACHER.defend else ""
 
@@ -92,7 +93,7 @@ def close_and_roll(position: Position, state: MarketState, reason: str, ask: flo
         return Exit(CLOSE, position, reason, (close,))
     quote = state.quotes.get(into.instrument)
     bid = quote.bid if quote else None
-    sale = Intention(SELL_CALL, order.format(ROLL), into.instrument, units, bid, ("roll", reason))
+    sale = Intention(SELL_CALL, order.format(ROLL), into.instrument, units, bid, ("roll", reason), position.instrument)
     return Exit(ROLL, position, reason, (close, sale))
 
 

@@ -160,7 +160,7 @@ def vetoes_of(
     Raises:
         CandidatesError: for a sale of what is not offered.
     """
-    case = Case(intention, state, portfolio, now, **more)
+    case = Case(intention, state, after_buy_back(portfolio, intention), now, **more)
     return [one for one in findings(case, rules) if isinstance(one, Veto)]
 
 
@@ -173,7 +173,7 @@ def notes_of(
     **more: Any,
 ) -> list[Note]:
     """What is to be logged of an entry and stops nothing: rules that could not be applied, and drift."""
-    case = Case(intention, state, portfolio, now, **more)
+    case = Case(intention, state, after_buy_back(portfolio, intention), now, **more)
     return [one for one in findings(case, rules) if isinstance(one, Note)]
 
 
@@ -394,6 +394,12 @@ CODES = ("kill_switch", *ENTRY_RULES)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What several of them ask
+
+
+def after_buy_back(portfolio: Portfolio, intention: Intention) -> Portfolio:
+    """Without the position that a roll's sale takes the place of; its delta is not known here, and stays."""
+    stays = tuple(one for one in portfolio.positions if one.instrument != intention.replaces)
+    return portfolio._replace(positions=stays)
 
 
 def unknown(code: str, limit: float | None, what: str) -> Note:

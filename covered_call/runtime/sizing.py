@@ -10,7 +10,7 @@ import numpy as np
 from covered_call.candidates.pricing import DAYS_PER_YEAR, black_scholes_call
 from covered_call.candidates.schema import Candidate, CandidatesError, shown
 from covered_call.runtime.risk import free_units
-from covered_call.runtime.state import NO_TRADE, SELL_CALL, Intention, MarketState, Portfolio, Proposal
+from covered_call.runtime.state import MarketState, Portfolio, Proposal
 
 METHODS = ("fixed", "holdings_share", "half_kelly")
 STEPS = {"BTC": 0.1, "ETH": 1.0}  # coins, of Deribit's contracts
@@ -53,8 +53,8 @@ class Sizing(NamedTuple):
     """Coins to sell, and how they were come by.
 
     Args:
-        units: whole contracts; 0 for no trade.
-        code: why there is none: "kelly", "too_small", or "unknown_risk" where the risk cannot be counted.
+        units: whole contracts; 0 is no trade.
+        code: of no trade, why: "kelly", "too_small", or "unknown_risk" where the risk cannot be counted.
         wanted: coins by the method alone.
         free: coins that no call is short of.
         at_risk: coins that max_risk_pct allows; None: it does not limit.
@@ -62,7 +62,7 @@ class Sizing(NamedTuple):
     """
 
     units: float
-    code: str | None
+    code: str
     wanted: float
     free: float
     at_risk: float | None = None
@@ -94,14 +94,7 @@ def size(
             return Sizing(0.0, "unknown_risk", wanted, free, kelly=kelly)
     units = round_down(min(wanted, free, math.inf if at_risk is None else at_risk), step)
     at_risk = None if at_risk == math.inf else at_risk
-    return Sizing(units, None if units else "too_small", wanted, free, at_risk, kelly)
-
-
-def entry_of(proposal: Proposal, sizing: Sizing, decision_id: str, limit_price: float | None = None) -> Intention:
-    """The sale, or no trade and why."""
-    if sizing.code:
-        return Intention(NO_TRADE, decision_id, reason_codes=(sizing.code,))
-    return Intention(SELL_CALL, decision_id, proposal.instrument, sizing.units, limit_price)
+    return Sizing(units, "" if units else "too_small", wanted, free, at_risk, kelly)
 
 
 def wanted_units(rules: SizingRules, held: float, free: float, kelly: float | None) -> float:

@@ -107,3 +107,4 @@ class Intention(NamedTuple):
     units: float = 0.0  # coins, above 0
     limit_price: float | None = None  # USD a coin
     reason_codes: tuple[str, ...] = ()
+    replaces: str | None = None  # of a roll's sale: the instrument whose buy-back was filled before
