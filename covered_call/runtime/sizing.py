@@ -15,7 +15,7 @@ from covered_call.runtime.state import MarketState, Portfolio, Proposal
 METHODS = ("fixed", "holdings_share", "half_kelly")
 STEPS = {"BTC": 0.1, "ETH": 1.0}  # coins, of Deribit's contracts
 DEVIATIONS = 1.65  # of spot, one-sided: 95 %
-ROUNDED = 1e-9  # steps, what floats round away
+ROUNDED = 1e-9  # of a step or of a share: what floats round away
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def size(
     step, free = step_of(underlying, rules), free_units(portfolio, underlying)
     kelly = kelly_share(proposal.confidence, payoff) if rules.method == "half_kelly" else None
     wanted = wanted_units(rules, portfolio.holdings.get(underlying, 0.0), free, kelly)
-    if rules.method == "half_kelly" and (kelly is None or kelly <= 0):
+    if rules.method == "half_kelly" and (kelly is None or kelly <= ROUNDED):
         return Sizing(0.0, "kelly", wanted, free, kelly=kelly)
     at_risk = None
     if rules.max_risk_pct is not None:
