@@ -305,4 +305,4 @@ def mean_of(weighted: list[tuple[float, float]]) -> float:
 
 
 def best_of(scores: dict[str | None, float]) -> str | None:
-    return min(scores, key=lambda name: (-round(scores[name], 12), name is not None, name or ""))
+    return min(scores, key=lambda name: (-round(scores[name], 12), name or ""))

@@ -93,6 +93,7 @@ CALM = {"distance": 0.04, "month": 0.2, "short_vol": 0.3, "realised_vol": 0.4}
         (CALM, "range"),
         (CALM | {"distance": -0.04}, "range"),
         (CALM | {"distance": 0.05}, "neutral"),
+        (CALM | {"distance": -0.05}, "neutral"),
         (CALM | {"distance": 0.05, "month": 0.0}, "neutral"),
         (CALM | {"short_vol": 0.4}, "neutral"),
         (CALM | {"realised_vol": None}, "neutral"),
