@@ -124,11 +124,19 @@ def penalty(moneyness: np.ndarray, past: Past) -> np.ndarray:
     _, short_vol, distance, week, month = past
     if distance is None or month is None or week is None or short_vol is None:
         return lost
-    if distance > 0.05 and month > 0.10:  # bull
+    trend = trend_of(distance, month)
+    if trend == "bull":
         lost += 1.0 * (moneyness - 1 < 0.05) + 0.5 * (month > 0.25)
-    elif distance < -0.05 and month < -0.10:  # bear
+    elif trend == "bear":
         lost += 0.5 * (week < -0.10)
     return lost + 0.5 * (0 < short_vol < 0.30) + 0.5 * (abs(distance) > 0.20)
+
+
+def trend_of(distance: float, month: float) -> str:
+    """ "bull", "bear" or "sideways", from spot's distance from its mean and its return over 30 days, as fractions."""
+    if distance > 0.05 and month > 0.10:
+        return "bull"
+    return "bear" if distance < -0.05 and month < -0.10 else "sideways"
 
 
 class Offer(NamedTuple):

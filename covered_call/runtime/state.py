@@ -86,6 +86,7 @@ class Proposal(NamedTuple):
     latency_s: float = 0.0
     cached: bool = False
     error: str | None = None  # why there is no answer: such a proposal never trades
+    probabilities: dict[str, float] | None = None  # of all answers, by instrument and "NO_TRADE"; None: it has none
 
 
 class Veto(NamedTuple):
@@ -106,3 +107,4 @@ class Intention(NamedTuple):
     units: float = 0.0  # coins, above 0
     limit_price: float | None = None  # USD a coin
     reason_codes: tuple[str, ...] = ()
+    replaces: str | None = None  # of a roll's sale: the instrument whose buy-back was filled before
