@@ -3,6 +3,7 @@
 import datetime
 
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from covered_call.runtime.risk import RiskRules, vetoes_of
 from covered_call.runtime.state import CLOSE, HOLD, ROLL, SELL_CALL
 
 from .moments import CANDIDATES, DAY, HIGH, LATER, LOW, NOW, account, moment, position, quote
+
+pytestmark = on_the_default_stack
 
 HELD = "BTC-16DEC25-96000-C"  # sold for 1,000, 4 days left, spot 92,000
 SECOND = datetime.timedelta(seconds=1)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from covered_call.runtime import fusion
 from covered_call.runtime.fusion import Disagreements, Fusion, fuse, q_confidence, regime_of, rule_confidence
 
 from .moments import CANDIDATES, DAY, HIGH, LATER, LOW, NOW, account, moment, said
+
+pytestmark = on_the_default_stack
 
 FAILED = {"error": "timed out"}
 

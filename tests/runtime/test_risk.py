@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from covered_call.runtime.risk import CODES, RiskRules, notes_of, vetoes_of
 from covered_call.runtime.state import CLOSE, HOLD, NO_TRADE, ROLL, Intention
 
 from .moments import CANDIDATES, DAY, LATER, NOW, account, moment, position, quote, sale, trades
+
+pytestmark = on_the_default_stack
 
 RULES = RiskRules()
 

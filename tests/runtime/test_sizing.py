@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -14,6 +15,8 @@ from covered_call.runtime.sizing import METHODS, SizingRules, kelly_share, loss_
 
 from .moments import CANDIDATES, LOW, NOW, account, moment, position, quote, said, sale
 from .test_risk import RULES
+
+pytestmark = on_the_default_stack
 
 FREE = {"max_risk_pct": None}
 
