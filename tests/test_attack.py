@@ -5,6 +5,8 @@ from attack import __main__ as attack
 from attack import columns, csv, hub, options
 from conftest import SCRIPT, on_the_default_stack, python
 
+pytestmark = pytest.mark.no_cover  # which coverage slows by half, for lines that other tests run, too
+
 SOUND = {"unclear": 0, "wrong": 0}
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT, on_the_default_stack
 
 # Judged on few decisions: it is the way that is tried, not the model.
 WORDS = (
-    "--validation_from 2025-11-01 --test_from 2025-11-20 "
+    "--exit_style tp_and_roll --validation_from 2025-11-01 --test_from 2025-11-20 "
     "--tiny_base_steps 2 --max_steps 1 --save_strategy no --eval_strategy no --load_best_model_at_end false"
 )
 
@@ -37,5 +37,16 @@ def test_the_wheel_trains_and_evaluates_on_its_own_sample(tmp_path):
     assert run(folder, installed, "-c", where).count(str(installed)) == 2
     train = ["train", "--config", "tiny", "--output_dir", "out/tiny", *WORDS.split()]
     assert "Saved in out/tiny" in run(folder, installed, "-m", "covered_call", *train)
-    judged = run(folder, installed, "-m", "covered_call", "evaluate", "--baselines_only", "--output_dir", "report")
-    assert "hold_to_expiry" in judged and (folder / "report" / "report.md").is_file()
+    judged = run(
+        folder,
+        installed,
+        "-m",
+        "covered_call",
+        "evaluate",
+        "--baselines_only",
+        "--exit_style",
+        "tp_and_roll",
+        "--output_dir",
+        "report",
+    )
+    assert "tp_and_roll" in judged and (folder / "report" / "report.md").is_file()

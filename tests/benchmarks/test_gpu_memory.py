@@ -40,6 +40,7 @@ def tiny(tmp_path_factory):
 # --- The command
 
 
+@on_the_default_stack
 @pytest.mark.slow
 def test_the_tiny_size_is_measured_on_the_cpu(tmp_path, monkeypatch, capsys):
     """Ours in a process of its own, as all works are; TRL's here, which spares the imports."""

@@ -426,6 +426,7 @@ def good(tmp_path_factory) -> dict[str, dict]:
     return {one["decision_id"]: one for one in records(path, "per_decision_ranking")}
 
 
+@pytest.mark.no_cover
 @on_the_default_stack
 @given(st.integers(2, len(GOOD) + 1), st.sampled_from(COLUMNS), corruptions)
 @example(6, "decision_time", "9999-12-31T23:00:00-05:00")

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from covered_call.candidates.number_texts import days, each_distinct, exact, money, ratio, ratios
 
+pytestmark = pytest.mark.no_cover  # which coverage slows by half, for lines that other tests run, too
+
 # Halves of a ten-thousandth: most lie just beside the middle, as floats, and those over a power of 2 exactly on it.
 halves = st.integers(-200_000, 200_000).map(lambda number: (number + 0.5) / 10_000)
 ties = st.integers(-400_000, 400_000).map(lambda number: number / 2**15)

@@ -20,7 +20,10 @@ from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decis
 from covered_call.candidates.settlement import PRESETS, Rule
 from covered_call.candidates.vols import Vols
 
-pytestmark = on_the_default_stack
+pytestmark = [
+    on_the_default_stack,
+    pytest.mark.no_cover,
+]  # which coverage slows by half, for lines that other tests run, too
 
 DAY = datetime.timedelta(days=1)
 SIMULATED = PRESETS["simulated"]

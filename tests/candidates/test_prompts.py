@@ -239,6 +239,7 @@ def prompts(path: str) -> list:
     ]
 
 
+@pytest.mark.no_cover
 @on_the_default_stack
 @given(states, st.randoms(use_true_random=False))
 def test_no_outcome_or_label_can_change_a_prompt(tmp_path, state, rng):

@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import CandidatesError
 
-pytestmark = on_the_default_stack
+pytestmark = [
+    on_the_default_stack,
+    pytest.mark.no_cover,
+]  # which coverage slows by half, for lines that other tests run, too
 
 RANKING = "per_decision_ranking"
 # A decision a day, of three rows, each day at a spot of its own: lines 2 to 4, 5 to 7, ...
