@@ -17,6 +17,7 @@ from covered_call.candidates.prompts import candidate_messages, order_candidates
 from covered_call.candidates.schema import Decision
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
 from covered_call.runtime.state import MarketState, Portfolio, Proposal
+from covered_call.runtime.worker import Said
 from covered_call.value_model.scorer import NO_CANDIDATE, QScorer
 
 SURE_WITHIN = 1.5  # of the score: a best score that is farther from the threshold is certain
@@ -191,15 +192,6 @@ class ExactCache:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
-
-
-class Said(NamedTuple):
-    """Of a language model's answer what a proposal is made of; the fields are those of its Answer."""
-
-    instrument: str | None
-    probability: float
-    margin: float
-    abstained: bool
 
 
 class Model(NamedTuple):

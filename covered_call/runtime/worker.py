@@ -9,14 +9,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from covered_call.candidates.schema import Decision
-from covered_call.runtime.policies import Said
 
 logger = logging.getLogger(__name__)
 
 READY = "ready"
+
+
+class Said(NamedTuple):
+    """Of a language model's answer what a proposal is made of; the fields are those of its Answer."""
+
+    instrument: str | None
+    probability: float
+    margin: float
+    abstained: bool
 
 
 class WorkerError(RuntimeError):
