@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from covered_call.candidates.schema import CandidatesError
+from covered_call.runtime.drift import drift_of
 from covered_call.runtime.journal import ABANDONED, Journal, read
 from covered_call.runtime.paper import (
     UNFILLED,
@@ -209,6 +210,7 @@ class Agent:
         journal: None writes nothing.
         about: of every line: mode, config_hash, versions.
         now: the clock; None takes the time of each state, as a replay does.
+        ranges: by policy the numbers that it was tuned on: what lies beyond them is logged. See drift_of.
     """
 
     def __init__(
@@ -220,9 +222,10 @@ class Agent:
         journal: Journal | None = None,
         about: dict | None = None,
         now: Callable[[], datetime.datetime] | None = None,
+        ranges: dict[str, dict[str, list[float]]] | None = None,
     ):
         self.sources, self.steps, self.venue, self.journal = sources, steps, venue, journal
-        self.about, self.now = about or {}, now
+        self.about, self.now, self.ranges = about or {}, now, ranges or {}
         self.portfolio, self.unwritten = begin(begins), [line_of(begins)]
         if journal:
             self.go_on(journal, begins)
@@ -297,9 +300,13 @@ class Agent:
             "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": held, "events": events,
             "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source},
             "sizing": plan.sized, "exits": plan.exits, "intention": plan.entry.intention,
-            "vetoes": plan.entry.vetoes, "latencies": latencies,
+            "vetoes": plan.entry.vetoes, "latencies": latencies, "drift": self.drift(state),
             "errors": [f"{one.source}: {one.error}" for one in plan.proposals if one.error],
         })  # fmt: skip
+
+    def drift(self, state: MarketState) -> dict[str, list[str]]:
+        """By policy, where the decision lies beyond what it was tuned on."""
+        return {name: found for name, its in self.ranges.items() if (found := drift_of(state.decision, its))}
 
     def send(self, state: MarketState, plan: Plan) -> tuple[Execution, ...]:
         """The plan's orders, one after another; each is completed in the log before the next one goes."""

@@ -73,7 +73,7 @@ class Recorded:
         due = [one for one in portfolio.positions if self.sold[key_of(one)].ends <= state.decision.decision_time]
         return [self.end(one) for one in due]
 
-    def rest(self, portfolio: Portfolio) -> list[Event]:
+    def rest(self, portfolio: Portfolio) -> list[Closed]:
         """The ends of what is open when the files end."""
         return [self.end(one) for one in portfolio.positions]
 
