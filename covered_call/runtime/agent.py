@@ -84,16 +84,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Policies(NamedTuple):
-    """Those of a configuration, in its order; what tells them apart, and what they were tuned on."""
+    """Those of a configuration, in its order; what tells them apart, what they were tuned on, and until when."""
 
     sources: list[Source]
     versions: dict[str, str]
     ranges: dict[str, dict[str, list[float]]]
+    tuned_to: dict[str, datetime.datetime]
 
 
 @contextlib.contextmanager
 def policies_of(config: AgentConfig) -> Generator[Policies]:
-    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {})
+    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {})
     with contextlib.ExitStack() as ends:
         for name, value in config.policy.items():
             if name == "rule":
@@ -109,7 +110,9 @@ def q_scorer(path: str, found: Policies) -> Source:
     path = os.path.join(path, FILE_NAME) if os.path.isdir(path) else path
     scorer = QScorer.load(path)
     found.versions["q"] = hash_of(path)
-    found.ranges["q"] = scorer.fitted.metadata["train"].get("numbers", {})
+    metadata = scorer.fitted.metadata
+    found.ranges["q"] = metadata["train"].get("numbers", {})
+    found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
     return Q(scorer)
 
 
@@ -117,6 +120,7 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     manifest = read_manifest(folder)
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
+    found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
     worker = Worker(functools.partial(load_policy, folder), rules.timeout_s)
     ends.callback(worker.stop)
     worker.wait_until_ready()
@@ -147,7 +151,8 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
                 break
     ends = venue.rest(agent.portfolio)
     results = [one.pnl_usd for one in agent.portfolio.trades] + [one.pnl_usd for one in ends]
-    print("\n".join([*told.lines(), *result_lines(results, venue.unknown), f"Log: {folder}"]))
+    seen = seen_lines(told.times, policies.tuned_to)
+    print("\n".join([*told.lines(), *result_lines(results, venue.unknown), *seen, f"Log: {folder}"]))
 
 
 def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
@@ -283,11 +288,12 @@ class Told:
     """Counts of cycles."""
 
     def __init__(self):
-        self.cycles = 0
+        self.cycles, self.times = 0, []
         self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
     def add(self, cycle: Cycle) -> None:
         self.cycles += 1
+        self.times.append(cycle.state.decision.decision_time)
         plan = cycle.plan
         self.counts["meant"][plan.entry.intention.action] += 1
         self.counts["by"][plan.fused.method] += 1
@@ -309,6 +315,17 @@ def result_lines(results: list[float], unknown: int) -> list[str]:
         "no verdict, for which see covered-call evaluate."
     ]
     return [*lines, f"{unknown:,} more were not made: what they bring is unknown."] if unknown else lines
+
+
+def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.datetime]) -> list[str]:
+    """Which of the decisions a policy was tuned on, or on what came after them."""
+    counts = {name: sum(time <= end for time in times) for name, end in tuned_to.items()}
+    return [
+        f"{count:,} of the decisions are of the time until {tuned_to[name]:%Y-%m-%d}, on which {name} was tuned: what "
+        "it does there says little."
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

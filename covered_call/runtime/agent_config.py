@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +110,7 @@ def checked(path: str, given: dict) -> AgentConfig:
     numbers = {f"holdings.{name}": (value, "a number of coins") for name, value in config.holdings.items()}
     numbers |= {f"querying.{name}": (value, "a number from 0") for name, value in config.querying.items()}
     for key, (value, what) in numbers.items():
-        if not is_number(value) or value < 0:
+        if not is_finite(value) or value < 0:
             raise wrong(path, key, value, what)
     check_top(path, config)
     try:
@@ -117,6 +118,10 @@ def checked(path: str, given: dict) -> AgentConfig:
     except CandidatesError as error:
         raise ConfigError(f"{path}, outcomes: {error}") from error
     return dataclasses.replace(config, holdings={name: float(value) for name, value in config.holdings.items()})
+
+
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def wrong(path: str, key: str, value: Any, what: str) -> ConfigError:
@@ -133,15 +138,15 @@ def check_policy(path: str, policy: Any) -> None:
                 raise wrong(path, f"policy.{name}", value, POLICIES[name])
             continue
         check_keys(path, "policy.rule", value, ("threshold",))
-        if not is_number(value.get("threshold", ROLL_MIN_SCORE)):
+        if not is_finite(value.get("threshold", ROLL_MIN_SCORE)):
             raise wrong(path, "policy.rule.threshold", value["threshold"], "a score")
 
 
 def check_top(path: str, config: AgentConfig) -> None:
     """The keys without keys of their own."""
-    if not is_number(config.cash_usd):
+    if not is_finite(config.cash_usd):
         raise wrong(path, "cash_usd", config.cash_usd, "a number of USD")
-    if not is_number(config.units) or config.units <= 0:
+    if not is_finite(config.units) or config.units <= 0:
         raise wrong(path, "units", config.units, "a number of coins above 0")
     if type(config.max_positions) is not int or config.max_positions < 1:
         raise wrong(path, "max_positions", config.max_positions, "a whole number from 1")
