@@ -6,10 +6,11 @@ import contextlib
 import datetime
 import functools
 import glob
+import heapq
 import itertools
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,30 +200,37 @@ def paths_of(pattern: str) -> list[str]:
 
 
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
-    """The snapshots of what is held, by the time at which each file begins.
+    """The snapshots of what is held, of all files by time; a file is opened when its time has come.
 
     Raises:
-        CandidatesError: if those of one underlying are not in order of time then.
+        CandidatesError: for an underlying that stands in two files at one time.
     """
-    readers = [its for path in paths if (its := peeked(read_snapshots(path, bad)))]
+    firsts = [next(read_snapshots(path, BadRows("skip")), None) for path in paths]
+    begins = sorted((first.time, path) for first, path in zip(firsts, paths, strict=True) if first)
+    waiting = collections.deque((time, place, path) for place, (time, path) in enumerate(begins))
+    merged: list[tuple[int, int, Snapshot, Iterator[Snapshot]]] = []
     last: dict[str, Snapshot] = {}
-    for _, snapshots in sorted(readers, key=lambda one: one[0]):
-        for snapshot in snapshots:
-            if snapshot.underlying not in config.holdings:
-                continue
-            before = last.get(snapshot.underlying)
-            if before and snapshot.time <= before.time:
-                raise CandidatesError(
-                    f"{snapshot.source} has {snapshot.underlying} at a time that is not after {before.source}'s last. "
-                    "Give files that do not overlap."
-                )
-            last[snapshot.underlying] = snapshot
+    while waiting or merged:
+        while waiting and (not merged or waiting[0][0] <= merged[0][0]):
+            _, place, path = waiting.popleft()
+            push(merged, place, read_snapshots(path, bad))
+        _, place, snapshot, rest = heapq.heappop(merged)
+        push(merged, place, rest)
+        before = last.get(snapshot.underlying)
+        if before and snapshot.time <= before.time:
+            raise CandidatesError(
+                f"{snapshot.source} has {snapshot.underlying} at a time that {before.source} has, too. Give one."
+            )
+        last[snapshot.underlying] = snapshot
+        if snapshot.underlying in config.holdings:
             yield snapshot
 
 
-def peeked(snapshots: Iterator[Snapshot]) -> tuple[int, Iterable[Snapshot]] | None:
-    first = next(snapshots, None)
-    return (first.time, itertools.chain([first], snapshots)) if first else None
+def push(merged: list, place: int, snapshots: Iterator[Snapshot]) -> None:
+    """The next snapshot of a file among those of others; of equal times the file of the lower place is first."""
+    snapshot = next(snapshots, None)
+    if snapshot:
+        heapq.heappush(merged, (snapshot.time, place, snapshot, snapshots))
 
 
 def closes_of(config: AgentConfig) -> dict[str, Series]:

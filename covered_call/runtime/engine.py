@@ -247,6 +247,8 @@ class Agent:
                 f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
                 f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
             )
+        if journal.last and journal.last.get("config_hash") != self.about.get("config_hash"):
+            logger.warning("%s: its last decision was taken with another configuration.", journal.folder)
         portfolio, last = rebuilt(read(journal.folder))
         assert portfolio is not None
         self.portfolio, self.unwritten = portfolio, []
@@ -254,10 +256,20 @@ class Agent:
             self.venue.recall(last)
 
     def run(self, states: Iterable[MarketState]) -> Iterator[Cycle]:
-        """A cycle for each state that was not decided already."""
+        """A cycle for each state that was not decided already.
+
+        Raises:
+            CandidatesError: for one of before the portfolio's last mark: what was held then is not known any more.
+        """
         for state in states:
-            if not (self.journal and state.decision.decision_id in self.journal.decided):
-                yield self.cycle(state)
+            if self.journal and state.decision.decision_id in self.journal.decided:
+                continue
+            if self.venue and state.decision.decision_time < self.portfolio.time:
+                raise CandidatesError(
+                    f"{state.decision.decision_id} is of before {self.portfolio.time.isoformat()}, up to when the "
+                    "portfolio is known. Give states by time, or another folder for the log."
+                )
+            yield self.cycle(state)
 
     def cycle(self, state: MarketState) -> Cycle:
         """Raises JournalError, before an order is sent, if it cannot be written down."""

@@ -65,12 +65,14 @@ class Journal:
         torn: how many half lines were moved away now.
         pending: (decision_id, order) of the orders that were meant and of which nothing more is known, in their order.
         decided: the ids of the decisions that were taken and not abandoned.
+        last: the last cycle; None of a new log.
     """
 
     def __init__(self, folder: Path, durable: bool = True):
         self.folder, self.durable = folder, durable
         self.pending: dict[tuple[str, int], dict] = {}
         self.decided: set[str] = set()
+        self.last: dict | None = None
         self.file: Any = None
         self.path: Path | None = None
         paths = files_of(folder)
@@ -87,6 +89,7 @@ class Journal:
             if line["execution"]["status"] == ABANDONED:
                 self.decided.discard(line["completes"])
             return
+        self.last = line
         self.decided.add(line["decision_id"])
         self.pending |= {(line["decision_id"], order): line for order in range(line["orders"])}
 

@@ -108,6 +108,28 @@ def test_paper_settles_at_the_closes_it_is_given(here, capsys):
     assert "equity before orders unknown" in said and "0 trade(s) closed" in said  # it is too late to know the price
 
 
+def test_markets_in_two_files_are_decided_in_turn(here, capsys):
+    coins = ("BTC", "ETH")
+    for coin in coins:
+        rows = [row | {"instrument_name": row["instrument_name"].replace("BTC", coin)} for row in chain()]
+        times = [NOW + datetime.timedelta(days=number, hours=coins.index(coin)) for number in range(3)]
+        write_harvest(here / f"{coin}.parquet", [row for time in times for row in as_history(rows, time)])
+    config = configured("policy: {rule: {threshold: 0.0}}\nholdings: {BTC: 1, ETH: 1}")
+    said = said_by(capsys, "paper", "--config", config, "--snapshot", "*.parquet")
+    assert re.findall(r"^(\w+) 2025", said, re.MULTILINE) == ["BTC", "ETH"] * 3
+    assert "orders: filled 2" in said and len(re.findall("vetoed, max_positions: 1 open", said)) == 4
+
+
+def test_going_on_with_an_earlier_time_is_an_error_and_with_another_configuration_is_said(here, capsys, caplog):
+    late = write_harvest(here / "late.parquet", as_history(chain(), NOW + datetime.timedelta(days=1)))
+    early = write_harvest(here / "early.parquet", as_history(chain(), NOW))
+    said_by(capsys, "paper", "--config", configured("units: 0.1"), "--snapshot", late)
+    assert not caplog.text
+    assert "up to when the portfolio is known" in fails("paper", "--config", "agent.yaml", "--snapshot", early)
+    said_by(capsys, "paper", "--config", configured("units: 0.2"), "--snapshot", late)
+    assert "taken with another configuration" in caplog.text
+
+
 def test_the_snapshots_of_files_are_taken_by_time(here, capsys):
     later = write_harvest(here / "a.parquet", as_history(chain(), NOW + datetime.timedelta(days=1)))
     write_harvest(here / "b.parquet", as_history(chain(), NOW))
@@ -115,7 +137,7 @@ def test_the_snapshots_of_files_are_taken_by_time(here, capsys):
     said = said_by(capsys, "shadow", "--config", config, "--snapshot", "*.parquet")
     assert re.findall(r"BTC (2025-12-\d\d)", said) == ["2025-12-10", "2025-12-11"]
     write_harvest(here / "c.parquet", as_history(chain(), NOW + datetime.timedelta(days=1)))
-    assert "Give files that do not overlap" in fails("shadow", "--config", config, "--snapshot", later, "c.parquet")
+    assert "at a time that" in fails("shadow", "--config", config, "--snapshot", later, "c.parquet")
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_a_replay_is_made_anew(logged, tmp_path):
     for again in (False, True):
         with opened(tmp_path / "log", durable=False) as journal:
             venue = Recorded(options)
-            begins = Begun(START, {"BTC": 1.0}, 0.0)
+            begins = Begun(logged[0].decision.decision_time, {"BTC": 1.0}, 0.0)
             if again:
                 with pytest.raises(CandidatesError, match="made anew"):
                     Agent([Rule()], REPLAY, venue, begins, journal)
