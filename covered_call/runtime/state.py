@@ -46,6 +46,7 @@ class Position(NamedTuple):
     entry_price: float
     entry_time: datetime.datetime
     rolls: int = 0  # how often its chain was rolled
+    entry_fee_usd: float = 0.0  # what its sale cost
 
 
 class Trade(NamedTuple):
@@ -68,6 +69,7 @@ class Portfolio(NamedTuple):
     margin_used_pct: float | None = None
     net_delta: float = 0.0  # coins
     trades: tuple[Trade, ...] = ()  # closed, by time
+    cash_usd: float = 0.0  # premiums received, less what was paid
 
     def short_units(self, underlying: str) -> float:
         """Coins that open calls of an underlying are short of, 0 or above."""

@@ -1,0 +1,359 @@
+"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, or on paper."""
+
+import argparse
+import collections
+import contextlib
+import datetime
+import functools
+import glob
+import heapq
+import itertools
+import os
+import signal
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from covered_call import __version__, atomic
+from covered_call.candidates.builder import Backtest, find_csvs
+from covered_call.candidates.data_options import Help, flags
+from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.schema import UTC, CandidatesError, shown
+from covered_call.candidates.series import Series, read_series
+from covered_call.candidates.source import HOME
+from covered_call.command_line import plain_errors, start_logging
+from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest
+from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
+from covered_call.market.teacher import PRESETS
+from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
+from covered_call.runtime.engine import PLAIN, Agent, Cycle, Steps, at_most, fixed
+from covered_call.runtime.journal import JournalError, opened
+from covered_call.runtime.paper import FILLED, Begun, Paper
+from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
+from covered_call.runtime.replay import Recorded, logged_in, states_from
+from covered_call.runtime.state import SELL_CALL, Portfolio
+from covered_call.runtime.worker import Worker, WorkerError, load_policy
+from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
+
+DESCRIPTION = """\
+Policies that decide over time, with a portfolio: the rule, a Q-scorer, a tuned language model, in the order in which
+one stands in for another that fails. No mode sends an order to an exchange.
+
+  replay   over the decisions of a backtest, whose calls bring what its files say
+  shadow   over snapshots of chains: decides and logs, and sells nothing
+  paper    over snapshots: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+
+Each decision is a line of decisions_YYYYMMDD.jsonl, on the disk before anything is done."""
+EXAMPLES = """\
+examples:
+  covered-call agent replay --config agent.yaml --data_files 'runs/*.csv'
+  covered-call agent shadow --config agent.yaml --snapshot 'chains/*.parquet'
+  covered-call agent paper  --config agent.yaml --snapshot 'chains/*.parquet'
+
+agent.yaml, with its defaults:
+  policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP
+  holdings: {BTC: 1.0}                 # coins
+  units: 0.1                           # coins that a sale is of
+  max_positions: 1                     # open calls of an underlying
+  exit_style: hold_to_expiry
+  preset: backtest                     # which calls of a chain are candidates
+  spots: null                          # CSV of daily closes, {underlying} in its name
+  state_dir: out/agent                 # where the logs are
+"""
+MODES = ("replay", "shadow", "paper")
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    start_logging()
+    errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
+    with plain_errors(args, *errors):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    config = read_config(args.config)
+    with policies_of(config) as policies, ended_by_ctrl_c() as stop:
+        if args.mode == "replay":
+            replay(args, config, policies, stop)
+        else:
+            watch(args, config, policies, stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+class Policies(NamedTuple):
+    """Those of a configuration, in its order; what tells them apart, what they were tuned on, and until when."""
+
+    sources: list[Source]
+    versions: dict[str, str]
+    ranges: dict[str, dict[str, list[float]]]
+    tuned_to: dict[str, datetime.datetime]
+
+
+@contextlib.contextmanager
+def policies_of(config: AgentConfig) -> Generator[Policies]:
+    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {})
+    with contextlib.ExitStack() as ends:
+        for name, value in config.policy.items():
+            if name == "rule":
+                found.sources.append(Rule(**value))
+            elif name == "q":
+                found.sources.append(q_scorer(value, found))
+            else:
+                found.sources.append(language_model(value, config, found, ends))
+        yield found
+
+
+def q_scorer(path: str, found: Policies) -> Source:
+    path = os.path.join(path, FILE_NAME) if os.path.isdir(path) else path
+    scorer = QScorer.load(path)
+    found.versions["q"] = hash_of(path)
+    metadata = scorer.fitted.metadata
+    found.ranges["q"] = metadata["train"].get("numbers", {})
+    found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
+    return Q(scorer)
+
+
+def language_model(folder: str, config: AgentConfig, found: Policies, ends: contextlib.ExitStack) -> Source:
+    manifest = read_manifest(folder)
+    model, rules = Model.of(manifest), config.rules_of_querying
+    found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
+    found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
+    worker = Worker(functools.partial(load_policy, folder), rules.timeout_s)
+    ends.callback(worker.stop)
+    worker.wait_until_ready()
+    return LanguageModel(worker.ask, rules, model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes
+
+
+def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
+    options = config.options
+    options.exit_style, options.on_bad_rows = config.exit_style, args.on_bad_rows
+    decisions = Backtest(find_csvs(args.data_files, args.data_dir, str(HOME)), options).decisions
+    for line in decisions.checks():
+        print(line)
+    stamp = f"replay-{datetime.datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = args.log or Path(config.state_dir) / stamp
+    venue = Recorded(options)
+    with opened(folder, durable=False) as journal:
+        begins = begins_of(config, datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC))
+        agent = Agent(policies.sources, steps_of(config), venue, begins, journal, about(args, config, policies),
+            ranges=policies.ranges)  # fmt: skip
+        told = Told()
+        for cycle in agent.run(venue.states(logged_in(decisions))):
+            told.add(cycle)
+            if stop:
+                break
+    ends = venue.rest(agent.portfolio)
+    results = [one.pnl_usd for one in agent.portfolio.trades] + [one.pnl_usd for one in ends]
+    seen = seen_lines(told.times, policies.tuned_to)
+    print("\n".join([*told.lines(), *result_lines(results, venue.unknown), *seen, f"Log: {folder}"]))
+
+
+def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
+    """Shadow and paper, over snapshots."""
+    bad, closes = BadRows(args.on_bad_rows), closes_of(config)
+    snapshots = in_time([path for pattern in args.snapshot for path in paths_of(pattern)], bad, config)
+    folder = args.log or Path(config.state_dir) / args.mode
+    venue = Paper(closes) if args.mode == "paper" else None
+    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad)
+    first = next(states, None)
+    if first is None:
+        raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
+    told = Told()
+    with opened(folder) as journal:
+        begins = begins_of(config, first.decision.decision_time)
+        agent = Agent(policies.sources, steps_of(config), venue, begins, journal, about(args, config, policies),
+            ranges=policies.ranges)  # fmt: skip
+        for cycle in agent.run(itertools.chain([first], states)):
+            told.add(cycle)
+            print(page(cycle, agent.drift(cycle.state)))
+            if stop:
+                break
+    again = "" if told.cycles else "All of these were decided before. "
+    print("\n".join([*told.lines(), f"{again}Log: {folder}"]))
+
+
+def steps_of(config: AgentConfig) -> Steps:
+    return PLAIN._replace(size=fixed(config.units), vetoes_of=at_most(config.max_positions))
+
+
+def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:
+    return Begun(time, dict(config.holdings), float(config.cash_usd))
+
+
+def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> dict:
+    return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
+
+
+def paths_of(pattern: str) -> list[str]:
+    found = sorted(glob.glob(pattern)) or [pattern]
+    if not os.path.isfile(found[0]):
+        raise CandidatesError(f"snapshot={shown(pattern)} is no file. Give Parquet files of option quotes.")
+    return found
+
+
+def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
+    """The snapshots of what is held, of all files by time; a file is opened when its time has come.
+
+    Raises:
+        CandidatesError: for an underlying that stands in two files at one time.
+    """
+    firsts = [next(read_snapshots(path, BadRows("skip")), None) for path in paths]
+    begins = sorted((first.time, path) for first, path in zip(firsts, paths, strict=True) if first)
+    waiting = collections.deque((time, place, path) for place, (time, path) in enumerate(begins))
+    merged: list[tuple[int, int, Snapshot, Iterator[Snapshot]]] = []
+    last: dict[str, Snapshot] = {}
+    while waiting or merged:
+        while waiting and (not merged or waiting[0][0] <= merged[0][0]):
+            _, place, path = waiting.popleft()
+            push(merged, place, read_snapshots(path, bad))
+        _, place, snapshot, rest = heapq.heappop(merged)
+        push(merged, place, rest)
+        before = last.get(snapshot.underlying)
+        if before and snapshot.time <= before.time:
+            raise CandidatesError(
+                f"{snapshot.source} has {snapshot.underlying} at a time that {before.source} has, too. Give one."
+            )
+        last[snapshot.underlying] = snapshot
+        if snapshot.underlying in config.holdings:
+            yield snapshot
+
+
+def push(merged: list, place: int, snapshots: Iterator[Snapshot]) -> None:
+    """The next snapshot of a file among those of others; of equal times the file of the lower place is first."""
+    snapshot = next(snapshots, None)
+    if snapshot:
+        heapq.heappush(merged, (snapshot.time, place, snapshot, snapshots))
+
+
+def closes_of(config: AgentConfig) -> dict[str, Series]:
+    if config.spots is None:
+        return {}
+    paths = {name: config.spots.replace("{underlying}", name) for name in config.holdings}
+    if len(paths) > 1 and len(set(paths.values())) == 1:
+        raise ConfigError(f"spots: {config.spots} is one file for {', '.join(paths)}: put {{underlying}} in its name.")
+    return {name: read_series(path, "spots", "spot", day_begins=8.0) for name, path in paths.items()}
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Generator[list]:
+    """A list that is not empty once Ctrl-C was typed: the cycle comes to its end first."""
+    asked: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if asked:  # typed again: at once
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("Ends after this decision.", flush=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def page(cycle: Cycle, drift: dict[str, list[str]]) -> str:
+    """A cycle on one screen."""
+    state, plan, executions, portfolio = cycle
+    decision, intention = state.decision, plan.entry.intention
+    lines = [
+        f"{decision.underlying} {decision.decision_time:%Y-%m-%d %H:%M:%S} UTC, {decision.exit_style}: spot "
+        f"{decision.spot:,.2f}, {len(decision.candidates)} candidates",
+        *(f"  {one.source}: {one.error or one.instrument or 'NO_TRADE'}" + ("" if one.error else
+            f" (confidence {one.confidence:.3f}; {one.reason})") for one in plan.proposals),
+        *(f"  drift, {name}: {'; '.join(found)}: its answer is a guess" for name, found in drift.items()),
+        f"  {intention.action} {intention.instrument or ''} by {plan.fused.method}"
+        + (f", {intention.units:g} coin(s)" if intention.action == SELL_CALL else ""),
+        *(f"  vetoed, {one.code}: {one.text}" for one in plan.entry.vetoes),
+        *(f"  {one.status}" + (f" at {one.price:,.2f} USD, fee {one.fee_usd:,.2f}" if one.status == FILLED
+            else f": {one.reason}") for one in executions),
+        *standing_lines(portfolio),
+    ]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def standing_lines(portfolio: Portfolio) -> list[str]:
+    if portfolio.equity_usd is None and not portfolio.positions:
+        return []
+    equity = "unknown" if portfolio.equity_usd is None else f"{portfolio.equity_usd:,.2f} USD"
+    held = ", ".join(f"{-one.units:g} {one.instrument} sold at {one.entry_price:,.2f}" for one in portfolio.positions)
+    return [f"  equity before orders {equity}; open: {held or 'nothing'}; {len(portfolio.trades)} trade(s) closed"]
+
+
+class Told:
+    """Counts of cycles."""
+
+    def __init__(self):
+        self.cycles, self.times = 0, []
+        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def add(self, cycle: Cycle) -> None:
+        self.cycles += 1
+        self.times.append(cycle.state.decision.decision_time)
+        plan = cycle.plan
+        self.counts["meant"][plan.entry.intention.action] += 1
+        self.counts["by"][plan.fused.method] += 1
+        self.counts["vetoed"].update(one.code for one in plan.entry.vetoes)
+        self.counts["orders"].update(one.status for one in cycle.executions)
+        self.counts["errors"].update(one.source for one in plan.proposals if one.error)
+
+    def lines(self) -> list[str]:
+        found = [f"{self.cycles:,} decisions"]
+        for name, its in self.counts.items():
+            if its:
+                found.append(f"  {name}: " + ", ".join(f"{key} {count:,}" for key, count in its.most_common()))
+        return found
+
+
+def result_lines(results: list[float], unknown: int) -> list[str]:
+    lines = [
+        f"{len(results):,} sales brought {sum(results):+,.2f} USD against holding the coin, at the files' own vols: "
+        "no verdict, for which see covered-call evaluate."
+    ]
+    return [*lines, f"{unknown:,} more were not made: what they bring is unknown."] if unknown else lines
+
+
+def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.datetime]) -> list[str]:
+    """Which of the decisions a policy was tuned on, or on what came after them."""
+    counts = {name: sum(time <= end for time in times) for name, end in tuned_to.items()}
+    return [
+        f"{count:,} of the decisions are of the time until {tuned_to[name]:%Y-%m-%d}, on which {name} was tuned: what "
+        "it does there says little."
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="covered-call agent", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=Help, allow_abbrev=False
+    )
+    parser.add_argument("mode", choices=MODES, help="what to do")
+    parser.add_argument("--config", metavar="YAML", required=True, help="what the agent is made of: see below")
+    parser.add_argument("--log", metavar="DIR", help="the folder of the log; default: one for the mode in state_dir, "
+        "of a replay a new one each time")  # fmt: skip
+    parser.add_argument(*flags("data_files"), nargs="+", metavar="CSV", help="of replay: files of the backtest, or "
+        "quoted globs; default: the CSVs in data/, else the simulated sample")  # fmt: skip
+    parser.add_argument(*flags("data_dir"), metavar="DIR", help="of replay: the folder of the CSVs")
+    parser.add_argument("--snapshot", nargs="+", metavar="PARQUET", help="of shadow and paper: files of option "
+        "quotes, or quoted globs")  # fmt: skip
+    parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
+        help="rows that cannot be: an error, or left out and counted; default: error")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if (args.mode == "replay") == bool(args.snapshot):
+        parser.error(f"{args.mode}: {'give no --snapshot' if args.snapshot else 'give --snapshot PARQUET'}.")
+    if args.mode != "replay" and (args.data_files or args.data_dir):
+        parser.error(f"{args.mode}: --data_files and --data_dir are for replay.")
+    return args

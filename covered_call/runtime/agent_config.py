@@ -1,0 +1,158 @@
+"""agent.yaml: what an agent is made of, each key checked before anything is loaded."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from covered_call.candidates.data_options import OUTCOME_OPTIONS
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
+from covered_call.candidates.schema import CandidatesError, is_number, shown
+from covered_call.candidates.settlement import ROLL_MIN_SCORE
+from covered_call.market.teacher import PRESETS
+from covered_call.runtime.policies import Querying
+
+POLICIES = {"llm": "a folder that covered-call train saved", "q": "a file, or its folder, that covered-call q-scorer "
+    "saved", "rule": "{threshold: SCORE}"}  # fmt: skip
+PRESETS_OF_CHAINS = tuple(name for name in PRESETS if name != "synthetic")
+
+
+class ConfigError(ValueError):
+    """An agent.yaml cannot be used; the message names file, key and value, and says what to do."""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The keys of agent.yaml.
+
+    Args:
+        policy: llm, q and rule, in the order in which one stands in for another that fails.
+        holdings: coins by underlying.
+        units: coins that a sale is of.
+        max_positions: open calls of an underlying at most.
+        preset: which calls of a chain are candidates: see covered-call chain.
+        spots: a CSV of daily closes, {underlying} in its name for one each; without it IV/RV is unknown.
+        state_dir: where the logs are, a folder for each mode.
+        querying: when the language model is asked: see Querying.
+        outcomes: of a replay, the options of outcomes and costs as the other commands have them, such as fee.
+    """
+
+    policy: dict[str, Any] = field(default_factory=lambda: {"rule": {"threshold": ROLL_MIN_SCORE}})
+    holdings: dict[str, float] = field(default_factory=lambda: {"BTC": 1.0})
+    cash_usd: float = 0.0
+    units: float = 0.1
+    max_positions: int = 1
+    exit_style: str = HOLD_TO_EXPIRY
+    preset: str = "backtest"
+    spots: str | None = None
+    state_dir: str = "out/agent"
+    querying: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rules_of_querying(self) -> Querying:
+        return Querying(**self.querying)
+
+    @property
+    def options(self) -> CoveredCallCandidatesConfig:
+        return CoveredCallCandidatesConfig(**self.outcomes)
+
+    @property
+    def sha(self) -> str:
+        """Tells two configurations apart in a log."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+KEYS = tuple(one.name for one in dataclasses.fields(AgentConfig))
+
+
+KEYS = tuple(one.name for one in dataclasses.fields(AgentConfig))
+
+
+def read_config(path: str) -> AgentConfig:
+    """Raises ConfigError for a file that is no YAML of these keys, or a value that no key takes."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={path} cannot be read: {error}. Give a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config={path} is no YAML: {' '.join(str(error).split())}. Mend it there.") from error
+    check_keys(path, "", given, KEYS)
+    return checked(path, given)
+
+
+def check_keys(path: str, of: str, given: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(given, dict):
+        where = f"{path}, {of}" if of else path
+        raise ConfigError(f"{where}: {shown(given)} has no keys. Give some of {', '.join(known)}.")
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            where = f" of {of}" if of else ""
+            raise ConfigError(f"{path}: {shown(key)} is no key{where}. Did you mean {nearest}?")
+
+
+def checked(path: str, given: dict) -> AgentConfig:
+    """The configuration, once each value is what its key takes."""
+    config = AgentConfig(**given)
+    check_policy(path, config.policy)
+    check_keys(path, "querying", config.querying, Querying._fields)
+    check_keys(path, "outcomes", config.outcomes, OUTCOME_OPTIONS)
+    if not isinstance(config.holdings, dict) or not config.holdings:
+        raise wrong(path, "holdings", config.holdings, "coins by underlying, such as {BTC: 1.0}")
+    numbers = {f"holdings.{name}": (value, "a number of coins") for name, value in config.holdings.items()}
+    numbers |= {f"querying.{name}": (value, "a number from 0") for name, value in config.querying.items()}
+    for key, (value, what) in numbers.items():
+        if not is_finite(value) or value < 0:
+            raise wrong(path, key, value, what)
+    check_top(path, config)
+    try:
+        config.options.check()
+    except CandidatesError as error:
+        raise ConfigError(f"{path}, outcomes: {error}") from error
+    return dataclasses.replace(config, holdings={name: float(value) for name, value in config.holdings.items()})
+
+
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+def wrong(path: str, key: str, value: Any, what: str) -> ConfigError:
+    return ConfigError(f"{path}, {key}: {shown(value)} is not {what}.")
+
+
+def check_policy(path: str, policy: Any) -> None:
+    check_keys(path, "policy", policy, tuple(POLICIES))
+    if not policy:
+        raise wrong(path, "policy", policy, f"one of {', '.join(POLICIES)}")
+    for name, value in policy.items():
+        if name != "rule":
+            if not isinstance(value, str):
+                raise wrong(path, f"policy.{name}", value, POLICIES[name])
+            continue
+        check_keys(path, "policy.rule", value, ("threshold",))
+        if not is_finite(value.get("threshold", ROLL_MIN_SCORE)):
+            raise wrong(path, "policy.rule.threshold", value["threshold"], "a score")
+
+
+def check_top(path: str, config: AgentConfig) -> None:
+    """The keys without keys of their own."""
+    if not is_finite(config.cash_usd):
+        raise wrong(path, "cash_usd", config.cash_usd, "a number of USD")
+    if not is_finite(config.units) or config.units <= 0:
+        raise wrong(path, "units", config.units, "a number of coins above 0")
+    if type(config.max_positions) is not int or config.max_positions < 1:
+        raise wrong(path, "max_positions", config.max_positions, "a whole number from 1")
+    for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS)):
+        if getattr(config, key) not in choices:
+            raise wrong(path, key, getattr(config, key), f"one of {', '.join(choices)}")
+    for key, value in (("state_dir", config.state_dir), ("spots", config.spots)):
+        if not (isinstance(value, str) and value) and (key, value) != ("spots", None):
+            raise wrong(path, key, value, "a path")
