@@ -3,6 +3,7 @@
 import argparse
 import collections
 import contextlib
+import dataclasses
 import datetime
 import functools
 import glob
@@ -26,12 +27,17 @@ from covered_call.language_model.manifest import PolicyError, hash_of, read_mani
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
 from covered_call.market.teacher import PRESETS
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
-from covered_call.runtime.engine import PLAIN, Agent, Cycle, Steps, at_most, fixed
+from covered_call.runtime.drift import drift_of
+from covered_call.runtime.engine import Agent, Cycle, Steps, fall_back
+from covered_call.runtime.exits import exits_of
+from covered_call.runtime.fusion import Fusion, fuse
 from covered_call.runtime.journal import JournalError, opened
 from covered_call.runtime.paper import FILLED, Begun, Paper
 from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
 from covered_call.runtime.replay import Recorded, logged_in, states_from
-from covered_call.runtime.state import SELL_CALL, Portfolio
+from covered_call.runtime.risk import RiskRules, vetoes_of
+from covered_call.runtime.sizing import SizingRules, size
+from covered_call.runtime.state import SELL_CALL, Intention, MarketState, Portfolio, Veto
 from covered_call.runtime.worker import Worker, WorkerError, load_policy
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
 
@@ -53,14 +59,18 @@ examples:
 agent.yaml, with its defaults:
   policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP
   holdings: {BTC: 1.0}                 # coins
-  units: 0.1                           # coins that a sale is of
-  max_positions: 1                     # open calls of an underlying
+  fusion: {mode: rules}                # of a language model with what stands beside it
+  sizing: {method: fixed, units: 0.1}  # coins that a sale is of
+  risk: {max_positions: 1}             # open calls of an underlying; and 20 rules more, and without: [CODE, ...]
+  exit: hold                           # of paper: or tp_and_roll, others_live
   exit_style: hold_to_expiry
   preset: backtest                     # which calls of a chain are candidates
   spots: null                          # CSV of daily closes, {underlying} in its name
   state_dir: out/agent                 # where the logs are
 """
 MODES = ("replay", "shadow", "paper")
+# Rules of risk that would stop everything, for what they look at is not known there.
+UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
 
 
 def main(arguments: list[str]) -> None:
@@ -143,7 +153,8 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
     venue = Recorded(options)
     with opened(folder, durable=False) as journal:
         begins = begins_of(config, datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC))
-        agent = Agent(policies.sources, steps_of(config), venue, begins, journal, about(args, config, policies),
+        steps = steps_of(config, args.mode, folder, policies.ranges)
+        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
             ranges=policies.ranges)  # fmt: skip
         told = Told()
         for cycle in agent.run(venue.states(logged_in(decisions))):
@@ -169,7 +180,8 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     told = Told()
     with opened(folder) as journal:
         begins = begins_of(config, first.decision.decision_time)
-        agent = Agent(policies.sources, steps_of(config), venue, begins, journal, about(args, config, policies),
+        steps = steps_of(config, args.mode, folder, policies.ranges)
+        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
             ranges=policies.ranges)  # fmt: skip
         for cycle in agent.run(itertools.chain([first], states)):
             told.add(cycle)
@@ -180,8 +192,31 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     print("\n".join([*told.lines(), f"{again}Log: {folder}"]))
 
 
-def steps_of(config: AgentConfig) -> Steps:
-    return PLAIN._replace(size=fixed(config.units), vetoes_of=at_most(config.max_positions))
+def steps_of(config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict]) -> Steps:
+    """How proposals are fused, sized, and stopped. A file KILL in the log's folder stops every order."""
+    known = () if mode == "paper" else UNKNOWN_IN[mode]
+    risk = RiskRules(**config.risk)
+    risk = dataclasses.replace(risk, without={*risk.without, *known})
+    sizing = SizingRules(**config.sizing)
+    if mode != "paper" and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
+        sizing = dataclasses.replace(sizing, max_risk_pct=None)
+    together = "llm" in config.policy and len(config.policy) > 1
+    fusion = Fusion(**config.fusion)
+
+    def vetoed(intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Veto]:
+        drift = [text for its in ranges.values() for text in drift_of(state.decision, its)]
+        killed = (Path(folder) / "KILL").exists()
+        return vetoes_of(intention, state, portfolio, risk, now, killed=killed, drift=drift)
+
+    def left(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Intention]:
+        return [order for one in exits_of(state, portfolio, config.exit, now) for order in one.intentions]
+
+    return Steps(
+        fuse=(lambda members, state, portfolio: fuse(members, state, portfolio, fusion)) if together else fall_back,
+        size=lambda proposal, state, portfolio: size(proposal, state, portfolio, sizing),
+        vetoes_of=vetoed,
+        exits=left,
+    )
 
 
 def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:

@@ -16,10 +16,15 @@ from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
 from covered_call.candidates.schema import CandidatesError, is_number, shown
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
 from covered_call.market.teacher import PRESETS
+from covered_call.runtime import exits
+from covered_call.runtime.fusion import Fusion
 from covered_call.runtime.policies import Querying
+from covered_call.runtime.risk import RiskRules
+from covered_call.runtime.sizing import SizingRules
 
 POLICIES = {"llm": "a folder that covered-call train saved", "q": "a file, or its folder, that covered-call q-scorer "
     "saved", "rule": "{threshold: SCORE}"}  # fmt: skip
+SECTIONS: dict[str, Any] = {"fusion": Fusion, "sizing": SizingRules, "risk": RiskRules}
 PRESETS_OF_CHAINS = tuple(name for name in PRESETS if name != "synthetic")
 
 
@@ -34,8 +39,10 @@ class AgentConfig:
     Args:
         policy: llm, q and rule, in the order in which one stands in for another that fails.
         holdings: coins by underlying.
-        units: coins that a sale is of.
-        max_positions: open calls of an underlying at most.
+        fusion: how the proposals of a language model and of what stands beside it become one: see Fusion.
+        sizing: how many coins a sale is of: see SizingRules.
+        risk: what stops an order: see RiskRules.
+        exit: when a call is bought back on paper: see exits.
         preset: which calls of a chain are candidates: see covered-call chain.
         spots: a CSV of daily closes, {underlying} in its name for one each; without it IV/RV is unknown.
         state_dir: where the logs are, a folder for each mode.
@@ -46,8 +53,10 @@ class AgentConfig:
     policy: dict[str, Any] = field(default_factory=lambda: {"rule": {"threshold": ROLL_MIN_SCORE}})
     holdings: dict[str, float] = field(default_factory=lambda: {"BTC": 1.0})
     cash_usd: float = 0.0
-    units: float = 0.1
-    max_positions: int = 1
+    fusion: dict[str, Any] = field(default_factory=dict)
+    sizing: dict[str, Any] = field(default_factory=dict)
+    risk: dict[str, Any] = field(default_factory=dict)
+    exit: str = "hold"
     exit_style: str = HOLD_TO_EXPIRY
     preset: str = "backtest"
     spots: str | None = None
@@ -105,6 +114,8 @@ def checked(path: str, given: dict) -> AgentConfig:
     check_policy(path, config.policy)
     check_keys(path, "querying", config.querying, Querying._fields)
     check_keys(path, "outcomes", config.outcomes, OUTCOME_OPTIONS)
+    for key, kind in SECTIONS.items():
+        check_section(path, key, getattr(config, key), kind)
     if not isinstance(config.holdings, dict) or not config.holdings:
         raise wrong(path, "holdings", config.holdings, "coins by underlying, such as {BTC: 1.0}")
     numbers = {f"holdings.{name}": (value, "a number of coins") for name, value in config.holdings.items()}
@@ -118,6 +129,21 @@ def checked(path: str, given: dict) -> AgentConfig:
     except CandidatesError as error:
         raise ConfigError(f"{path}, outcomes: {error}") from error
     return dataclasses.replace(config, holdings={name: float(value) for name, value in config.holdings.items()})
+
+
+def check_section(path: str, key: str, given: Any, kind: Any) -> None:
+    """That a section makes one of its dataclass, whose defaults say what each value is."""
+    fields = {one.name: one for one in dataclasses.fields(kind)}
+    check_keys(path, key, given, tuple(fields))
+    for name, value in given.items():
+        default = fields[name].default
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if (number and not is_finite(value)) or (isinstance(default, bool) and not isinstance(value, bool)):
+            raise wrong(path, f"{key}.{name}", value, "a number" if number else "true or false")
+    try:
+        kind(**given)
+    except (CandidatesError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}, {key}: {error}") from error
 
 
 def is_finite(value: Any) -> bool:
@@ -146,11 +172,7 @@ def check_top(path: str, config: AgentConfig) -> None:
     """The keys without keys of their own."""
     if not is_finite(config.cash_usd):
         raise wrong(path, "cash_usd", config.cash_usd, "a number of USD")
-    if not is_finite(config.units) or config.units <= 0:
-        raise wrong(path, "units", config.units, "a number of coins above 0")
-    if type(config.max_positions) is not int or config.max_positions < 1:
-        raise wrong(path, "max_positions", config.max_positions, "a whole number from 1")
-    for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS)):
+    for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS), ("exit", exits.STYLES)):
         if getattr(config, key) not in choices:
             raise wrong(path, key, getattr(config, key), f"one of {', '.join(choices)}")
     for key, value in (("state_dir", config.state_dir), ("spots", config.spots)):

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from covered_call.candidates.schema import CandidatesError
 from covered_call.runtime.drift import drift_of
+from covered_call.runtime.fusion import Fused
 from covered_call.runtime.journal import ABANDONED, Journal, read
 from covered_call.runtime.paper import (
     UNFILLED,
@@ -25,6 +26,7 @@ from covered_call.runtime.paper import (
     rebuilt,
 )
 from covered_call.runtime.policies import Source, first_that_answers, proposals_of
+from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import (
     ENTRIES,
     HOLD,
@@ -44,21 +46,6 @@ NO_PROPOSAL, TOO_SMALL = "no_proposal", "too_small"
 NOT_SENT, ROLLED = "not_sent", "roll"  # of an order that no venue sees, and the reason of one after a ROLL
 
 
-class Fused(NamedTuple):
-    """What the proposals come to, and how: the method says which branch was taken."""
-
-    proposal: Proposal
-    method: str
-    weights: dict[str, float] = {}
-
-
-class Sized(NamedTuple):
-    """How many coins to sell; 0 is no trade, and the code says why."""
-
-    units: float
-    code: str = ""
-
-
 class Steps(NamedTuple):
     """What an agent is put together from; each is pure.
 
@@ -71,21 +58,21 @@ class Steps(NamedTuple):
         limit: the limit price of a sale, USD a coin; None is whatever the bid is.
     """
 
-    fuse: Callable[[Sequence[Proposal], MarketState], Fused]
-    size: Callable[[Proposal, MarketState, Portfolio], Sized]
+    fuse: Callable[[Sequence[Proposal], MarketState, Portfolio], Fused]
+    size: Callable[[Proposal, MarketState, Portfolio], Sizing]
     vetoes_of: Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]
-    exits: Callable[[MarketState, Portfolio], Sequence[Intention]]
+    exits: Callable[[MarketState, Portfolio, datetime.datetime], Sequence[Intention]]
     limit: Callable[[str, MarketState], float | None] = lambda instrument, state: None
 
 
-def fall_back(proposals: Sequence[Proposal], state: MarketState) -> Fused:
+def fall_back(proposals: Sequence[Proposal], state: MarketState, portfolio: Portfolio) -> Fused:
     """The first policy that answers, named."""
     proposal = first_that_answers(proposals)
     return Fused(proposal, "fallback" if proposals and proposal.source != proposals[0].source else proposal.source)
 
 
-def fixed(units: float) -> Callable[[Proposal, MarketState, Portfolio], Sized]:
-    return lambda proposal, state, portfolio: Sized(units)
+def fixed(units: float) -> Callable[[Proposal, MarketState, Portfolio], Sizing]:
+    return lambda proposal, state, portfolio: Sizing(units)
 
 
 def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]:
@@ -102,7 +89,7 @@ def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, date
     return vetoes_of
 
 
-def hold(state: MarketState, portfolio: Portfolio) -> Sequence[Intention]:
+def hold(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> Sequence[Intention]:
     return ()
 
 
@@ -125,7 +112,7 @@ class Plan(NamedTuple):
 
     proposals: tuple[Proposal, ...]
     fused: Fused
-    sized: Sized | None  # None where nothing is to be sold
+    sized: Sizing | None  # None where nothing is to be sold
     exits: tuple[Order, ...]
     entry: Order
 
@@ -146,16 +133,16 @@ def plan_of(
     """
     exits = [
         Order(one, tuple(steps.vetoes_of(one, state, portfolio, now)))
-        for one in steps.exits(state, portfolio)
+        for one in steps.exits(state, portfolio, now)
         if one.action != HOLD
     ]
-    fused = steps.fuse(proposals, state)
+    fused = steps.fuse(proposals, state, portfolio)
     entry, sized = entry_of(state, portfolio, fused, steps)
     vetoes = steps.vetoes_of(entry, state, portfolio, now) if entry.action == SELL_CALL else ()
     return Plan(tuple(proposals), fused, sized, tuple(exits), Order(entry, tuple(vetoes)))
 
 
-def entry_of(state: MarketState, portfolio: Portfolio, fused: Fused, steps: Steps) -> tuple[Intention, Sized | None]:
+def entry_of(state: MarketState, portfolio: Portfolio, fused: Fused, steps: Steps) -> tuple[Intention, Sizing | None]:
     """The sale that was proposed, or NO_TRADE with the reason."""
     decision_id, instrument = state.decision.decision_id, fused.proposal.instrument
     if instrument is None or fused.proposal.error:
@@ -346,7 +333,8 @@ class Agent:
         if intention.action == SELL_CALL:
             if ROLLED in intention.reason_codes and rolled is None:
                 return Execution(NOT_SENT, "what it was to take the place of is not closed"), [], None
-            return *self.venue.sell(intention, state, rolled.rolls + 1 if rolled else 0), None
+            rolls = rolled.rolls + 1 if rolled and ROLLED in intention.reason_codes else 0
+            return *self.venue.sell(intention, state, rolls), None
         position = next((one for one in self.portfolio.positions if one.instrument == intention.instrument), None)
         if position is None:
             return Execution(NOT_SENT, f"{intention.instrument} is not held"), [], None

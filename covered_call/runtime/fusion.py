@@ -11,10 +11,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from covered_call.candidates.columns import microseconds
 from covered_call.candidates.schema import NO_TRADE, CandidatesError, shown
@@ -75,7 +71,7 @@ class Fused(NamedTuple):
 
     proposal: Proposal
     method: str
-    weights: dict[str, float]
+    weights: dict[str, float] = {}
 
 
 class Disagreements(NamedTuple):
@@ -252,6 +248,11 @@ def llm_chance(features: tuple[float, ...], settled: Disagreements, state: Marke
     won = settled.llm_won[known]
     if len(won) < MIN_DISAGREEMENTS or won.all() or not won.any():
         return None
+    from sklearn.impute import SimpleImputer  # only here: no other mode waits for it
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), LogisticRegression())
     return float(model.fit(settled.features[known], won).predict_proba([features])[0, 1])
 

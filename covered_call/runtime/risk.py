@@ -26,7 +26,7 @@ class RiskRules:
     """The limits, and their defaults.
 
     Args:
-        off: codes of rules that are not applied; the kill switch always is.
+        without: codes of rules that are not applied; the kill switch always is.
         kill_switch: stops every order, exits too.
         max_positions: short calls of an underlying at once; 6 in research.
         expiry_share: of the holdings, what calls of one expiry may be short of.
@@ -52,7 +52,7 @@ class RiskRules:
         CandidatesError: for a value that cannot be.
     """
 
-    off: Collection[str] = ()
+    without: Collection[str] = ()
     kill_switch: bool = False
     max_positions: int = 1
     expiry_share: float = 1.0
@@ -81,14 +81,16 @@ class RiskRules:
     drift_stops: bool = False
 
     def __post_init__(self):
-        choices = {"off": set(ENTRY_RULES), "blocked_hours": set(range(24)), "blocked_weekdays": set(WEEKDAYS)}
+        choices = {"without": set(ENTRY_RULES), "blocked_hours": set(range(24)), "blocked_weekdays": set(WEEKDAYS)}
         for name, known in choices.items():
             strange = [one for one in getattr(self, name) if one not in known]
             if strange:
                 raise CandidatesError(f"{name}: {shown(strange[0])} is none of {', '.join(map(str, sorted(known)))}.")
         for name in ("consecutive_losses", "min_trades", "max_drawdown_pct"):
             if not getattr(self, name) > 0:
-                raise CandidatesError(f"{name}={getattr(self, name)!r}: give a number above 0, or put its rule off.")
+                raise CandidatesError(
+                    f"{name}={getattr(self, name)!r}: give a number above 0, or name its rule in without."
+                )
 
 
 class Note(NamedTuple):
@@ -182,7 +184,7 @@ def findings(case: Case, rules: RiskRules) -> list[Finding]:
         return [kill_switch(case, rules)]
     if case.intention.action not in ENTRIES:
         return []
-    applied = [rule for code, rule in ENTRY_RULES.items() if code not in rules.off]
+    applied = [rule for code, rule in ENTRY_RULES.items() if code not in rules.without]
     return [kill_switch(case, rules), *(rule(case, rules) for rule in applied)]
 
 

@@ -62,9 +62,9 @@ class Sizing(NamedTuple):
     """
 
     units: float
-    code: str
-    wanted: float
-    free: float
+    code: str = ""
+    wanted: float = 0.0
+    free: float = math.inf
     at_risk: float | None = None
     kelly: float | None = None
 

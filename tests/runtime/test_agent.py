@@ -22,9 +22,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+WIDE = "risk: {max_spread_pct: 10}\n"  # as the quotes of these tests are
+FREE = (
+    "risk: {max_positions: 999, without: [not_covered, expiry_exposure, net_delta, win_rate, consecutive_losses, "
+    "dd_buffer, min_ivrv]}"
+)
+
+
 def configured(text: str) -> str:
     with open("agent.yaml", "w") as file:
-        file.write(text)
+        file.write(text if "risk" in text or ": " not in text else f"{text}\n{WIDE}")
     return "agent.yaml"
 
 
@@ -46,7 +53,7 @@ def week(path, days: int = 4) -> str:
 
 def test_a_replay_tells_what_was_sold_and_what_that_brought(here, capsys):
     path = write_csv(here / "walk.csv", walk(60, "hold_to_expiry"))
-    config = configured("units: 1.0\nmax_positions: 999\n")
+    config = configured(f"sizing: {{units: 1.0}}\n{FREE}\n")
     said = said_by(capsys, "replay", "--config", config, "--data_files", path)
     assert "60 decisions\n  meant: SELL_CALL 30, NO_TRADE 30\n  by: rule 60\n  orders: filled 27, unfilled 3\n" in said
     assert re.search(r"27 sales brought [+-][\d,.]+ USD against holding the coin, at the files' own vols", said)
@@ -57,7 +64,9 @@ def test_a_replay_tells_what_was_sold_and_what_that_brought(here, capsys):
 
 def test_one_position_at_most_is_the_default_and_its_vetoes_are_counted(here, capsys):
     path = write_csv(here / "walk.csv", walk(60, "hold_to_expiry"))
-    said = said_by(capsys, "replay", "--config", configured("units: 1.0"), "--data_files", path, "--log", "log")
+    said = said_by(
+        capsys, "replay", "--config", configured("sizing: {units: 1.0}"), "--data_files", path, "--log", "log"
+    )
     assert "vetoed: max_positions" in said and {line["config_hash"] for line in read("log") if "mode" in line}
     assert "One is made anew" in fails("replay", "--config", "agent.yaml", "--data_files", path, "--log", "log")
 
@@ -90,7 +99,7 @@ def test_paper_sells_at_the_bid_holds_one_call_and_says_what_it_is_worth(here, c
     config = configured("policy: {rule: {threshold: 0.0}}")
     said = said_by(capsys, "paper", "--config", config, "--snapshot", path)
     assert len(re.findall(r"  filled at [\d,.]+ USD, fee \d\.\d\d\n", said)) == 1
-    assert len(re.findall("vetoed, max_positions: 1 open call", said)) == 3
+    assert len(re.findall("vetoed, max_positions: 1 short calls of BTC are open", said)) == 3
     assert re.search(r"equity before orders [\d,.]+ USD; open: 0\.1 BTC-19DEC25-\d+-C sold at [\d,.]+; 0 trade", said)
     assert "orders: filled 1" in said
 
@@ -114,19 +123,19 @@ def test_markets_in_two_files_are_decided_in_turn(here, capsys):
         rows = [row | {"instrument_name": row["instrument_name"].replace("BTC", coin)} for row in chain()]
         times = [NOW + datetime.timedelta(days=number, hours=coins.index(coin)) for number in range(3)]
         write_harvest(here / f"{coin}.parquet", [row for time in times for row in as_history(rows, time)])
-    config = configured("policy: {rule: {threshold: 0.0}}\nholdings: {BTC: 1, ETH: 1}")
+    config = configured("policy: {rule: {threshold: 0.0}}\nholdings: {BTC: 1, ETH: 1}\nsizing: {step: 0.1}")
     said = said_by(capsys, "paper", "--config", config, "--snapshot", "*.parquet")
     assert re.findall(r"^(\w+) 2025", said, re.MULTILINE) == ["BTC", "ETH"] * 3
-    assert "orders: filled 2" in said and len(re.findall("vetoed, max_positions: 1 open", said)) == 4
+    assert "orders: filled 2" in said and len(re.findall("vetoed, max_positions: 1 short", said)) == 4
 
 
 def test_going_on_with_an_earlier_time_is_an_error_and_with_another_configuration_is_said(here, capsys, caplog):
     late = write_harvest(here / "late.parquet", as_history(chain(), NOW + datetime.timedelta(days=1)))
     early = write_harvest(here / "early.parquet", as_history(chain(), NOW))
-    said_by(capsys, "paper", "--config", configured("units: 0.1"), "--snapshot", late)
+    said_by(capsys, "paper", "--config", configured("sizing: {units: 0.1}"), "--snapshot", late)
     assert not caplog.text
     assert "up to when the portfolio is known" in fails("paper", "--config", "agent.yaml", "--snapshot", early)
-    said_by(capsys, "paper", "--config", configured("units: 0.2"), "--snapshot", late)
+    said_by(capsys, "paper", "--config", configured("sizing: {units: 0.2}"), "--snapshot", late)
     assert "taken with another configuration" in caplog.text
 
 
@@ -150,9 +159,13 @@ def test_the_snapshots_of_files_are_taken_by_time(here, capsys):
         ("policy: {}", "policy: {} is not one of llm, q, rule."),
         ("policy: {llm: 3}", "policy.llm: 3 is not a folder"),
         ("policy: rule", "policy: 'rule' has no keys. Give some of llm, q, rule."),
-        ("units: 0", "units: 0 is not a number of coins above 0."),
-        ("units: .nan", "units: nan is not a number of coins above 0."),
-        ("max_positions: 0", "max_positions: 0 is not a whole number from 1."),
+        ("sizing: {units: 0}", "sizing: units=0: give a number above 0."),
+        ("sizing: {units: .nan}", "sizing.units: nan is not a number."),
+        ("sizing: {unit: 1}", "'unit' is no key of sizing. Did you mean units?"),
+        ("risk: {max_position: 0}", "'max_position' is no key of risk. Did you mean max_positions?"),
+        ("risk: {without: [spreads]}", "risk: without: 'spreads' is none of"),
+        ("fusion: {mode: both}", "fusion: mode='both': choose one of llm, second"),
+        ("exit: never", "exit: 'never' is not one of hold, tp_and_roll"),
         ("holdings: {BTC: lots}", "holdings.BTC: 'lots' is not a number of coins."),
         ("holdings: {BTC: .inf}", "holdings.BTC: inf is not a number of coins."),
         ("holdings: []", "holdings: [] is not coins by underlying"),
@@ -174,16 +187,16 @@ def test_a_configuration_that_cannot_be_is_one_line_that_names_it(here, text, me
 
 
 def test_the_hash_of_a_configuration_is_that_of_what_it_says(here):
-    one = read_config(configured("units: 0.2\nholdings: {BTC: 1}"))
-    assert one.sha == read_config(configured("# as before\nholdings: {BTC: 1.0}\nunits: 0.2")).sha
-    assert one.sha != read_config(configured("units: 0.3")).sha
+    one = read_config(configured("sizing: {units: 0.2}\nholdings: {BTC: 1}"))
+    assert one.sha == read_config(configured("# as before\nholdings: {BTC: 1.0}\nsizing: {units: 0.2}")).sha
+    assert one.sha != read_config(configured("sizing: {units: 0.3}")).sha
 
 
 def test_what_does_not_go_together_is_said(here, capsys):
     config = configured("policy: {q: none.zip}")
     assert "none.zip is no file: make one with covered-call q-scorer" in fails("replay", "--config", config)
     assert "is no file. Give Parquet files" in fails(
-        "shadow", "--config", configured("units: 1"), "--snapshot", "no.parquet"
+        "shadow", "--config", configured("sizing: {units: 1}"), "--snapshot", "no.parquet"
     )
     for arguments, message in ((["shadow"], "give --snapshot"), (["replay", "--snapshot", "a"], "give no --snapshot"),
             (["paper", "--snapshot", "a", "--data_dir", "b"], "are for replay")):  # fmt: skip

@@ -17,8 +17,6 @@ from covered_call.runtime.engine import (
     PLAIN,
     ROLLED,
     Agent,
-    Fused,
-    Sized,
     Steps,
     at_most,
     entry_of,
@@ -27,10 +25,12 @@ from covered_call.runtime.engine import (
     hold,
     plan_of,
 )
+from covered_call.runtime.fusion import Fused
 from covered_call.runtime.journal import opened, read
 from covered_call.runtime.paper import FILLED, UNFILLED, Begun, Execution, Paper, begin
 from covered_call.runtime.policies import Rule
 from covered_call.runtime.replay import Recorded, states_from
+from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import CLOSE, HOLD, NO_TRADE, ROLL, SELL_CALL, Intention, Proposal, Quote, Veto
 from runtime.markets import BEGUN, DAY, FREELY, ONE, START, quoted_state, quoted_states
 
@@ -63,10 +63,10 @@ def test_vetoes_are_all_there_and_what_is_vetoed_is_not_sent():
 
 @pytest.mark.parametrize(
     ("proposal", "sized", "codes"),
-    [(Proposal("rule", None, 1.0), Sized(1.0), ("rule",)),
-     (Proposal("llm", "X", 1.0, error="broken"), Sized(1.0), ("rule",)),
-     (Proposal("rule", "X", 1.0), Sized(0.0, "kelly"), ("kelly",)),
-     (Proposal("rule", "X", 1.0), Sized(0.0), ("too_small",))],
+    [(Proposal("rule", None, 1.0), Sizing(1.0), ("rule",)),
+     (Proposal("llm", "X", 1.0, error="broken"), Sizing(1.0), ("rule",)),
+     (Proposal("rule", "X", 1.0), Sizing(0.0, "kelly"), ("kelly",)),
+     (Proposal("rule", "X", 1.0), Sizing(0.0), ("too_small",))],
 )  # fmt: skip
 def test_no_trade_says_why(proposal, sized, codes):
     steps = FREELY._replace(size=lambda proposal, state, portfolio: sized)
@@ -76,7 +76,7 @@ def test_no_trade_says_why(proposal, sized, codes):
 
 def test_fusion_and_limit_are_the_steps():
     other = Proposal("q", "BTC-10JAN25-105000-C", 0.9)
-    steps = FREELY._replace(fuse=lambda proposals, state: Fused(other, "second_confident", {"q": 0.7}),
+    steps = FREELY._replace(fuse=lambda proposals, state, portfolio: Fused(other, "second_confident", {"q": 0.7}),
         limit=lambda name, state: state.quotes[name].mid)  # fmt: skip
     (cycle,) = Agent([Rule()], steps, Paper(), BEGUN).run([quoted_state()])
     intention = cycle.plan.entry.intention
@@ -89,13 +89,13 @@ def test_fusion_and_limit_are_the_steps():
 
 
 def exits_by(*intentions):
-    return FREELY._replace(exits=lambda state, portfolio: intentions if portfolio.positions else (), fuse=once)
+    return FREELY._replace(exits=lambda state, portfolio, now: intentions if portfolio.positions else (), fuse=once)
 
 
-def once(proposals, state):
+def once(proposals, state, portfolio):
     """Sells on the first day alone."""
     first = state.decision.decision_time == START
-    return fall_back(proposals, state) if first else Fused(Proposal("nobody", None, 1.0), "nobody")
+    return fall_back(proposals, state, portfolio) if first else Fused(Proposal("nobody", None, 1.0), "nobody")
 
 
 def held_then(steps: Steps, quotes=None):
@@ -157,7 +157,7 @@ def test_a_line_tells_all_that_was_known_and_meant(tmp_path):
     assert sold["state"]["decision"] == json.loads(json.dumps(states[1].decision.to_dict()))
     offered = {one.instrument for one in states[1].decision.candidates}
     assert {one["instrument"] for one in sold["state"]["quotes"]} == offered
-    assert sold["sizing"] == {"units": 0.1, "code": ""} and sold["proposals"][0]["confidence"] > 0.5
+    assert sold["sizing"]["units"] == 0.1 and sold["proposals"][0]["confidence"] > 0.5
     assert completion["completes"] == sold["decision_id"] and completion["execution"]["status"] == FILLED
     assert [one["code"] for one in vetoed["vetoes"]] == ["max_positions"] and vetoed["orders"] == 0
     assert vetoed["portfolio"]["positions"] and {"state", "plan", "rule"} <= vetoed["latencies"].keys()
@@ -341,7 +341,7 @@ def test_paper_sells_a_snapshots_call_at_its_bid(tmp_path):
     (cycle,) = Agent([Rule(-100.0)], PLAIN, Paper(), BEGUN).run([state])
     (position,) = cycle.portfolio.positions
     assert position.entry_price == state.quotes[position.instrument].bid and position.units == -1.0
-    assert hold(state, cycle.portfolio) == ()
+    assert hold(state, cycle.portfolio, START) == ()
 
 
 @needs_real_data

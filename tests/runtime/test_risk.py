@@ -204,7 +204,7 @@ def test_who_is_blocked_is_told_numbers_that_are_past_a_limit(case):
     assert len({one.code for one in (*vetoes, *notes)}) == len(vetoes) + len(notes)
     assert [one.code for one in vetoes] == sorted((one.code for one in vetoes), key=CODES.index)
     assert (
-        codes(**case, off=[one.code for one in vetoes if one.code != "kill_switch"])
+        codes(**case, without=[one.code for one in vetoes if one.code != "kill_switch"])
         == ["kill_switch"] * (case["more"]["killed"])
     )
 
@@ -384,11 +384,11 @@ def test_a_negative_net_delta_counts_as_a_positive_one():
 
 def test_rules_that_cannot_be():
     for rules, match in (
-        ({"off": ["spreads"]}, "off: 'spreads' is none of blocked_hours, "),
-        ({"off": ["kill_switch"]}, "off: 'kill_switch' is none of"),
+        ({"without": ["spreads"]}, "without: 'spreads' is none of blocked_hours, "),
+        ({"without": ["kill_switch"]}, "without: 'kill_switch' is none of"),
         ({"blocked_hours": [24]}, "blocked_hours: 24 is none of 0, 1"),
         ({"blocked_weekdays": ["Monday"]}, "blocked_weekdays: 'Monday' is none of"),
-        ({"consecutive_losses": 0}, "consecutive_losses=0: give a number above 0, or put its rule off"),
+        ({"consecutive_losses": 0}, "consecutive_losses=0: give a number above 0, or name its rule in without"),
     ):
         with pytest.raises(CandidatesError, match=match):
             RiskRules(**rules)
@@ -396,5 +396,5 @@ def test_rules_that_cannot_be():
 
 def test_a_rule_that_is_off_says_nothing():
     off = [code for code in CODES if code != "kill_switch"]
-    assert codes(**worst(), off=off) == ["kill_switch"]
-    assert judged(**worst(), off=off, asked=notes_of) == []
+    assert codes(**worst(), without=off) == ["kill_switch"]
+    assert judged(**worst(), without=off, asked=notes_of) == []
