@@ -101,17 +101,18 @@ def policies_of(config: AgentConfig) -> Generator[Policies]:
             if name == "rule":
                 found.sources.append(Rule(**value))
             elif name == "q":
-                found.sources.append(q_scorer(value, found))
+                found.sources.append(q_scorer(value, config, found))
             else:
                 found.sources.append(language_model(value, config, found, ends))
         yield found
 
 
-def q_scorer(path: str, found: Policies) -> Source:
+def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
     path = os.path.join(path, FILE_NAME) if os.path.isdir(path) else path
     scorer = QScorer.load(path)
     found.versions["q"] = hash_of(path)
     metadata = scorer.fitted.metadata
+    check_style(path, config, metadata["exit_styles"])
     found.ranges["q"] = metadata["train"].get("numbers", {})
     found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
     return Q(scorer)
@@ -119,6 +120,7 @@ def q_scorer(path: str, found: Policies) -> Source:
 
 def language_model(folder: str, config: AgentConfig, found: Policies, ends: contextlib.ExitStack) -> Source:
     manifest = read_manifest(folder)
+    check_style(folder, config, manifest["tuned_on"]["exit_styles"])
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
@@ -126,6 +128,13 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     ends.callback(worker.stop)
     worker.wait_until_ready()
     return LanguageModel(worker.ask, rules, model)
+
+
+def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
+    if config.exit_style not in styles:
+        raise ConfigError(
+            f"{path} was tuned on {', '.join(styles)}, and exit_style is {config.exit_style}: change one."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +253,7 @@ def closes_of(config: AgentConfig) -> dict[str, Series]:
 
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Generator[list]:
-    """A list that is not empty once Ctrl-C was typed: the cycle comes to its end first."""
+    """A list that is not empty once Ctrl-C was typed, or SIGTERM came: the cycle comes to its end first."""
     asked: list[int] = []
 
     def note(number: int, frame) -> None:
@@ -253,11 +262,12 @@ def ended_by_ctrl_c() -> Generator[list]:
         asked.append(number)
         print("Ends after this decision.", flush=True)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The command over the cycle: what its user reads, and what is said of a configuration that cannot be."""
 
 import datetime
+import os
 import re
+import signal
 
 import pytest
 from conftest import ROOT, python, write_csv
@@ -9,6 +11,7 @@ from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
 from markets import CONFIG, rich_if_volatile, walk
 
+from covered_call.runtime import agent
 from covered_call.runtime.agent import main
 from covered_call.runtime.agent_config import ConfigError, read_config
 from covered_call.runtime.journal import read
@@ -195,6 +198,22 @@ def test_what_does_not_go_together_is_said(here, capsys):
         "shadow", "--config", configured("holdings: {ETH: 1}"), "--snapshot", path
     )
     assert "agent.yaml cannot be read" in fails("replay", "--config", "no_agent.yaml")
+
+
+def test_a_policy_of_another_exit_style_is_said_at_once(here):
+    save(fit(rich_if_volatile(range(40)), rich_if_volatile(range(40, 50), seed=1), CONFIG), "q.zip")
+    config = configured("policy: {q: q.zip}\nexit_style: tp_and_roll")
+    assert "q.zip was tuned on hold_to_expiry, and exit_style is tp_and_roll" in fails("replay", "--config", config)
+
+
+def test_ctrl_c_ends_after_the_decision(here, capsys, monkeypatch):
+    path = week(here / "chains.parquet")
+    config = configured("units: 0.1")
+    monkeypatch.setattr(agent, "page", lambda cycle, drift: os.kill(os.getpid(), signal.SIGINT) or "shown")
+    said = said_by(capsys, "shadow", "--config", config, "--snapshot", path)
+    assert said.startswith("Ends after this decision.\nshown\n1 decisions\n")
+    assert len(list(read("out/agent/shadow"))) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_help_has_each_mode_with_an_example(capsys):
