@@ -132,9 +132,8 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
 
 def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
     if config.exit_style not in styles:
-        raise ConfigError(
-            f"{path} was tuned on {', '.join(styles)}, and exit_style is {config.exit_style}: change one."
-        )
+        known = ", ".join(styles)
+        raise ConfigError(f"{path} was tuned on {known}, and exit_style is {config.exit_style}: change one of them.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

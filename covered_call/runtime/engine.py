@@ -152,8 +152,8 @@ def plan_of(
 
 
 def exits_of(state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime) -> list[Order]:
-    """The exits with their vetoes. A sale that takes the place of another call is judged without that one, and does not
-    go where that one stays."""
+    """The exits with their vetoes. A sale that takes the place of another call is judged without that one, and does
+    not go where that one stays."""
     orders: list[Order] = []
     for one in steps.exits(state, portfolio):
         if one.action == HOLD:
