@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": ("evaluation.evaluate.main", "is the tuned model any good? as a copy of the teacher, and in money"),
     "audit": ("evaluation.audit.main", "could the answer be read from the prompt?"),
     "chain": ("runtime.chain.main", "a real option chain as candidates, and what each policy would do now"),
+    "agent": ("runtime.agent.main", "decide over time with positions: on a backtest, in shadow, or on paper"),
     "harvest": ("market.harvest.main", "collect option chains from Deribit, and the history of spot and vol"),
     "backtest": ("market.backtest.main", "replay a rule over collected chains, paid at their real quotes"),
     "publish": ("publishing.publish.main", "share the data sets, or a tuned model, on the Hub or in a folder"),

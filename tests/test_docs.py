@@ -155,6 +155,7 @@ def checkout(tmp_path_factory) -> Path:
     spots = "".join(f"{day},{90_000 + 100 * (place % 7)}\n" for place, day in enumerate(days))
     (folder / "vols" / "spot_BTC_0800utc.csv").write_text(f"date,price\n{spots}")
     (folder / "chains").mkdir()
+    (folder / "agent.yaml").write_text("holdings: {BTC: 1.0}\n")
     write_harvest(folder / "chains" / "BTC_2025-12-10_0105.parquet", chain())
     write_days(folder / "chains")
     return folder

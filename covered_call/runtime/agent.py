@@ -111,17 +111,18 @@ def policies_of(config: AgentConfig) -> Generator[Policies]:
             if name == "rule":
                 found.sources.append(Rule(**value))
             elif name == "q":
-                found.sources.append(q_scorer(value, found))
+                found.sources.append(q_scorer(value, config, found))
             else:
                 found.sources.append(language_model(value, config, found, ends))
         yield found
 
 
-def q_scorer(path: str, found: Policies) -> Source:
+def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
     path = os.path.join(path, FILE_NAME) if os.path.isdir(path) else path
     scorer = QScorer.load(path)
     found.versions["q"] = hash_of(path)
     metadata = scorer.fitted.metadata
+    check_style(path, config, metadata["exit_styles"])
     found.ranges["q"] = metadata["train"].get("numbers", {})
     found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
     return Q(scorer)
@@ -129,6 +130,7 @@ def q_scorer(path: str, found: Policies) -> Source:
 
 def language_model(folder: str, config: AgentConfig, found: Policies, ends: contextlib.ExitStack) -> Source:
     manifest = read_manifest(folder)
+    check_style(folder, config, manifest["tuned_on"]["exit_styles"])
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
@@ -136,6 +138,12 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     ends.callback(worker.stop)
     worker.wait_until_ready()
     return LanguageModel(worker.ask, rules, model)
+
+
+def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
+    if config.exit_style not in styles:
+        known = ", ".join(styles)
+        raise ConfigError(f"{path} was tuned on {known}, and exit_style is {config.exit_style}: change one of them.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +287,7 @@ def closes_of(config: AgentConfig) -> dict[str, Series]:
 
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Generator[list]:
-    """A list that is not empty once Ctrl-C was typed: the cycle comes to its end first."""
+    """A list that is not empty once Ctrl-C was typed, or SIGTERM came: the cycle comes to its end first."""
     asked: list[int] = []
 
     def note(number: int, frame) -> None:
@@ -288,11 +296,12 @@ def ended_by_ctrl_c() -> Generator[list]:
         asked.append(number)
         print("Ends after this decision.", flush=True)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +319,8 @@ def page(cycle: Cycle, drift: dict[str, list[str]]) -> str:
             f" (confidence {one.confidence:.3f}; {one.reason})") for one in plan.proposals),
         *(f"  drift, {name}: {'; '.join(found)}: its answer is a guess" for name, found in drift.items()),
         f"  {intention.action} {intention.instrument or ''} by {plan.fused.method}"
-        + (f", {intention.units:g} coin(s)" if intention.action == SELL_CALL else ""),
+        + (f", {intention.units:g} coin(s)" if intention.action == SELL_CALL else "")
+        + "".join(f" ({code})" for code in intention.reason_codes if code != plan.fused.method),
         *(f"  vetoed, {one.code}: {one.text}" for one in plan.entry.vetoes),
         *(f"  {one.status}" + (f" at {one.price:,.2f} USD, fee {one.fee_usd:,.2f}" if one.status == FILLED
             else f": {one.reason}") for one in executions),

@@ -138,6 +138,8 @@ def check_section(path: str, key: str, given: Any, kind: Any) -> None:
     for name, value in given.items():
         default = fields[name].default
         number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if value is None and "None" in str(fields[name].type):
+            continue
         if (number and not is_finite(value)) or (isinstance(default, bool) and not isinstance(value, bool)):
             raise wrong(path, f"{key}.{name}", value, "a number" if number else "true or false")
     try:

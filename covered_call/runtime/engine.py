@@ -81,10 +81,10 @@ def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, date
     def vetoes_of(
         intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime
     ) -> list[Veto]:
-        held = sum(one.underlying == state.decision.underlying for one in portfolio.positions)
-        if intention.action not in ENTRIES or held < positions:
+        count = sum(one.underlying == state.decision.underlying for one in portfolio.positions)
+        if intention.action not in ENTRIES or count < positions:
             return []
-        return [Veto("max_positions", held, positions, f"{held} open call(s), and {positions} are the most")]
+        return [Veto("max_positions", count, positions, f"{count} open call(s), and {positions} are the most")]
 
     return vetoes_of
 
@@ -131,15 +131,35 @@ def plan_of(
     Args:
         now: when it is decided, which says how old the state is.
     """
-    exits = [
-        Order(one, tuple(steps.vetoes_of(one, state, portfolio, now)))
-        for one in steps.exits(state, portfolio, now)
-        if one.action != HOLD
-    ]
+    exits = exits_of(state, portfolio, steps, now)
     fused = steps.fuse(proposals, state, portfolio)
     entry, sized = entry_of(state, portfolio, fused, steps)
     vetoes = steps.vetoes_of(entry, state, portfolio, now) if entry.action == SELL_CALL else ()
     return Plan(tuple(proposals), fused, sized, tuple(exits), Order(entry, tuple(vetoes)))
+
+
+def exits_of(state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime) -> list[Order]:
+    """The exits with their vetoes. A sale that takes the place of another call is judged without that one, and does
+    not go where that one stays."""
+    orders: list[Order] = []
+    for one in steps.exits(state, portfolio, now):
+        if one.action == HOLD:
+            continue
+        before = orders[-1] if one.action == SELL_CALL and orders else None
+        seen = without(portfolio, before.intention.instrument) if before else portfolio
+        vetoes = [*(before.vetoes if before else ()), *steps.vetoes_of(one, state, seen, now)]
+        orders.append(Order(one, tuple(vetoes)))
+    return orders
+
+
+def held(portfolio: Portfolio, instrument: str | None) -> Position | None:
+    """The position that an exit of an instrument is of: the oldest, and the whole of it."""
+    return next((one for one in portfolio.positions if one.instrument == instrument), None)
+
+
+def without(portfolio: Portfolio, instrument: str | None) -> Portfolio:
+    gone = held(portfolio, instrument)
+    return portfolio._replace(positions=tuple(one for one in portfolio.positions if one is not gone))
 
 
 def entry_of(state: MarketState, portfolio: Portfolio, fused: Fused, steps: Steps) -> tuple[Intention, Sizing | None]:
@@ -293,10 +313,10 @@ class Agent:
         quotes = [quote for name, quote in state.quotes.items() if name in shown]
         seen = {"decision": decision.to_dict(), "quotes": quotes, "context": state.context,
             "snapshot_time": state.snapshot_time}  # fmt: skip
-        held = portfolio._replace(trades=())._asdict() | {"trades": len(portfolio.trades)}
+        owned = portfolio._replace(trades=())._asdict() | {"trades": len(portfolio.trades)}
         self.journal.write({
             "decision_id": decision.decision_id, "time": now, **self.about,
-            "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": held, "events": events,
+            "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": owned, "events": events,
             "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source},
             "sizing": plan.sized, "exits": plan.exits, "intention": plan.entry.intention,
             "vetoes": plan.entry.vetoes, "latencies": latencies, "drift": self.drift(state),
@@ -335,7 +355,7 @@ class Agent:
                 return Execution(NOT_SENT, "what it was to take the place of is not closed"), [], None
             rolls = rolled.rolls + 1 if rolled and ROLLED in intention.reason_codes else 0
             return *self.venue.sell(intention, state, rolls), None
-        position = next((one for one in self.portfolio.positions if one.instrument == intention.instrument), None)
+        position = held(self.portfolio, intention.instrument)
         if position is None:
             return Execution(NOT_SENT, f"{intention.instrument} is not held"), [], None
         execution, events = self.venue.buy_back(intention, position, state)

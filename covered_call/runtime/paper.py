@@ -124,13 +124,12 @@ def position_of(portfolio: Portfolio, instrument: str, entry_time: datetime.date
 def marked(portfolio: Portfolio, event: Marked) -> Portfolio:
     """With the equity that is left if all is bought back now, None where a price is unknown, and its peaks.
 
-    A delta that is unknown counts as 0: the coin is then taken for unhedged.
+    The net delta is of the calls alone, not of the coins that cover them; one that is unknown counts as 0.
     """
     equity = equity_of(portfolio, event)
     same_day = portfolio.time.date() == event.time.date()
     day_peak = highest(portfolio.day_peak_usd if same_day else None, equity)
-    delta = sum(portfolio.holdings.values())
-    delta += sum(one.units * event.deltas.get(one.instrument, 0.0) for one in portfolio.positions)
+    delta = sum(one.units * event.deltas.get(one.instrument, 0.0) for one in portfolio.positions)
     return portfolio._replace(
         time=event.time,
         equity_usd=equity,

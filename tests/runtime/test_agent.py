@@ -1,7 +1,9 @@
 """The command over the cycle: what its user reads, and what is said of a configuration that cannot be."""
 
 import datetime
+import os
 import re
+import signal
 
 import pytest
 from conftest import ROOT, python, write_csv
@@ -9,6 +11,7 @@ from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
 from markets import CONFIG, rich_if_volatile, walk
 
+from covered_call.runtime import agent
 from covered_call.runtime.agent import main
 from covered_call.runtime.agent_config import ConfigError, read_config
 from covered_call.runtime.journal import read
@@ -31,7 +34,7 @@ FREE = (
 
 def configured(text: str) -> str:
     with open("agent.yaml", "w") as file:
-        file.write(text if "risk" in text or ": " not in text else f"{text}\n{WIDE}")
+        file.write(text if "risk: {" in text or ": " not in text else f"{text}\n{WIDE}")
     return "agent.yaml"
 
 
@@ -53,7 +56,7 @@ def week(path, days: int = 4) -> str:
 
 def test_a_replay_tells_what_was_sold_and_what_that_brought(here, capsys):
     path = write_csv(here / "walk.csv", walk(60, "hold_to_expiry"))
-    config = configured(f"sizing: {{units: 1.0}}\n{FREE}\n")
+    config = configured(f"holdings: {{BTC: 99}}\nsizing: {{units: 1.0}}\n{FREE}\n")
     said = said_by(capsys, "replay", "--config", config, "--data_files", path)
     assert "60 decisions\n  meant: SELL_CALL 30, NO_TRADE 30\n  by: rule 60\n  orders: filled 27, unfilled 3\n" in said
     assert re.search(r"27 sales brought [+-][\d,.]+ USD against holding the coin, at the files' own vols", said)
@@ -65,9 +68,18 @@ def test_a_replay_tells_what_was_sold_and_what_that_brought(here, capsys):
 def test_one_position_at_most_is_the_default_and_its_vetoes_are_counted(here, capsys):
     path = write_csv(here / "walk.csv", walk(60, "hold_to_expiry"))
     said = said_by(
-        capsys, "replay", "--config", configured("sizing: {units: 1.0}"), "--data_files", path, "--log", "log"
+        capsys,
+        "replay",
+        "--config",
+        configured("holdings: {BTC: 5}\nsizing: {units: 1.0}\nrisk: {without: [min_ivrv]}"),
+        "--data_files",
+        path,
+        "--log",
+        "log",
     )
-    assert "vetoed: max_positions" in said and {line["config_hash"] for line in read("log") if "mode" in line}
+    assert re.search(r"vetoed: .*max_positions \d+", said) and {
+        line["config_hash"] for line in read("log") if "mode" in line
+    }
     assert "One is made anew" in fails("replay", "--config", "agent.yaml", "--data_files", path, "--log", "log")
 
 
@@ -123,7 +135,10 @@ def test_markets_in_two_files_are_decided_in_turn(here, capsys):
         rows = [row | {"instrument_name": row["instrument_name"].replace("BTC", coin)} for row in chain()]
         times = [NOW + datetime.timedelta(days=number, hours=coins.index(coin)) for number in range(3)]
         write_harvest(here / f"{coin}.parquet", [row for time in times for row in as_history(rows, time)])
-    config = configured("policy: {rule: {threshold: 0.0}}\nholdings: {BTC: 1, ETH: 1}\nsizing: {step: 0.1}")
+    config = configured(
+        "policy: {rule: {threshold: 0.0}}\nholdings: {BTC: 1, ETH: 1}\n"
+        "sizing: {step: 0.1, max_risk_pct: null}\nrisk: {max_spread_pct: 10, without: [no_equity]}"
+    )
     said = said_by(capsys, "paper", "--config", config, "--snapshot", "*.parquet")
     assert re.findall(r"^(\w+) 2025", said, re.MULTILINE) == ["BTC", "ETH"] * 3
     assert "orders: filled 2" in said and len(re.findall("vetoed, max_positions: 1 short", said)) == 4
@@ -208,6 +223,22 @@ def test_what_does_not_go_together_is_said(here, capsys):
         "shadow", "--config", configured("holdings: {ETH: 1}"), "--snapshot", path
     )
     assert "agent.yaml cannot be read" in fails("replay", "--config", "no_agent.yaml")
+
+
+def test_a_policy_of_another_exit_style_is_said_at_once(here):
+    save(fit(rich_if_volatile(range(40)), rich_if_volatile(range(40, 50), seed=1), CONFIG), "q.zip")
+    config = configured("policy: {q: q.zip}\nexit_style: tp_and_roll")
+    assert "q.zip was tuned on hold_to_expiry, and exit_style is tp_and_roll" in fails("replay", "--config", config)
+
+
+def test_ctrl_c_ends_after_the_decision(here, capsys, monkeypatch):
+    path = week(here / "chains.parquet")
+    config = configured("sizing: {units: 0.1}")
+    monkeypatch.setattr(agent, "page", lambda cycle, drift: os.kill(os.getpid(), signal.SIGINT) or "shown")
+    said = said_by(capsys, "shadow", "--config", config, "--snapshot", path)
+    assert said.startswith("Ends after this decision.\nshown\n1 decisions\n")
+    assert len(list(read("out/agent/shadow"))) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_help_has_each_mode_with_an_example(capsys):

@@ -131,6 +131,18 @@ def test_a_roll_is_a_close_and_then_a_sale_of_one_roll_more():
     assert [one.rolls for one in cycle.portfolio.positions] == [1]
 
 
+def test_the_sale_of_a_roll_is_judged_without_the_call_that_it_takes_the_place_of():
+    _, cycle = held_then(rolling()._replace(vetoes_of=at_most(1)))
+    assert [one.status for one in cycle.executions] == [FILLED, FILLED] and len(cycle.portfolio.positions) == 1
+
+
+def test_where_a_roll_is_vetoed_so_is_its_sale():
+    stopped = Veto("kill_switch", None, None, "off")
+    steps = rolling()._replace(vetoes_of=lambda intention, *rest: [stopped] if intention.action == ROLL else [])
+    _, cycle = held_then(steps)
+    assert [one.vetoes for one in cycle.plan.exits] == [(stopped,), (stopped,)] and cycle.executions == ()
+
+
 def test_without_the_close_there_is_no_sale():
     name = name_of_the_sold()
     _, cycle = held_then(rolling(), {name: Quote(name, 90.0, None, 95.0, 1.0)})
