@@ -70,10 +70,10 @@ logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
     "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
-    "reading", "pricing", "series", "market", "settlement", "chains", "vols", "outcomes", "splits", "terms",
+    "reading", "pricing", "series", "spots", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "90d8585c2944fae9d9637fe67dabac25911a0e8eac1a8ce6b17c2440f9ca8163"  # their SHA-256
+MADE_FROM = "5e624a21cbe4fc41a555c16c5c1674ff6b67b63a920d4ea9b728d9e487dab861"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2632,7 +2632,7 @@ def number_of(path: str, line: int, row: list[str], what: str, day_begins: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# market
+# spots
 #
 # Spots by underlying and time, from the decisions of the files themselves.
 
@@ -2640,7 +2640,7 @@ def number_of(path: str, line: int, row: list[str], what: str, day_begins: float
 WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 
-class Market:
+class Spots:
     """A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
     since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
     """
@@ -2831,7 +2831,7 @@ def follow(
     stop: np.ndarray,
     stop_time: np.ndarray,
     rule: Rule,
-    market: Market,
+    spots: Spots,
     nodes: Nodes,
     options: CoveredCallCandidatesConfig,
     trail: list[Segment],
@@ -2845,13 +2845,13 @@ def follow(
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
     rolls, rows = len(nodes.best) > 0, np.arange(len(stop))
-    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), market)
+    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), spots)
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-    begin = first = market.search(sales.underlying, sales.time, "right") - 1
+    begin = first = spots.search(sales.underlying, sales.time, "right") - 1
     left_to_roll = rule.max_rolls if rolls else 0
     while len(rows):
-        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, market, options)
+        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, spots, options)
         opening = trading_cost(legs.premium, legs.spot, options)
         cut[rows] = closed.unknown & legs.cut & rolls
         gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
@@ -2864,7 +2864,7 @@ def follow(
         rows, begin, legs = rows[its], closed.place[its], pick(nodes.legs, following[following >= 0])
         left_to_roll -= 1
     if rolls:
-        gross[market.gaps[final] > market.gaps[first]] = np.nan
+        gross[spots.gaps[final] > spots.gaps[first]] = np.nan
     costs[np.isnan(gross)] = np.nan
     return Outcomes(gross, costs, label_end, cut)
 
@@ -2881,7 +2881,7 @@ class Closed(NamedTuple):
 
 
 def close_legs(
-    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, market: Market, options
+    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, spots: Spots, options
 ) -> Closed:
     """Args: stop, stop_time: (C,) as in follow."""
     exits, lag = legs.exit if may_exit else np.full(len(stop), NEVER), hours(rule.settle_hours)
@@ -2889,14 +2889,14 @@ def close_legs(
     bought = ~stops & (exits <= legs.mature)
     settled = ~stops & ~bought
     place = np.where(stops, stop, np.where(bought, exits, legs.mature))
-    left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
+    left = legs.expiry + lag - np.where(stops, stop_time, spots.time[place])
     left = np.where(settled & legs.settles & (lag == 0), 0, np.maximum(left, 0))
-    spot = market.spot[place]
+    spot = spots.spot[place]
     value = mark(spot, legs, left, rule)
     traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles
     costs = np.where(traded, trading_cost(value, spot, options), delivery_cost(value, spot, options))
     due = np.where(settled, legs.expiry, np.where(stops, stop_time, 0))
-    label_end = np.where(unknown, due, np.maximum(due, market.time[place]))
+    label_end = np.where(unknown, due, np.maximum(due, spots.time[place]))
     return Closed(place, bought, unknown, value, costs, label_end)
 
 
@@ -2928,33 +2928,33 @@ def microseconds_of(days: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")
-def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Legs:
+def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, spots: Spots) -> Legs:
     """Args: expiry: (C,) by the rule's clock, which may be behind that of the files. rule: without rolls no exit is
     looked for."""
     lag, premium = hours(rule.settle_hours), premium_of(sales)
-    begin = market.search(sales.underlying, sales.time, "right")
-    end = market.bounds[sales.underlying + 1] - 1
+    begin = spots.search(sales.underlying, sales.time, "right")
+    end = spots.bounds[sales.underlying + 1] - 1
     if lag:  # settled at the last decision time of its life by that clock
-        mature = market.search(sales.underlying, expiry + lag, "right") - 1
-        near = (mature >= begin) & (expiry - market.time[mature] <= 2 * market.tolerance)
-        cut = expiry > market.time[end]
+        mature = spots.search(sales.underlying, expiry + lag, "right") - 1
+        near = (mature >= begin) & (expiry - spots.time[mature] <= 2 * spots.tolerance)
+        cut = expiry > spots.time[end]
     else:
-        nearest = market.nearest(sales.underlying, expiry, market.tolerance)
-        near, cut = nearest >= 0, (nearest < 0) & (expiry > market.time[end])
-        after = np.minimum(market.search(sales.underlying, expiry, "left"), end)
+        nearest = spots.nearest(sales.underlying, expiry, spots.tolerance)
+        near, cut = nearest >= 0, (nearest < 0) & (expiry > spots.time[end])
+        after = np.minimum(spots.search(sales.underlying, expiry, "left"), end)
         mature = np.where(near, nearest, after)
     # A call is bought back before its settlement, or, by the clock that is behind, at the last price that it has.
-    within = market.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
+    within = spots.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
     limit = np.maximum(np.minimum(within, mature + (cut | (lag > 0))), begin)
     exits, enough = np.full(len(begin), NEVER), (1 - rule.take_profit) * premium
     if rule.max_rolls > 0:
-        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, market)
+        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, spots)
         exits[found < limit] = found[found < limit]
     listed = expiries(sales) // DAY
     return Legs(sales.strike, sales.iv, expiry, listed, premium, sales.spot, exits, mature, near & ~cut, cut)
 
 
-def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: Market) -> np.ndarray:
+def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, spots: Spots) -> np.ndarray:
     """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, or is to be
     defended, else limit.
 
@@ -2966,17 +2966,17 @@ def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: 
     while len(rows):
         here, room = at[rows], limit[rows] - at[rows]
         wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
-        spot, strike = market.low[wide, here], sales.strike[rows]
-        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
+        spot, strike = spots.low[wide, here], sales.strike[rows]
+        years = (expiry[rows] - spots.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
         worth = black_scholes_call(spot, strike, years, sales.iv[rows])
         # What floats round away is a thousandth of this at most; for the smallest of them it is not.
         doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
-        defended = market.high[wide, here] / strike >= rule.defend
+        defended = spots.high[wide, here] / strike >= rule.defend
         found = (wide == 0) & ((worth <= enough[rows]) | defended)
         passed = np.where(wide > 0, (worth > enough[rows] + doubt) & ~defended, ~found)
         exits[rows[found]] = here[found]
         at[rows] = here + (passed << wide)
-        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
+        level[rows] = np.where(passed, np.minimum(wide + 1, len(spots.low) - 1), wide - 1)
         rows = rows[~found & (at[rows] < limit[rows])]
     return exits
 
@@ -3032,20 +3032,20 @@ def calls_at(places: np.ndarray, columns: Columns) -> Calls:
     return found
 
 
-def nodes_of(market: Market, underlying: np.ndarray, places: np.ndarray, rolls: Rolls, rule: Rule) -> Nodes:
+def nodes_of(spots: Spots, underlying: np.ndarray, places: np.ndarray, rolls: Rolls, rule: Rule) -> Nodes:
     """Args: underlying, places, rolls: (Q,) of the decisions of a style that rolls: where in the market they are, -1
     for nowhere, and what may be rolled into there. Of several at a place the last counts."""
-    at = np.full(len(market.time), -1)
+    at = np.full(len(spots.time), -1)
     at[places[places >= 0]] = np.flatnonzero(places >= 0)
     lag, legs, found = hours(rule.settle_hours), [], []
     for calls in (rolls.nearest,) if rule.roll_min_score is None else (rolls.best, rolls.other):
         offered = np.flatnonzero((at >= 0) & ~np.isnan(calls.strike[at]))
-        number = np.full(len(market.time), -1)
+        number = np.full(len(spots.time), -1)
         number[offered] = np.arange(len(offered)) + sum(len(leg.strike) for leg in legs)
         for part in parts_of(len(offered)):
             its = offered[part]
-            sales = Sales(underlying[at[its]], market.time[its], market.spot[its], *pick(calls, at[its]))
-            legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
+            sales = Sales(underlying[at[its]], spots.time[its], spots.spot[its], *pick(calls, at[its]))
+            legs.append(legs_of(sales, expiries(sales) - lag, rule, spots))
         found.append(number)
     joined = Legs(*map(np.concatenate, zip(*legs, strict=True)))
     return Nodes(found[0], found[-1], joined)
@@ -3208,12 +3208,12 @@ class Replay:
         basis: Basis,
         terms: dict[str, Terms],
         options: CoveredCallCandidatesConfig,
-        market: Market | None = None,
+        spots: Spots | None = None,
     ):
-        """Args: market: that of the basis, where it is there already."""
+        """Args: spots: that of the basis, where it is there already."""
         self.basis, self.terms, self.options = basis, terms, options
         names, underlying, _, time, spot, _ = basis
-        self.market = market or Market(len(names), underlying, time, spot, options)
+        self.spots = spots or Spots(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
     def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
@@ -3223,7 +3223,7 @@ class Replay:
             other.options = options or self.options
             return other
         terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
-        return Replay(self.basis, terms, options or self.options, self.market)
+        return Replay(self.basis, terms, options or self.options, self.spots)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
         """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
@@ -3242,9 +3242,9 @@ class Replay:
         if style != TP_AND_ROLL or not len(its):
             return NO_NODES
         underlying, time = basis.underlying[its], basis.time[its]
-        places = self.market.nearest(underlying, time, 0)
+        places = self.spots.nearest(underlying, time, 0)
         rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in basis.rolls))
-        return nodes_of(self.market, underlying, places, rolls, self.terms[style].rule)
+        return nodes_of(self.spots, underlying, places, rolls, self.terms[style].rule)
 
     def of_candidates(self, columns: Columns) -> Outcomes:
         """Of any decisions, with the names of the basis, each of the R candidates."""
@@ -3298,11 +3298,11 @@ class Replay:
         _, rule, vols, _ = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         # Where the files end before, they cut the chain off.
-        beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
+        beyond = (stop < 0) & (end > self.spots.time[self.spots.bounds[sales.underlying + 1] - 1])
         stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
         part = []
-        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
+        known = follow(pick(sales, its), stop[its], end[its], rule, self.spots, self.nodes[style], self.options, part)
         if trail is not None:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
@@ -3319,7 +3319,7 @@ class Replay:
         days = np.full(len(sales.dte), horizon) if whole else np.minimum(sales.dte, horizon)
         end = sales.time + timedelta_of(np.where(np.isfinite(days), days, sales.dte))
         stops = np.isfinite(days) & ((style == TP_AND_ROLL) | (days < sales.dte))
-        return np.where(stops, self.market.nearest(sales.underlying, end, self.market.tolerance), NEVER), end
+        return np.where(stops, self.spots.nearest(sales.underlying, end, self.spots.tolerance), NEVER), end
 
 
 def net_of(found: Outcomes, options: CoveredCallCandidatesConfig) -> np.ndarray:
@@ -3525,7 +3525,7 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 
 def settle(
-    basis: Basis, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
+    basis: Basis, spots: Spots, trades: Trades, options: CoveredCallCandidatesConfig
 ) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
     """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
     underlying under it.
@@ -3539,7 +3539,7 @@ def settle(
     for style in STYLES:
         if code_of(basis.names, style) in known:
             its = pick_trades(trades, trades.exit_style == code_of(basis.names, style))
-            terms[style], computed = settle_style(style, basis, market, its, priced, options)
+            terms[style], computed = settle_style(style, basis, spots, its, priced, options)
             for code in np.unique(basis.underlying[basis.exit_style == code_of(basis.names, style)]).tolist():
                 of = its.sales.underlying == code
                 names = (basis.names[code], style)
@@ -3557,7 +3557,7 @@ def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesCon
 
 
 def settle_style(
-    style: str, basis: Basis, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
+    style: str, basis: Basis, spots: Spots, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
@@ -3569,7 +3569,7 @@ def settle_style(
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
 
     def computed(terms: Terms, trades: Trades) -> np.ndarray:
-        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), market)
+        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), spots)
         found = replay.of_sales(trades.sales, style)
         # A teacher whose calls live to their own expiries records a mark where its file ends; another what came later.
         return found.gross if terms.rule.own_expiry else np.where(found.cut, np.nan, found.gross)
@@ -4033,9 +4033,9 @@ def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandid
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
     rolls.clear()  # or all would be in memory twice
     basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
-    market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
-    terms, fits = settle(basis, market, recorded_trades(decisions), options)
-    return decisions._replace(outcomes=(Replay(basis, terms, options, market), fits))
+    spots = Spots(len(names), decisions.underlying, decisions.time, decisions.spot, options)
+    terms, fits = settle(basis, spots, recorded_trades(decisions), options)
+    return decisions._replace(outcomes=(Replay(basis, terms, options, spots), fits))
 
 
 def outcomes_of(columns: Columns, replay: Replay, others: Sequence[Replay] = ()) -> tuple[np.ndarray, ...]:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import DAY, Columns
-from covered_call.candidates.market import HOUR, Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.pricing import (
     DAYS_PER_YEAR,
@@ -17,7 +16,9 @@ from covered_call.candidates.pricing import (
     premium_of,
     trading_cost,
 )
+from covered_call.candidates.series import HOUR
 from covered_call.candidates.settlement import ROLL_MIN_SCORE, Rule
+from covered_call.candidates.spots import Spots
 
 NEVER = np.iinfo(np.int64).max  # of places: after all of them
 MIN_YEARS = 1e-6  # of time value that a mark of the teacher's clock has at least
@@ -83,7 +84,7 @@ def follow(
     stop: np.ndarray,
     stop_time: np.ndarray,
     rule: Rule,
-    market: Market,
+    spots: Spots,
     nodes: Nodes,
     options: CoveredCallCandidatesConfig,
     trail: list[Segment],
@@ -97,13 +98,13 @@ def follow(
         nodes: where they are empty, calls are held, and of one whose expiry the files do not reach nothing is known.
     """
     rolls, rows = len(nodes.best) > 0, np.arange(len(stop))
-    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), market)
+    legs = legs_of(sales, expiries(sales), rule if rolls else rule._replace(max_rolls=0), spots)
     gross, costs, final = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     label_end, cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-    begin = first = market.search(sales.underlying, sales.time, "right") - 1
+    begin = first = spots.search(sales.underlying, sales.time, "right") - 1
     left_to_roll = rule.max_rolls if rolls else 0
     while len(rows):
-        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, market, options)
+        closed = close_legs(legs, stop[rows], stop_time[rows], left_to_roll > 0, rule, spots, options)
         opening = trading_cost(legs.premium, legs.spot, options)
         cut[rows] = closed.unknown & legs.cut & rolls
         gross[rows] += np.where(closed.unknown & ~cut[rows], np.nan, legs.premium - closed.value)
@@ -116,7 +117,7 @@ def follow(
         rows, begin, legs = rows[its], closed.place[its], pick(nodes.legs, following[following >= 0])
         left_to_roll -= 1
     if rolls:
-        gross[market.gaps[final] > market.gaps[first]] = np.nan
+        gross[spots.gaps[final] > spots.gaps[first]] = np.nan
     costs[np.isnan(gross)] = np.nan
     return Outcomes(gross, costs, label_end, cut)
 
@@ -133,7 +134,7 @@ class Closed(NamedTuple):
 
 
 def close_legs(
-    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, market: Market, options
+    legs: Legs, stop: np.ndarray, stop_time: np.ndarray, may_exit: bool, rule: Rule, spots: Spots, options
 ) -> Closed:
     """Args: stop, stop_time: (C,) as in follow."""
     exits, lag = legs.exit if may_exit else np.full(len(stop), NEVER), hours(rule.settle_hours)
@@ -141,14 +142,14 @@ def close_legs(
     bought = ~stops & (exits <= legs.mature)
     settled = ~stops & ~bought
     place = np.where(stops, stop, np.where(bought, exits, legs.mature))
-    left = legs.expiry + lag - np.where(stops, stop_time, market.time[place])
+    left = legs.expiry + lag - np.where(stops, stop_time, spots.time[place])
     left = np.where(settled & legs.settles & (lag == 0), 0, np.maximum(left, 0))
-    spot = market.spot[place]
+    spot = spots.spot[place]
     value = mark(spot, legs, left, rule)
     traded, unknown = bought | (stops & (left > lag)), settled & ~legs.settles
     costs = np.where(traded, trading_cost(value, spot, options), delivery_cost(value, spot, options))
     due = np.where(settled, legs.expiry, np.where(stops, stop_time, 0))
-    label_end = np.where(unknown, due, np.maximum(due, market.time[place]))
+    label_end = np.where(unknown, due, np.maximum(due, spots.time[place]))
     return Closed(place, bought, unknown, value, costs, label_end)
 
 
@@ -180,33 +181,33 @@ def microseconds_of(days: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")
-def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, market: Market) -> Legs:
+def legs_of(sales: Sales, expiry: np.ndarray, rule: Rule, spots: Spots) -> Legs:
     """Args: expiry: (C,) by the rule's clock, which may be behind that of the files. rule: without rolls no exit is
     looked for."""
     lag, premium = hours(rule.settle_hours), premium_of(sales)
-    begin = market.search(sales.underlying, sales.time, "right")
-    end = market.bounds[sales.underlying + 1] - 1
+    begin = spots.search(sales.underlying, sales.time, "right")
+    end = spots.bounds[sales.underlying + 1] - 1
     if lag:  # settled at the last decision time of its life by that clock
-        mature = market.search(sales.underlying, expiry + lag, "right") - 1
-        near = (mature >= begin) & (expiry - market.time[mature] <= 2 * market.tolerance)
-        cut = expiry > market.time[end]
+        mature = spots.search(sales.underlying, expiry + lag, "right") - 1
+        near = (mature >= begin) & (expiry - spots.time[mature] <= 2 * spots.tolerance)
+        cut = expiry > spots.time[end]
     else:
-        nearest = market.nearest(sales.underlying, expiry, market.tolerance)
-        near, cut = nearest >= 0, (nearest < 0) & (expiry > market.time[end])
-        after = np.minimum(market.search(sales.underlying, expiry, "left"), end)
+        nearest = spots.nearest(sales.underlying, expiry, spots.tolerance)
+        near, cut = nearest >= 0, (nearest < 0) & (expiry > spots.time[end])
+        after = np.minimum(spots.search(sales.underlying, expiry, "left"), end)
         mature = np.where(near, nearest, after)
     # A call is bought back before its settlement, or, by the clock that is behind, at the last price that it has.
-    within = market.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
+    within = spots.search(sales.underlying, expiry + lag - round(rule.min_dte_to_roll * DAY), "left")
     limit = np.maximum(np.minimum(within, mature + (cut | (lag > 0))), begin)
     exits, enough = np.full(len(begin), NEVER), (1 - rule.take_profit) * premium
     if rule.max_rolls > 0:
-        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, market)
+        found = first_exits(sales, expiry + lag, enough, begin, limit, rule, spots)
         exits[found < limit] = found[found < limit]
     listed = expiries(sales) // DAY
     return Legs(sales.strike, sales.iv, expiry, listed, premium, sales.spot, exits, mature, near & ~cut, cut)
 
 
-def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: Market) -> np.ndarray:
+def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, spots: Spots) -> np.ndarray:
     """(C,) int64: the first place from ``begin`` to ``limit`` at which a call is worth ``enough`` or less, or is to be
     defended, else limit.
 
@@ -218,17 +219,17 @@ def first_exits(sales: Sales, expiry, enough, begin, limit, rule: Rule, market: 
     while len(rows):
         here, room = at[rows], limit[rows] - at[rows]
         wide = np.minimum(level[rows], np.frexp(room)[1] - 1)
-        spot, strike = market.low[wide, here], sales.strike[rows]
-        years = (expiry[rows] - market.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
+        spot, strike = spots.low[wide, here], sales.strike[rows]
+        years = (expiry[rows] - spots.time[here + (1 << wide) - 1]) / DAY / DAYS_PER_YEAR
         worth = black_scholes_call(spot, strike, years, sales.iv[rows])
         # What floats round away is a thousandth of this at most; for the smallest of them it is not.
         doubt = np.where(wide > 0, 1e-11 * (spot + strike) + 1e-300, 0.0)
-        defended = market.high[wide, here] / strike >= rule.defend
+        defended = spots.high[wide, here] / strike >= rule.defend
         found = (wide == 0) & ((worth <= enough[rows]) | defended)
         passed = np.where(wide > 0, (worth > enough[rows] + doubt) & ~defended, ~found)
         exits[rows[found]] = here[found]
         at[rows] = here + (passed << wide)
-        level[rows] = np.where(passed, np.minimum(wide + 1, len(market.low) - 1), wide - 1)
+        level[rows] = np.where(passed, np.minimum(wide + 1, len(spots.low) - 1), wide - 1)
         rows = rows[~found & (at[rows] < limit[rows])]
     return exits
 
@@ -284,20 +285,20 @@ def calls_at(places: np.ndarray, columns: Columns) -> Calls:
     return found
 
 
-def nodes_of(market: Market, underlying: np.ndarray, places: np.ndarray, rolls: Rolls, rule: Rule) -> Nodes:
+def nodes_of(spots: Spots, underlying: np.ndarray, places: np.ndarray, rolls: Rolls, rule: Rule) -> Nodes:
     """Args: underlying, places, rolls: (Q,) of the decisions of a style that rolls: where in the market they are, -1
     for nowhere, and what may be rolled into there. Of several at a place the last counts."""
-    at = np.full(len(market.time), -1)
+    at = np.full(len(spots.time), -1)
     at[places[places >= 0]] = np.flatnonzero(places >= 0)
     lag, legs, found = hours(rule.settle_hours), [], []
     for calls in (rolls.nearest,) if rule.roll_min_score is None else (rolls.best, rolls.other):
         offered = np.flatnonzero((at >= 0) & ~np.isnan(calls.strike[at]))
-        number = np.full(len(market.time), -1)
+        number = np.full(len(spots.time), -1)
         number[offered] = np.arange(len(offered)) + sum(len(leg.strike) for leg in legs)
         for part in parts_of(len(offered)):
             its = offered[part]
-            sales = Sales(underlying[at[its]], market.time[its], market.spot[its], *pick(calls, at[its]))
-            legs.append(legs_of(sales, expiries(sales) - lag, rule, market))
+            sales = Sales(underlying[at[its]], spots.time[its], spots.spot[its], *pick(calls, at[its]))
+            legs.append(legs_of(sales, expiries(sales) - lag, rule, spots))
         found.append(number)
     joined = Legs(*map(np.concatenate, zip(*legs, strict=True)))
     return Nodes(found[0], found[-1], joined)

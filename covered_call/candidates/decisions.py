@@ -15,7 +15,6 @@ from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.csv_rows import check_header
-from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
@@ -23,6 +22,7 @@ from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.reading import read_file, warn_of_no_offset
 from covered_call.candidates.schema import CandidatesError, Decision, printable, shown
 from covered_call.candidates.spool import Spool
+from covered_call.candidates.spots import Spots
 from covered_call.candidates.terms import Fit, Trades, settle
 
 logger = logging.getLogger(__name__)
@@ -235,9 +235,9 @@ def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandid
         roll = Rolls(*(join_calls(parts, decisions.place) for parts in zip(*rolls, strict=True)))
     rolls.clear()  # or all would be in memory twice
     basis = Basis(names, decisions.underlying, decisions.exit_style, decisions.time, decisions.spot, roll)
-    market = Market(len(names), decisions.underlying, decisions.time, decisions.spot, options)
-    terms, fits = settle(basis, market, recorded_trades(decisions), options)
-    return decisions._replace(outcomes=(Replay(basis, terms, options, market), fits))
+    spots = Spots(len(names), decisions.underlying, decisions.time, decisions.spot, options)
+    terms, fits = settle(basis, spots, recorded_trades(decisions), options)
+    return decisions._replace(outcomes=(Replay(basis, terms, options, spots), fits))
 
 
 def outcomes_of(columns: Columns, replay: Replay, others: Sequence[Replay] = ()) -> tuple[np.ndarray, ...]:

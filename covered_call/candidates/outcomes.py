@@ -10,11 +10,11 @@ import numpy as np
 
 from covered_call.candidates.chains import NEVER, NO_NODES, Nodes, Outcomes, Rolls, Segment, follow, nodes_of, parts_of
 from covered_call.candidates.columns import OUTCOME_DAYS, Columns, timedelta_of
-from covered_call.candidates.market import Market
 from covered_call.candidates.options import CoveredCallCandidatesConfig, constant_vol
 from covered_call.candidates.pricing import Calls, Sales, pick
 from covered_call.candidates.schema import LoggedDecision
 from covered_call.candidates.settlement import Rule
+from covered_call.candidates.spots import Spots
 from covered_call.candidates.vols import Vols
 
 HOLD_TO_EXPIRY, TP_AND_ROLL = "hold_to_expiry", "tp_and_roll"
@@ -79,12 +79,12 @@ class Replay:
         basis: Basis,
         terms: dict[str, Terms],
         options: CoveredCallCandidatesConfig,
-        market: Market | None = None,
+        spots: Spots | None = None,
     ):
-        """Args: market: that of the basis, where it is there already."""
+        """Args: spots: that of the basis, where it is there already."""
         self.basis, self.terms, self.options = basis, terms, options
         names, underlying, _, time, spot, _ = basis
-        self.market = market or Market(len(names), underlying, time, spot, options)
+        self.spots = spots or Spots(len(names), underlying, time, spot, options)
         self.nodes = {style: self.nodes_of(style) for style in terms}
 
     def changed(self, options: CoveredCallCandidatesConfig | None = None, vol: float = 1.0) -> "Replay":
@@ -94,7 +94,7 @@ class Replay:
             other.options = options or self.options
             return other
         terms = {s: its._replace(vols=its.vols.scaled(vol), recorded=False) for s, its in self.terms.items()}
-        return Replay(self.basis, terms, options or self.options, self.market)
+        return Replay(self.basis, terms, options or self.options, self.spots)
 
     def vols_of(self, columns: Columns) -> np.ndarray:
         """(R,) the vol that each candidate is priced at, NaN where it is unknown."""
@@ -113,9 +113,9 @@ class Replay:
         if style != TP_AND_ROLL or not len(its):
             return NO_NODES
         underlying, time = basis.underlying[its], basis.time[its]
-        places = self.market.nearest(underlying, time, 0)
+        places = self.spots.nearest(underlying, time, 0)
         rolls = Rolls(*(self.terms[style].vols.priced(pick(calls, its), underlying, time) for calls in basis.rolls))
-        return nodes_of(self.market, underlying, places, rolls, self.terms[style].rule)
+        return nodes_of(self.spots, underlying, places, rolls, self.terms[style].rule)
 
     def of_candidates(self, columns: Columns) -> Outcomes:
         """Of any decisions, with the names of the basis, each of the R candidates."""
@@ -169,11 +169,11 @@ class Replay:
         _, rule, vols, _ = self.terms[style]
         sales = sales._replace(iv=vols.priced(Calls(*sales[3:]), sales.underlying, sales.time).iv)
         # Where the files end before, they cut the chain off.
-        beyond = (stop < 0) & (end > self.market.time[self.market.bounds[sales.underlying + 1] - 1])
+        beyond = (stop < 0) & (end > self.spots.time[self.spots.bounds[sales.underlying + 1] - 1])
         stop[beyond] = NEVER
         its = np.flatnonzero((stop >= 0) & ~np.isnan(sales.iv))
         part = []
-        known = follow(pick(sales, its), stop[its], end[its], rule, self.market, self.nodes[style], self.options, part)
+        known = follow(pick(sales, its), stop[its], end[its], rule, self.spots, self.nodes[style], self.options, part)
         if trail is not None:
             trail += [segment._replace(chain=its[segment.chain]) for segment in part]
         for values, of_chain in zip(found, known, strict=True):
@@ -190,7 +190,7 @@ class Replay:
         days = np.full(len(sales.dte), horizon) if whole else np.minimum(sales.dte, horizon)
         end = sales.time + timedelta_of(np.where(np.isfinite(days), days, sales.dte))
         stops = np.isfinite(days) & ((style == TP_AND_ROLL) | (days < sales.dte))
-        return np.where(stops, self.market.nearest(sales.underlying, end, self.market.tolerance), NEVER), end
+        return np.where(stops, self.spots.nearest(sales.underlying, end, self.spots.tolerance), NEVER), end
 
 
 def net_of(found: Outcomes, options: CoveredCallCandidatesConfig) -> np.ndarray:

@@ -169,7 +169,7 @@ def render_on(
     if parts:
         logger.info("%d part(s) are there already, and kept.", len(parts))
     replay = copy.copy(decisions.replay)
-    del replay.basis  # of all decisions: what is priced by them is in the market and the nodes
+    del replay.basis  # of all decisions: what is priced by them is in the spots and the nodes
     shared = cluster.share(Shared(decisions.spool, replay, options))  # ty: ignore[invalid-argument-type]
     saved = save(folder, manifest)
     missing = (part for part in parts_of_splits(decisions, options) if part.name not in parts)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.market import Market
 from covered_call.candidates.options import FIT, CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import RECORDS, STYLES, Basis, Replay, Terms, as_recorded, code_of
 from covered_call.candidates.pricing import Sales, pick
 from covered_call.candidates.settlement import PRESETS, rule_of
 from covered_call.candidates.splits import split_starts
+from covered_call.candidates.spots import Spots
 from covered_call.candidates.vols import Vols, vols_of
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def interval_of(error: np.ndarray) -> tuple[float, float]:
 
 
 def settle(
-    basis: Basis, market: Market, trades: Trades, options: CoveredCallCandidatesConfig
+    basis: Basis, spots: Spots, trades: Trades, options: CoveredCallCandidatesConfig
 ) -> tuple[dict[str, Terms], dict[tuple[str, str], Fit]]:
     """The terms of each exit style of which outcomes can be computed, and how they fit what was recorded of each
     underlying under it.
@@ -117,7 +117,7 @@ def settle(
     for style in STYLES:
         if code_of(basis.names, style) in known:
             its = pick_trades(trades, trades.exit_style == code_of(basis.names, style))
-            terms[style], computed = settle_style(style, basis, market, its, priced, options)
+            terms[style], computed = settle_style(style, basis, spots, its, priced, options)
             for code in np.unique(basis.underlying[basis.exit_style == code_of(basis.names, style)]).tolist():
                 of = its.sales.underlying == code
                 names = (basis.names[code], style)
@@ -135,7 +135,7 @@ def takes_recorded(style: int, trades: Trades, options: CoveredCallCandidatesCon
 
 
 def settle_style(
-    style: str, basis: Basis, market: Market, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
+    style: str, basis: Basis, spots: Spots, trades: Trades, priced: Vols, options: CoveredCallCandidatesConfig
 ) -> tuple[Terms, np.ndarray]:
     """Chosen by the trades of the training split, if it has enough; and what they compute of all trades, (T,) gross.
 
@@ -147,7 +147,7 @@ def settle_style(
     chosen_by = chosen_by if len(chosen_by.recorded) >= MIN_TRADES else trades
 
     def computed(terms: Terms, trades: Trades) -> np.ndarray:
-        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), market)
+        replay = Replay(basis, {style: terms}, dataclasses.replace(options, horizon=None), spots)
         found = replay.of_sales(trades.sales, style)
         # A teacher whose calls live to their own expiries records a mark where its file ends; another what came later.
         return found.gross if terms.rule.own_expiry else np.where(found.cut, np.nan, found.gross)

@@ -41,26 +41,26 @@ def make_overlay(
     """
     underlying, style = market
     code = columns.names.index(underlying)
-    first, last = replay.market.search(np.array([code, code]), np.array(span), "left")
-    last = min(int(last), int(replay.market.bounds[code + 1]) - 1)  # or the span ends beyond the files
-    spot, size = replay.market.spot[first : last + 1], last - first + 1
+    first, last = replay.spots.search(np.array([code, code]), np.array(span), "left")
+    last = min(int(last), int(replay.spots.bounds[code + 1]) - 1)  # or the span ends beyond the files
+    spot, size = replay.spots.spot[first : last + 1], last - first + 1
     known, change = np.ones(size, bool), np.zeros(size)
     of, trail = columns.decision_of[rows], []
     calls = Calls(*(columns.numbers[name][rows] for name in Calls._fields))
     vols = replay.terms[style].vols.priced(calls, columns.underlying[of], columns.time[of]).iv
     outcomes = replay.of_sales(Sales(columns.underlying[of], columns.time[of], columns.spot[of], *calls), style, trail)
     # A call that is held beyond the end of the files has no outcome, but marks until then.
-    held_on = (style == HOLD_TO_EXPIRY) & (outcomes.label_end > replay.market.time[last]) & ~np.isnan(vols)
+    held_on = (style == HOLD_TO_EXPIRY) & (outcomes.label_end > replay.spots.time[last]) & ~np.isnan(vols)
     unknown = np.isnan(outcomes.gross) & ~held_on
     if unknown.any():
-        known &= replay.market.time[first : last + 1] < columns.time[of[unknown]].min()
+        known &= replay.spots.time[first : last + 1] < columns.time[of[unknown]].min()
     for segment in trail:
         place, gained = gains(pick_known(segment, ~unknown), replay, style)
         inside = (place >= first) & (place <= last)
         change += np.bincount(place[inside] - first, gained[inside], size)
     before = np.concatenate([spot[:1], spot[:-1]])
     gain = np.where(known, 100 * change / (coins * before), math.nan)
-    return Overlay(replay.market.time[first : last + 1], gain, 100 * (spot / before - 1))
+    return Overlay(replay.spots.time[first : last + 1], gain, 100 * (spot / before - 1))
 
 
 def pick_known(segment: Segment, known: np.ndarray) -> Segment:
@@ -71,13 +71,13 @@ def pick_known(segment: Segment, known: np.ndarray) -> Segment:
 def gains(segment: Segment, replay: Replay, style: str) -> tuple[np.ndarray, np.ndarray]:
     """(N,) places and what each call gained there since the place before, in USD: at its sale it pays its costs, and
     at its end what buying it back, or its settlement, takes."""
-    rule, market = replay.terms[style].rule, replay.market
+    rule, spots = replay.terms[style].rule, replay.spots
     sizes = segment.end - segment.begin + 1
     of = np.repeat(np.arange(len(sizes)), sizes)
     place = segment.begin[of] + np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     legs = pick(segment.legs, of)
-    left = np.maximum(legs.expiry + hours(rule.settle_hours) - market.time[place], 0)
-    worth = mark(market.spot[place], legs, left, rule)
+    left = np.maximum(legs.expiry + hours(rule.settle_hours) - spots.time[place], 0)
+    worth = mark(spots.spot[place], legs, left, rule)
     at_sale, at_end = place == segment.begin[of], place == segment.end[of]
     worth = np.where(at_sale, legs.premium, worth)
     worth[at_end] = segment.paid[of[at_end]]

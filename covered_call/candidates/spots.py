@@ -10,7 +10,7 @@ from covered_call.candidates.series import HOUR
 WIDEST = 7  # a search looks at 2 ** 7 times at once at most; each power takes 16 bytes a time
 
 
-class Market:
+class Spots:
     """A place is an index into N spots, which are in the order of underlying and time: ``time`` (N,) in microseconds
     since 1970, ``spot`` (N,) in USD. The places of underlying u are those from bounds[u] to bounds[u + 1].
     """
