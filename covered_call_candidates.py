@@ -73,7 +73,7 @@ MODULES = (
     "reading", "pricing", "series", "spots", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "5e624a21cbe4fc41a555c16c5c1674ff6b67b63a920d4ea9b728d9e487dab861"  # their SHA-256
+MADE_FROM = "4027fe40e473eb9b44631f3433cbd95cd750064588a4a4b03ce326561a6e3138"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2667,8 +2667,9 @@ class Spots:
         last = np.ones(len(order), bool)
         last[:-1] = changes(time[order]) | changes(underlying[order])
         order = order[last]
-        self.time, self.spot = time[order], spot[order]
         self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
+        as_given = len(order) == len(time) and (order[1:] > order[:-1]).all()
+        self.time, self.spot = (time, spot) if as_given else (time[order], spot[order])
         # How many gaps, longer than twice the tolerance, lie before each time.
         self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 

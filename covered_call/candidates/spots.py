@@ -37,8 +37,9 @@ class Spots:
         last = np.ones(len(order), bool)
         last[:-1] = changes(time[order]) | changes(underlying[order])
         order = order[last]
-        self.time, self.spot = time[order], spot[order]
         self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
+        as_given = len(order) == len(time) and (order[1:] > order[:-1]).all()
+        self.time, self.spot = (time, spot) if as_given else (time[order], spot[order])
         # How many gaps, longer than twice the tolerance, lie before each time.
         self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 

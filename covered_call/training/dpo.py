@@ -77,6 +77,7 @@ class Pairs(Examples):
         rankings: all decisions with the teacher's answers, as encode_split makes them.
         judged: those of validation and test, with their pairs and what each answer brings.
         doubt: why no checkpoint is to be chosen by money; None if it may be.
+        checks: how far computed outcomes are from recorded ones.
     """
 
     chosen: DatasetDict
@@ -84,6 +85,7 @@ class Pairs(Examples):
     rankings: DatasetDict
     judged: dict[str, Dataset]
     doubt: str | None
+    checks: list[str]
 
 
 def tune(model: StartArguments, data: PairArguments, training: PreferenceArguments, given: dict) -> None:
@@ -196,6 +198,7 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         rankings=rankings,
         judged=judged,
         doubt=doubt_about(thin_out(judged["validation"], data.max_eval_records), fits),
+        checks=backtest.decisions.checks(),
     )
 
 
@@ -322,6 +325,7 @@ def finish(trainer: PreferenceTrainer, pairs: Pairs, manifest: dict, adapter: st
     save(trainer, manifest, results, calibration, PANELS, model_card)
     if trainer.args.is_first:
         print(table(results, COLUMNS))
+        print("\n".join(pairs.checks))
         print(what_next(trainer))
 
 

@@ -166,6 +166,7 @@ def test_the_answers_that_paid_more_gain_on_the_teachers(pair_words, start, tmp_
     assert re.search(r"^test +\d+ +\d+  always \w+( +[\d.]+){3} +- +- +-$", table, re.MULTILINE)
     doubt = "the computed outcomes of BTC hold_to_expiry do not follow the recorded ones"  # as a load warns, too
     assert f"checkpoint by dpo_loss, not by money: {doubt}\n" in printed
+    assert "Computed against recorded outcomes on " in printed
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8", "none"])
