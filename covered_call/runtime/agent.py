@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import glob
 import heapq
 import itertools
 import os
@@ -19,14 +18,15 @@ from covered_call import __version__, atomic
 from covered_call.candidates.builder import Backtest, find_csvs
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.schema import UTC, CandidatesError, shown
+from covered_call.candidates.schema import UTC, CandidatesError
 from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
-from covered_call.market.teacher import PRESETS
+from covered_call.market.teacher import DAY_BEGINS, PRESETS
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
+from covered_call.runtime.chain import paths_of
 from covered_call.runtime.drift import drift_of
 from covered_call.runtime.engine import Agent, Cycle, Steps, fall_back
 from covered_call.runtime.exits import exits_of
@@ -178,7 +178,7 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
 def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     """Shadow and paper, over snapshots."""
     bad, closes = BadRows(args.on_bad_rows), closes_of(config)
-    snapshots = in_time([path for pattern in args.snapshot for path in paths_of(pattern)], bad, config)
+    snapshots = in_time(paths_of(args.snapshot), bad, config)
     folder = args.log or Path(config.state_dir) / args.mode
     venue = Paper(closes) if args.mode == "paper" else None
     states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad)
@@ -235,13 +235,6 @@ def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> 
     return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
 
 
-def paths_of(pattern: str) -> list[str]:
-    found = sorted(glob.glob(pattern)) or [pattern]
-    if not os.path.isfile(found[0]):
-        raise CandidatesError(f"snapshot={shown(pattern)} is no file. Give Parquet files of option quotes.")
-    return found
-
-
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
     """The snapshots of what is held, of all files by time; a file is opened when its time has come.
 
@@ -282,7 +275,7 @@ def closes_of(config: AgentConfig) -> dict[str, Series]:
     paths = {name: config.spots.replace("{underlying}", name) for name in config.holdings}
     if len(paths) > 1 and len(set(paths.values())) == 1:
         raise ConfigError(f"spots: {config.spots} is one file for {', '.join(paths)}: put {{underlying}} in its name.")
-    return {name: read_series(path, "spots", "spot", day_begins=8.0) for name, path in paths.items()}
+    return {name: read_series(path, "spots", "spot", day_begins=DAY_BEGINS) for name, path in paths.items()}
 
 
 @contextlib.contextmanager
