@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from loading_speed import write_csv
+from loading_speed import peak_mib, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict:
         "start_up": start_up, "seconds": seconds, "head_cpu": time.process_time() - used,
         **{f"{name}_cpu": cluster.cpu[name] for name in PHASES},
         **{f"{name}_seconds": cluster.seconds[name] for name in PHASES},
-        "head_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "worker_mib": cluster.worker,
+        "head_mib": peak_mib(), "worker_mib": cluster.worker,
         "work": max(sizes), "parquet": parquet,
     }  # fmt: skip
 
