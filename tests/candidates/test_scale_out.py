@@ -361,17 +361,19 @@ def test_a_cluster_that_loses_a_node_writes_each_row_once(backtest, tmp_path, mo
     attempts.mkdir()
 
     class Losing(scale_out.RayCluster):
-        """Loses a node once six parts are there, when others are being rendered on it."""
+        """Loses a node once something is rendered on it."""
 
         def each(self, function, calls):
             def slowly(*call):
                 if function is scale_out.render:
-                    (attempts / f"{call[0].name} {os.urandom(4).hex()}").touch()
-                    clock.sleep(0.3)
+                    node = ray.get_runtime_context().get_node_id()
+                    (attempts / f"{call[0].name} {node} {os.urandom(4).hex()}").touch()
+                    clock.sleep(0.6)
                 return function(*call)
 
-            for number, done in enumerate(super().each(slowly, calls)):
-                if function is scale_out.render and number == 6:
+            for done in super().each(slowly, calls):
+                if lost in cluster.worker_nodes and any(lost.node_id in path.name for path in attempts.iterdir()):
+                    clock.sleep(0.3)  # amid its task, or the next one
                     cluster.remove_node(lost, allow_graceful=False)
                 yield done
 
