@@ -31,9 +31,9 @@ from covered_call.candidates.pricing import (  # noqa: E402
     trading_cost,
 )
 from covered_call.candidates.schema import named_call  # noqa: E402
-from covered_call.candidates.vols import Vols, read_vols  # noqa: E402
+from covered_call.candidates.vols import UNDERLYING, Vols, read_vols  # noqa: E402
 from covered_call.evaluation import resampling  # noqa: E402
-from covered_call.market.backtest import UNDERLYING, Settings, files_of, replay  # noqa: E402
+from covered_call.market.backtest import Settings, files_of, replay  # noqa: E402
 from covered_call.market.book import DERIBIT, STYLES  # noqa: E402
 from covered_call.market.replay import ChainReplay, Log  # noqa: E402
 from covered_call.market.snapshot import BadRows  # noqa: E402

@@ -34,16 +34,15 @@ from covered_call import atomic
 from covered_call.candidates.columns import time_of
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.schema import CandidatesError, shown
-from covered_call.candidates.series import HOUR, Series, read_series
+from covered_call.candidates.series import HOUR
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.market.book import SOLD_AT, STYLES, WAYS, Conditions
 from covered_call.market.candidate_csv import file_name
 from covered_call.market.replay import ChainReplay, Log, rule_of
 from covered_call.market.snapshot import BadRows, layout_of, read_snapshots, times_of
-from covered_call.market.teacher import DAY_BEGINS, PRESETS, rules_of
+from covered_call.market.teacher import PRESETS, read_spots, rules_of
 from covered_call.tables import align
 
-UNDERLYING = "{underlying}"  # in --spots: the name of each
 ALL = "all"  # snapshots decide
 QUOTED_PRESETS = [name for name in PRESETS if name != "synthetic"]  # whose calls no exchange quotes
 
@@ -131,16 +130,6 @@ def first_time(path: str) -> int:
     except (pa.ArrowInvalid, OSError) as error:
         raise CandidatesError(f"{path} cannot be read as Parquet: {error}. Give a file of option quotes.") from error
     return int(times_of(path, pa.chunked_array([batch.column(0)]), name)[0]) if batch else 0
-
-
-def read_spots(pattern: str, underlying: str, *others: str) -> Series:
-    """Prices by time; a date alone is its 08:00 UTC."""
-    if others and UNDERLYING not in pattern:
-        raise CandidatesError(
-            f"spots={shown(pattern)}: the chains hold {', '.join([*others, underlying])}, each with its own prices. "
-            f"Name the files with {UNDERLYING} in the place of the name."
-        )
-    return read_series(pattern.replace(UNDERLYING, underlying), "spots", "price", day_begins=DAY_BEGINS)
 
 
 def time_of_day(text: str) -> int | None:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from scipy.special import ndtr
 
 from covered_call.candidates.columns import DAY, microseconds, time_of
+from covered_call.candidates.pricing import DAYS_PER_YEAR
 from covered_call.candidates.schema import MAX_IV, CandidatesError, named_call, shown
 
-YEAR = 365 * DAY  # microseconds
+YEAR = DAYS_PER_YEAR * DAY  # microseconds
 BATCH = 65_536  # rows that are read at a time
 SECOND = 1_000_000
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import DAY, time_of
+from covered_call.candidates.pricing import DAYS_PER_YEAR
 from covered_call.candidates.schema import Candidate, CandidatesError, Decision, shown
-from covered_call.candidates.series import HOUR, Series
+from covered_call.candidates.series import HOUR, Series, read_series
+from covered_call.candidates.vols import UNDERLYING
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
 
-DAYS_PER_YEAR = 365
 DAY_BEGINS = 8.0  # hours after midnight, UTC: Deribit's days, and what a date alone means in a file of spots
 HISTORY_DAYS = 50
 NEAR = 12 * HOUR  # a day's close is taken from this far away at most
@@ -54,6 +55,16 @@ PRESETS = {
     "synthetic": Rules(7, 7, 0.15, 0.35, premium_in_score=False, max_candidates=26),
 }  # fmt: skip
 TARGET_DELTA, DELTA_WIDTH, DTE_WIDTH = 0.25, 0.10, 2.0
+
+
+def read_spots(pattern: str, underlying: str, *others: str) -> Series:
+    """Prices by time; a date alone is its 08:00 UTC."""
+    if others and UNDERLYING not in pattern:
+        raise CandidatesError(
+            f"spots={shown(pattern)}: the chains hold {', '.join([*others, underlying])}, each with its own prices. "
+            f"Name the files with {UNDERLYING} in the place of the name."
+        )
+    return read_series(pattern.replace(UNDERLYING, underlying), "spots", "price", day_begins=DAY_BEGINS)
 
 
 class Past(NamedTuple):

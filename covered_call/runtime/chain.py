@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +18,14 @@ from covered_call import atomic
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
 from covered_call.candidates.schema import MAX_IV, CandidatesError, shown
-from covered_call.candidates.series import Series, read_series
-from covered_call.candidates.vols import STALE, read_vols
+from covered_call.candidates.series import Series
+from covered_call.candidates.vols import Vols, read_vols
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
 from covered_call.market.deribit import TESTNET, Deribit, DeribitError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots, snapshots_in
-from covered_call.market.teacher import DAY_BEGINS, PRESETS, UNKNOWN, Offer, Rules, offer_of, past_of, rules_of
+from covered_call.market.teacher import PRESETS, UNKNOWN, Offer, Rules, offer_of, past_of, read_spots, rules_of
 from covered_call.runtime.drift import drift_of
 from covered_call.tables import align
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
@@ -73,13 +73,15 @@ def main(arguments: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     bad, rules = BadRows(args.on_bad_rows), rules_from(args)
-    closes = read_series(args.spots, "spots", "spot", day_begins=DAY_BEGINS) if args.spots else None
     styles = args.exit_style or default_styles(args)
-    puts = [
-        Put(snapshot, offer_of(snapshot, rules, past_of(closes, snapshot.time, snapshot.spot) if closes else UNKNOWN,
-            style, bad))
-        for snapshot in snapshots_from(args, closes, bad) for style in styles
-    ]  # fmt: skip
+    closes: dict[str, Series] = {}
+    puts = []
+    for snapshot in snapshots_from(args, bad):
+        if args.spots and snapshot.underlying not in closes:
+            closes[snapshot.underlying] = read_spots(args.spots, snapshot.underlying, *closes)
+        known = closes.get(snapshot.underlying)
+        past = UNKNOWN if known is None else past_of(known, snapshot.time, snapshot.spot)
+        puts += [Put(snapshot, offer_of(snapshot, rules, past, style, bad)) for style in styles]
     answers = [teacher_answers(puts, rules), *policy_answers(args, puts)]
     if args.preset != "synthetic":  # whose thousands of decisions are for a file
         for put, said in zip(puts, zip(*answers, strict=True), strict=True):
@@ -96,10 +98,11 @@ def run(args: argparse.Namespace) -> None:
 # Where chains come from
 
 
-def snapshots_from(args: argparse.Namespace, closes: Series | None, bad: BadRows) -> Iterator[Snapshot]:
+def snapshots_from(args: argparse.Namespace, bad: BadRows) -> Iterator[Snapshot]:
     if args.preset == "synthetic":
-        if closes is None or args.snapshot or args.live:
+        if not args.spots or args.snapshot or args.live:
             raise CandidatesError("preset='synthetic' makes its chains of spots alone: give spots, and no snapshot.")
+        closes = read_spots(args.spots, args.underlying)
         yield from synthetic.snapshots(closes, args.underlying, vol_by_time(args.iv), args.spots)
     elif args.live:
         exchange = Deribit(args.url or (TESTNET if args.testnet else None))
@@ -133,18 +136,13 @@ def fresh(args: argparse.Namespace, snapshots: Iterable[Snapshot]) -> Iterator[S
         yield snapshot
 
 
-def vol_by_time(text: str):
+def vol_by_time(text: str) -> Callable[[int], float]:
     """The vol of a time, from a number or a CSV of vols by day, of which a day's close is known a day later."""
     try:
         constant = float(text)
     except ValueError:
-        series = read_vols(text, lag=24.0)
-
-        def known(time: int) -> float:
-            place = int(np.searchsorted(series.time, time, "right")) - 1
-            return float(series.number[place]) if place >= 0 and time - series.time[place] <= STALE else math.nan
-
-        return known
+        vols = Vols(series={0: read_vols(text, lag=24.0)})
+        return lambda time: float(vols.by_time(np.array([0]), np.array([time]))[0])
     if not 0 < constant <= MAX_IV:
         raise CandidatesError(f"iv={text}: give a vol above 0 and up to {MAX_IV:g} (0.7 is 70 % a year), or a CSV.")
     return lambda time: constant
@@ -302,8 +300,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     chain.add_argument("--url", metavar="URL", help="of --live: another address of the API")
     chain.add_argument(*flags("max_age"), type=float, metavar="SECONDS",
         help="an older snapshot is an error; default: 900 with --live, else any age will do")  # fmt: skip
-    chain.add_argument("--spots", metavar="CSV", help="daily closes (a date is 08:00 UTC), for realised vol and trend;"
-        " without them IV/RV is unknown, and the score has no penalty")  # fmt: skip
+    chain.add_argument("--spots", metavar="CSV", help="daily closes, {underlying} in its name for one each (a date is 08:00 "
+        "UTC); without them IV/RV is unknown, and the score has no penalty")  # fmt: skip
     chain.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="quotes that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     made = parser.add_argument_group("candidates")

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, decision, load_candidates, no_candidates, write_csv
@@ -54,6 +55,26 @@ def test_a_chain_is_shown_as_candidates_with_what_the_teacher_sells(snapshot, ca
 def test_spots_give_the_ratio_to_realised_vol(snapshot, tmp_path, capsys):
     main(["--snapshot", snapshot, "--spots", spots(tmp_path)])
     assert "n/a" not in capsys.readouterr().out
+
+
+def test_each_underlying_has_its_own_spots(tmp_path, capsys):
+    eth = [quote(f"ETH-19DEC25-{strike}-C", forward=3300.0) for strike in (3500, 3600)]
+    path = write_harvest(tmp_path / "both.parquet", [*chain(), *eth])
+    text = Path(spots(tmp_path)).read_text()
+    fails(
+        ["--snapshot", path, "--spots", tmp_path / "spots.csv"], "the chains hold BTC, ETH, each with its own prices"
+    )
+    (tmp_path / "BTC.csv").write_text(text)
+    days = [line.partition(",") for line in text.splitlines()[1:]]
+    (tmp_path / "ETH.csv").write_text(
+        "date,price\n" + "".join(f"{day},{3300 if number % 2 else 3000}\n" for number, (day, *_) in enumerate(days))
+    )
+    main(["--snapshot", path, "--spots", str(tmp_path / "{underlying}.csv")])
+    ratios = {
+        row[0]: float(row[1])
+        for row in re.findall(r"\] +(BTC|ETH)-\S+(?: +\S+){4} +(\d+\.\d{4})", capsys.readouterr().out)
+    }
+    assert ratios["BTC"] > 100 > 1 > ratios["ETH"] > 0  # of a price that hardly moves, and of one that jumps
 
 
 def test_the_csv_is_one_that_every_other_command_reads(tmp_path, capsys):
