@@ -28,7 +28,6 @@ from covered_call.runtime.paper import (
 from covered_call.runtime.policies import Source, first_that_answers, proposals_of
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import (
-    ENTRIES,
     HOLD,
     NO_TRADE,
     SELL_CALL,
@@ -69,31 +68,6 @@ def fall_back(proposals: Sequence[Proposal], state: MarketState, portfolio: Port
     """The first policy that answers, named."""
     proposal = first_that_answers(proposals)
     return Fused(proposal, "fallback" if proposals and proposal.source != proposals[0].source else proposal.source)
-
-
-def fixed(units: float) -> Callable[[Proposal, MarketState, Portfolio], Sizing]:
-    return lambda proposal, state, portfolio: Sizing(units)
-
-
-def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]:
-    """The one rule of an agent that is given no others: so many open calls of an underlying."""
-
-    def vetoes_of(
-        intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime
-    ) -> list[Veto]:
-        count = sum(one.underlying == state.decision.underlying for one in portfolio.positions)
-        if intention.action not in ENTRIES or count < positions:
-            return []
-        return [Veto("max_positions", count, positions, f"{count} open call(s), and {positions} are the most")]
-
-    return vetoes_of
-
-
-def hold(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> Sequence[Intention]:
-    return ()
-
-
-PLAIN = Steps(fall_back, fixed(1.0), at_most(1), hold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

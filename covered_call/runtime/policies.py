@@ -16,11 +16,11 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import candidate_messages, order_candidates, ranking_messages
 from covered_call.candidates.schema import Decision
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
+from covered_call.runtime.fusion import q_confidence, rule_confidence
 from covered_call.runtime.state import MarketState, Portfolio, Proposal
 from covered_call.runtime.worker import Said
 from covered_call.value_model.scorer import NO_CANDIDATE, QScorer
 
-SURE_WITHIN = 1.5  # of the score: a best score that is farther from the threshold is certain
 NO_POLICY = "none"  # who decides where every policy has failed
 WINS_OF = 50  # the last trades that a win rate is of
 
@@ -63,7 +63,7 @@ class Rule:
         if not candidates:
             return Proposal(self.name, None, 1.0, reason=NO_CANDIDATE)
         best = max(candidates, key=lambda one: one.score)
-        confidence = 0.5 + 0.5 * min(1.0, abs(best.score - self.threshold) / SURE_WITHIN)
+        confidence = rule_confidence(best.score, self.threshold)
         sold = best.score >= self.threshold
         reason = f"best score {best.score:.4f}, {'at least' if sold else 'below'} {self.threshold:g}"
         return Proposal(self.name, best.instrument if sold else None, confidence, reason=reason)
@@ -83,7 +83,7 @@ class Q:
             return failed(self.name, error, began)
         if answer.best is None:
             return Proposal(self.name, None, 1.0, reason=NO_CANDIDATE, latency_s=time.monotonic() - began)
-        confidence = answer.confidence if answer.pick is not None else 1 - answer.confidence
+        confidence = q_confidence(answer.confidence, answer.pick is not None)
         reason = answer.stopped_by or f"{answer.q_sell:+,.2f} USD expected"
         return Proposal(
             self.name, answer.instrument, confidence, None, answer.q_sell, reason, time.monotonic() - began

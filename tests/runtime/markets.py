@@ -1,14 +1,39 @@
 """Quoted decisions that tests of the agent make, and an agent that nothing holds back."""
 
 import datetime
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.schema import Candidate, Decision
-from covered_call.runtime.engine import Steps, at_most, fall_back, fixed, hold
+from covered_call.runtime.engine import Steps, fall_back
 from covered_call.runtime.paper import Begun
-from covered_call.runtime.state import MarketState, Quote
+from covered_call.runtime.sizing import Sizing
+from covered_call.runtime.state import ENTRIES, Intention, MarketState, Portfolio, Proposal, Quote, Veto
+
+
+def fixed(units: float) -> Callable[[Proposal, MarketState, Portfolio], Sizing]:
+    return lambda proposal, state, portfolio: Sizing(units)
+
+
+def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]:
+    """The one rule of an agent that is given no others: so many open calls of an underlying."""
+
+    def vetoes_of(
+        intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime
+    ) -> list[Veto]:
+        count = sum(one.underlying == state.decision.underlying for one in portfolio.positions)
+        if intention.action not in ENTRIES or count < positions:
+            return []
+        return [Veto("max_positions", count, positions, f"{count} open call(s), and {positions} are the most")]
+
+    return vetoes_of
+
+
+def hold(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> Sequence[Intention]:
+    return ()
+
 
 START = datetime.datetime(2025, 1, 3, 8, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)

@@ -14,15 +14,11 @@ from covered_call.market.snapshot import read_snapshots
 from covered_call.market.teacher import PRESETS
 from covered_call.runtime.engine import (
     NOT_SENT,
-    PLAIN,
     ROLLED,
     Agent,
     Steps,
-    at_most,
     entry_of,
     fall_back,
-    fixed,
-    hold,
     plan_of,
 )
 from covered_call.runtime.fusion import Fused
@@ -32,7 +28,7 @@ from covered_call.runtime.policies import Rule
 from covered_call.runtime.replay import Recorded, states_from
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import CLOSE, HOLD, NO_TRADE, ROLL, SELL_CALL, Intention, Proposal, Quote, Veto
-from runtime.markets import BEGUN, DAY, FREELY, ONE, START, quoted_state, quoted_states
+from runtime.markets import BEGUN, DAY, FREELY, ONE, START, at_most, fixed, hold, quoted_state, quoted_states
 
 NOTHING = begin(BEGUN)
 HOLD_FILES = sorted(REAL_DATA.glob("*hold_to_expiry*.csv"))
@@ -350,7 +346,7 @@ def test_a_snapshot_is_a_state_with_the_quotes_of_all_its_calls(tmp_path):
 def test_paper_sells_a_snapshots_call_at_its_bid(tmp_path):
     path = write_harvest(tmp_path / "BTC_2025-12-10_0105.parquet", chain())
     (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
-    (cycle,) = Agent([Rule(-100.0)], PLAIN, Paper(), BEGUN).run([state])
+    (cycle,) = Agent([Rule(-100.0)], ONE._replace(size=fixed(1.0)), Paper(), BEGUN).run([state])
     (position,) = cycle.portfolio.positions
     assert position.entry_price == state.quotes[position.instrument].bid and position.units == -1.0
     assert hold(state, cycle.portfolio, START) == ()
