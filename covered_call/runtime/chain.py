@@ -300,8 +300,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     chain.add_argument("--url", metavar="URL", help="of --live: another address of the API")
     chain.add_argument(*flags("max_age"), type=float, metavar="SECONDS",
         help="an older snapshot is an error; default: 900 with --live, else any age will do")  # fmt: skip
-    chain.add_argument("--spots", metavar="CSV", help="daily closes, {underlying} in its name for one each (a date is 08:00 "
-        "UTC); without them IV/RV is unknown, and the score has no penalty")  # fmt: skip
+    chain.add_argument("--spots", metavar="CSV", help="daily closes, {underlying} in its name for one each (a date is "
+        "08:00 UTC); without them IV/RV is unknown, and the score has no penalty")  # fmt: skip
     chain.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="quotes that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     made = parser.add_argument_group("candidates")
