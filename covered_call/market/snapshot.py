@@ -277,6 +277,8 @@ def good_rows(
     check("iv", numbers["iv"] > MAX_IV, f"is above {MAX_IV:g} as a fraction a year: are these points?")
     for word in ("mark", "bid", "ask", "open_interest"):
         check(word, numbers[word] < 0, "is below 0")
+    for word, values in numbers.items():
+        check(word, np.isinf(values), "is not finite", lambda row, values=values: float(values[row]))
     check("bid", (numbers["bid"] > numbers["ask"]) & (numbers["ask"] > 0), "is above the ask: crossed")
     good = np.ones(len(instrument), bool)
     for column, mask, reason, value in wrong:

@@ -84,6 +84,8 @@ BAD = {
     "no vol": ({"mark_iv": None}, "column mark_iv: nan is no vol above 0"),
     "a vol of 600": ({"mark_iv": 600.0}, "column mark_iv: 6.0 is above 5 as a fraction a year"),
     "crossed": ({"best_bid_price": 0.02, "best_ask_price": 0.01}, "column best_bid_price: 0.02 is above the ask"),
+    "an infinite mark": ({"mark_price": float("inf")}, "column mark_price: inf is not finite"),
+    "an infinite forward": ({"underlying_price": float("inf")}, "column underlying_price: inf is not finite"),
     "below 0": ({"mark_price": -0.01}, "column mark_price: -0.01 is below 0"),
 }
 
