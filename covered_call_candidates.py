@@ -73,7 +73,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context", "spots", "settlement", "chains", "vols", "outcomes",
     "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "1576508f51de5f2caadd689a635eaf69484f902ecaa4d924fed89bf0c98806a8"  # their SHA-256
+MADE_FROM = "ee55129177db78700d102be32f785799ae8df63c473720aff302bce45db3f487"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -689,10 +689,8 @@ def time_of(time: int) -> datetime.datetime:
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
-PATHS = (
-    "iv_file",
-    "context_vols",
-)  # options whose value says where something lies on this machine: no word of that is shared
+# Options whose value says where something lies on this machine: no word of that is shared.
+PATHS = ("iv_file", "context_vols")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -755,23 +753,23 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "none",
         CONTEXT,
         "LEVEL",
-        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, realised "
-        "vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
+        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
         choices=("none", "spot"),
     )
     context_columns: list[str] | tuple[str, ...] = option(
         (),
         CONTEXT,
         "COLUMN",
-        "numeric columns of the files to be told as they are; that they were known at the decision is for you to vouch "
-        "for",
+        "numeric columns of the files to be told as they are; that they were known at the decision is for you to "
+        "vouch for",
         otherwise="none",
     )
     context_vols: str | None = option(
         None,
         CONTEXT,
         "CSV",
-        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each time",
+        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
         otherwise="none",
     )
     hindsight: bool = option(
@@ -2385,11 +2383,8 @@ class State:
         for name in self.options.context_columns:
             values = rows.numbers[name]
             found[name] = values[rows.starts]
-            of_decision = np.repeat(found[name], sizes)
-            if (
-                np.isinf(values).any()
-                or not ((values == of_decision) | (np.isnan(values) & np.isnan(of_decision))).all()
-            ):
+            same = np.array_equal(values, np.repeat(found[name], sizes), equal_nan=True)
+            if np.isinf(values).any() or not same:
                 raise Doubt(f"{name}: not finite, or two in a decision")
         return found
 
@@ -2468,8 +2463,8 @@ def together(rows: Rows) -> Rows:
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
 
 
-EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), np.zeros(1, np.int64), pa.array([], pa.string()), {},
-    np.zeros(0, np.int64))  # fmt: skip
+EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), offsets=np.zeros(1, np.int64),
+    instrument=pa.array([], pa.string()), numbers={}, label_end=np.zeros(0, np.int64))  # fmt: skip
 
 
 def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandidatesConfig) -> None:
@@ -4660,7 +4655,9 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
     prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
     market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    return Known(prices, ranked, market and {code: Prices(one.time, one.number) for code, one in market.items()})
+    if market is None:
+        return Known(prices, ranked)
+    return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

@@ -226,11 +226,8 @@ class State:
         for name in self.options.context_columns:
             values = rows.numbers[name]
             found[name] = values[rows.starts]
-            of_decision = np.repeat(found[name], sizes)
-            if (
-                np.isinf(values).any()
-                or not ((values == of_decision) | (np.isnan(values) & np.isnan(of_decision))).all()
-            ):
+            same = np.array_equal(values, np.repeat(found[name], sizes), equal_nan=True)
+            if np.isinf(values).any() or not same:
                 raise Doubt(f"{name}: not finite, or two in a decision")
         return found
 
@@ -309,8 +306,8 @@ def together(rows: Rows) -> Rows:
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
 
 
-EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), np.zeros(1, np.int64), pa.array([], pa.string()), {},
-    np.zeros(0, np.int64))  # fmt: skip
+EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), offsets=np.zeros(1, np.int64),
+    instrument=pa.array([], pa.string()), numbers={}, label_end=np.zeros(0, np.int64))  # fmt: skip
 
 
 def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandidatesConfig) -> None:

@@ -235,7 +235,9 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
     prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
     market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    return Known(prices, ranked, market and {code: Prices(one.time, one.number) for code, one in market.items()})
+    if market is None:
+        return Known(prices, ranked)
+    return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

@@ -26,10 +26,8 @@ from covered_call.candidates.schema import (
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
-PATHS = (
-    "iv_file",
-    "context_vols",
-)  # options whose value says where something lies on this machine: no word of that is shared
+# Options whose value says where something lies on this machine: no word of that is shared.
+PATHS = ("iv_file", "context_vols")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -92,23 +90,23 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "none",
         CONTEXT,
         "LEVEL",
-        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, realised "
-        "vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
+        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
         choices=("none", "spot"),
     )
     context_columns: list[str] | tuple[str, ...] = option(
         (),
         CONTEXT,
         "COLUMN",
-        "numeric columns of the files to be told as they are; that they were known at the decision is for you to vouch "
-        "for",
+        "numeric columns of the files to be told as they are; that they were known at the decision is for you to "
+        "vouch for",
         otherwise="none",
     )
     context_vols: str | None = option(
         None,
         CONTEXT,
         "CSV",
-        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each time",
+        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
         otherwise="none",
     )
     hindsight: bool = option(
