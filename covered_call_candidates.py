@@ -73,7 +73,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context", "spots", "settlement", "chains", "vols", "outcomes",
     "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "ee55129177db78700d102be32f785799ae8df63c473720aff302bce45db3f487"  # their SHA-256
+MADE_FROM = "ae2d50229eec763ab48b9498d9916c0bca75fb643d29ba2388426955438d9f1a"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -619,7 +619,7 @@ def words_of(name: str, values: np.ndarray) -> list[float | str | None]:
     return [word_of(name, value) for value in known(values)] if name in CONTEXT_WORDS else known(values)
 
 
-def contexts_of(columns: Columns) -> Iterable[Context | None]:
+def contexts_of(columns: Columns) -> list[Context | None]:
     """Of each decision its own, words as words."""
     if not columns.context:
         return [None] * len(columns)
@@ -1555,20 +1555,44 @@ def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
-def prompt_version() -> str:
+def prompt_version(context: Context | None = None) -> str:
     """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
     time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
     candidates = (
         Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
         Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
     )
-    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates)
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context)
     chats = [candidate_messages(decision, candidate) for candidate in candidates]
     chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
     return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
 
 
 PROMPT_VERSION = prompt_version()
+
+
+def version_with(names: Sequence[str]) -> str:
+    """That of prompts with a context of these names; PROMPT_VERSION without any."""
+    if not names:
+        return PROMPT_VERSION
+    words = {name: said[-1] for name, said in CONTEXT_WORDS.items()}
+    return prompt_version({name: words.get(name, 0.125) for name in names})
+
+
+def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
+    """The decision with the context that a policy was fitted with, and nothing beside it.
+
+    Raises:
+        CandidatesError: if the decision does not have it.
+    """
+    context = decision.context or {}
+    missing = [name for name in names if name not in context]
+    if missing:
+        raise CandidatesError(
+            f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
+            "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
+        )
+    return decision._replace(context={name: context[name] for name in names} or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

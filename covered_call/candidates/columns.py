@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -195,7 +195,7 @@ def words_of(name: str, values: np.ndarray) -> list[float | str | None]:
     return [word_of(name, value) for value in known(values)] if name in CONTEXT_WORDS else known(values)
 
 
-def contexts_of(columns: Columns) -> Iterable[Context | None]:
+def contexts_of(columns: Columns) -> list[Context | None]:
     """Of each decision its own, words as words."""
     if not columns.context:
         return [None] * len(columns)

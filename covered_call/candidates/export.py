@@ -18,6 +18,7 @@ from covered_call.candidates.data_options import Help, add_option, flags, typed
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import (
     CHATS,
+    CONTEXT,
     DATA,
     OUTCOMES,
     PROMPTS,
@@ -33,7 +34,9 @@ from covered_call.command_line import plain_errors
 
 ENGINES = ("local", "ray")
 # Of a decision that stands in two files: each file is exported for itself.
-OPTIONS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, PROMPTS) if option.name != "duplicates"]
+OPTIONS = [
+    option for option in options_of(CoveredCallCandidatesConfig, DATA, CONTEXT, PROMPTS) if option.name != "duplicates"
+]
 # Of what the lines of a chat do not hold.
 OF_SPLITS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, SPLITS, OUTCOMES)
     if option not in OPTIONS]  # fmt: skip

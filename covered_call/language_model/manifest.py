@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.prompts import version_with
 
 MANIFEST, CALIBRATION, RECIPE, CHECKPOINT = "manifest.json", "calibration.json", "recipe.yaml", "checkpoint-"
 QUANTIZATIONS = ("int4", "int8", "none")
@@ -59,16 +59,25 @@ def read_manifest(folder: str | os.PathLike) -> dict:
         raise PolicyError(f"{path} is none that covered-call train saved: it does not say whether a run has finished.")
     if not manifest["finished"]:
         raise PolicyError(f"The run in {folder} has not finished: start it again with the same command.")
-    if manifest["prompt_version"] != PROMPT_VERSION:
+    rendered = version_with(context_in(path, manifest))
+    if manifest["prompt_version"] != rendered:
         raise PolicyError(
             f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and this code "
-            f"now renders version {PROMPT_VERSION}. Tune it again, or go back to the code it was tuned with."
+            f"now renders version {rendered}. Tune it again, or go back to the code it was tuned with."
         )
     if "files" not in manifest:
         raise PolicyError(f"{folder} was saved by an older version, without hashes of its files: tune it again.")
     check_keys(path, manifest)
     check_files(folder, manifest["files"])
     return manifest
+
+
+def context_in(path: Path, manifest: dict) -> list[str]:
+    """The names of the market's context that the prompts told; none of a model that was tuned without."""
+    names = manifest.get("context", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PolicyError(f"{path}: context is {names!r:.100}. Copy it again, or tune the model again.")
+    return names
 
 
 def read_json(path: Path) -> dict:

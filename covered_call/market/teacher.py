@@ -6,18 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from covered_call.candidates.columns import columns_of, contexts_of, time_of, word_of
 from covered_call.candidates.columns import known as known_or_none
-from covered_call.candidates.columns import time_of, word_of
 from covered_call.candidates.context import (
     MEAN_DAYS,
+    Known,
     Prices,
     closes_until,
+    context_of,
     distance_of,
     regimes,
     returns_of,
     vols_of_closes,
 )
-from covered_call.candidates.schema import Candidate, CandidatesError, Decision, shown
+from covered_call.candidates.schema import Candidate, CandidatesError, Decision, LoggedDecision, shown
 from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.vols import UNDERLYING
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
@@ -97,6 +99,15 @@ def past_of(closes: Series, time: int, spot: float) -> Past:
     returns = returns_of(known, times, spots, (7, 30))[0] + 0 * distance
     numbers = [vols_of_closes(days, 30), vols_of_closes(days, 7), distance, returns]
     return Past(*known_or_none(np.concatenate(numbers)))
+
+
+def with_context(decision: Decision, closes: Series) -> Decision:
+    """The decision with the market's context at its time, as files have it (see context_of): of these closes, and of
+    its candidates. What would take the vols of earlier decisions is unknown."""
+    columns = columns_of([LoggedDecision(decision, None, ())])
+    known = Known({0: Prices(closes.time, closes.number)}, {})
+    (context,) = contexts_of(dataclasses.replace(columns, context=context_of(columns, known)))
+    return decision._replace(context=context)
 
 
 def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.ndarray:

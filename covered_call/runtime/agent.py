@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from covered_call import __version__, atomic
 from covered_call.candidates.builder import Backtest, find_csvs
+from covered_call.candidates.context_lines import SPOT
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import UTC, CandidatesError
@@ -101,11 +102,12 @@ class Policies(NamedTuple):
     versions: dict[str, str]
     ranges: dict[str, dict[str, list[float]]]
     tuned_to: dict[str, datetime.datetime]
+    contexts: dict[str, list[str]]  # of those that were fitted with the market's context what it was
 
 
 @contextlib.contextmanager
 def policies_of(config: AgentConfig) -> Generator[Policies]:
-    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {})
+    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {}, {})
     with contextlib.ExitStack() as ends:
         for name, value in config.policy.items():
             if name == "rule":
@@ -123,6 +125,7 @@ def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
     found.versions["q"] = hash_of(path)
     metadata = scorer.fitted.metadata
     check_style(path, config, metadata["exit_styles"])
+    found.contexts["q"] = check_market(path, metadata.get("context", []))
     found.ranges["q"] = metadata["train"].get("numbers", {})
     found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
     return Q(scorer)
@@ -131,6 +134,7 @@ def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
 def language_model(folder: str, config: AgentConfig, found: Policies, ends: contextlib.ExitStack) -> Source:
     manifest = read_manifest(folder)
     check_style(folder, config, manifest["tuned_on"]["exit_styles"])
+    found.contexts["llm"] = check_market(folder, manifest.get("context", []))
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
@@ -146,6 +150,13 @@ def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
         raise ConfigError(f"{path} was tuned on {known}, and exit_style is {config.exit_style}: change one of them.")
 
 
+def check_market(path: str, names: list[str]) -> list[str]:
+    strange = [name for name in names if name not in SPOT]
+    if strange:
+        raise ConfigError(f"{path} was fitted with {strange[0]} in the market's context, which an agent is not told.")
+    return names
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modes
 
@@ -153,6 +164,7 @@ def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
 def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     options = config.options
     options.exit_style, options.on_bad_rows = config.exit_style, args.on_bad_rows
+    options.context = "spot" if any(policies.contexts.values()) else "none"
     decisions = Backtest(find_csvs(args.data_files, args.data_dir, str(HOME)), options).decisions
     for line in decisions.checks():
         print(line)
@@ -181,7 +193,10 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     snapshots = in_time(paths_of(args.snapshot), bad, config)
     folder = args.log or Path(config.state_dir) / args.mode
     venue = Paper(closes) if args.mode == "paper" else None
-    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad)
+    with_market = any(policies.contexts.values())
+    if with_market and not closes:
+        raise ConfigError("A policy was fitted with the market's context, which is made of spots: give spots.")
+    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad, with_market)
     first = next(states, None)
     if first is None:
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")

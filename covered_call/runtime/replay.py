@@ -15,7 +15,7 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.candidates.series import Series
 from covered_call.market.candidate_csv import quotes_of
 from covered_call.market.snapshot import BadRows, Snapshot
-from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of
+from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of, with_context
 from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event, Execution, Marked, Opened
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
@@ -132,11 +132,13 @@ def states_from(
     closes: dict[str, Series] | None = None,
     exit_style: str = "hold_to_expiry",
     bad: BadRows | None = None,
+    with_market: bool = False,
 ) -> Iterator[MarketState]:
     """What each snapshot puts to a policy, with the quotes of all its calls; a snapshot without a spot is left out.
 
     Args:
         closes: by underlying, from which the market's past is known.
+        with_market: whether decisions get its context (see with_context), for policies that were fitted with one.
     """
     for snapshot in snapshots:
         if np.isnan(snapshot.spot):
@@ -144,6 +146,8 @@ def states_from(
         series = (closes or {}).get(snapshot.underlying)
         past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
+        if with_market and series is not None:
+            decision = with_context(decision, series)
         yield MarketState(decision, all_quotes(snapshot), past._asdict(), decision.decision_time)
 
 

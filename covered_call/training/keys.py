@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.data_options import backtest_of, recipe_keys
-from covered_call.candidates.options import DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
+from covered_call.candidates.options import CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 
@@ -70,7 +70,7 @@ class StartArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, SPLITS)):
+class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
     """What load_candidates is called with; what is not given takes its default there."""
 
     dataset_config: str = field(metadata={"help": f"What is asked: per_candidate or {RANKING}."})
