@@ -14,9 +14,10 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.columns import OUTCOME_DAYS, Columns, Rule, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
 from covered_call.candidates.csv_rows import check_header
+from covered_call.candidates.explanations import rule_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
@@ -238,6 +239,15 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     if market is None:
         return Known(prices, ranked)
     return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
+
+
+def rule_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Rule:
+    """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
+    rules = decisions.spool.rules
+    if task not in rules:
+        parts = map(decisions.columns, decisions.batches(numbers))
+        rules[task] = rule_of(parts, known_at(decisions, options), task)
+    return rules[task]
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

@@ -31,7 +31,7 @@ PATHS = ("iv_file", "context_vols")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
-DATA, CONTEXT, PROMPTS, SPLITS = "data", "market context", "prompts", "splits"
+DATA, CONTEXT, ANSWERS, PROMPTS, SPLITS = "data", "market context", "answers", "prompts", "splits"
 OUTCOMES, PAIRS = "outcomes and costs", "pairs"
 
 
@@ -108,6 +108,12 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "CSV",
         "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
         otherwise="none",
+    )
+    explain: bool = option(
+        False,
+        ANSWERS,
+        "BOOL",
+        "answers of chats give a strength and a reason behind the answer, of what the prompt shows",
     )
     hindsight: bool = option(
         False,
@@ -266,6 +272,8 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
             )
+        if self.explain and self.name in ("preference", "q_values"):
+            raise CandidatesError(f"explain is for {' and '.join(CHATS)}, not for {self.name}, which has no answer.")
         self.check_context()
         self.check_splits()
 
