@@ -16,8 +16,8 @@ import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
-from covered_call.candidates.columns import Columns, Rule, logged_of
-from covered_call.candidates.decisions import Decisions, hashes_of, read_decisions, rule_for
+from covered_call.candidates.columns import Columns, Grounds, logged_of
+from covered_call.candidates.decisions import Decisions, grounds_for, hashes_of, read_decisions
 from covered_call.candidates.options import (
     OUTCOMES,
     PATHS,
@@ -160,7 +160,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         generators = []
         decisions = backtest.decisions
         if self.config.explain:
-            backtest.rule(self.config.name)
+            backtest.grounds(self.config.name)
         for name, numbers in backtest.numbers.items():
             numbers = with_record(decisions, numbers, self.config)
             if len(numbers):
@@ -270,9 +270,9 @@ class Backtest:
         """Of those of each split, by time; see split_places."""
         return split_places(self.decisions.time, self.decisions.label_end, self.options)
 
-    def rule(self, task: str) -> Rule:
+    def grounds(self, task: str) -> Grounds:
         """What explanations of a task's answers rest on, of the training split."""
-        return rule_for(task, self.decisions, self.numbers["train"], self.options)
+        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

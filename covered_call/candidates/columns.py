@@ -28,8 +28,8 @@ RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
-class Rule(NamedTuple):
-    """What explanations take beside a decision itself; see explanations.rule_of.
+class Grounds(NamedTuple):
+    """What explanations take beside a decision itself; see explanations.grounds_of.
 
     Args:
         formula: which gives the scores; None if none is known to.
@@ -58,7 +58,7 @@ class Columns:
     numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
     context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
-    rules: dict[str, Rule] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
+    grounds: dict[str, Grounds] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
 
     def __len__(self) -> int:
         return len(self.time)
@@ -125,7 +125,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
         label_end=np.concatenate([part.label_end for part in parts]),
         context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
-        rules=parts[0].rules,
+        grounds=parts[0].grounds,
     )
 
 

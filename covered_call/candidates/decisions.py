@@ -14,10 +14,10 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import OUTCOME_DAYS, Columns, Rule, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.columns import OUTCOME_DAYS, Columns, Grounds, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
 from covered_call.candidates.csv_rows import check_header
-from covered_call.candidates.explanations import rule_of
+from covered_call.candidates.explanations import grounds_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
@@ -241,13 +241,13 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
 
 
-def rule_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Rule:
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
     """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
-    rules = decisions.spool.rules
-    if task not in rules:
+    grounds = decisions.spool.grounds
+    if task not in grounds:
         parts = map(decisions.columns, decisions.batches(numbers))
-        rules[task] = rule_of(parts, known_at(decisions, options), task)
-    return rules[task]
+        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+    return grounds[task]
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

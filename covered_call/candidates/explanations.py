@@ -12,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import STATE, Columns, Rule, columns_of, word_of
+from covered_call.candidates.columns import STATE, Columns, Grounds, columns_of, word_of
 from covered_call.candidates.context import TARGET_DELTA, Known, context_of, first_of
 from covered_call.candidates.context_lines import filled, text_of
 from covered_call.candidates.number_texts import days, each_distinct, exact, money, ratio
 from covered_call.candidates.prompts import pick_of
 from covered_call.candidates.schema import SELL_CALL, Decision, LoggedDecision
 from covered_call.candidates.score_terms import (
-    BULL,
     MOST_SCORE,
     PAST,
     PENALTIES,
@@ -77,7 +76,7 @@ COMPARED = (
 )
 
 
-def parts_of(*most: str) -> tuple[Clause, ...]:
+def part_clauses(*most: str) -> tuple[Clause, ...]:
     """The sentences on nearness, time and richness, with what each of them can be at most."""
     near, time, rich = most
     return (
@@ -89,12 +88,12 @@ def parts_of(*most: str) -> tuple[Clause, ...]:
 
 
 CLAUSES = {
-    "teacher": (*ABOUT, *parts_of(" of 2.00", " of 1.50", " of 3.00"), *LOST, REST, *COMPARED),
-    "simulated": (*ABOUT, *parts_of("", "", ""), REST, *COMPARED),
+    "teacher": (*ABOUT, *part_clauses(" of 2.00", " of 1.50", " of 3.00"), *LOST, REST, *COMPARED),
+    "simulated": (*ABOUT, *part_clauses("", "", ""), REST, *COMPARED),
     None: (*ABOUT, *COMPARED),
 }
 NUMBER = r"[+-]?\d+(?:\.\d+)?%?"
-WORDS = {"regime": "[a-z]+"}
+SPELT = {"regime": "[a-z]+"}
 
 
 class Shown(NamedTuple):
@@ -172,7 +171,9 @@ def shown_of(columns: Columns, task: str, picks: np.ndarray) -> Shown:
     numbers["spot"] = read_back(columns.spot[of], money)
     for name in (*PAST, "regime"):
         values = columns.context.get(name, np.full(len(columns), np.nan))[of]
-        numbers[name] = values if name == "regime" else read_back(values, lambda value, name=name: text_of(name, value))
+        numbers[name] = (
+            values if name == "regime" else read_back(values, lambda value, name=name: text_of(name, value))
+        )
     return Shown(task, numbers, *places_of(columns, rows, ranking), sells)
 
 
@@ -193,8 +194,8 @@ def places_of(columns: Columns, rows: np.ndarray, ranking: bool) -> tuple[np.nda
 # What can be said
 
 
-def statements_of(shown: Shown, rule: Rule) -> Statements:
-    numbers, terms, lost = shown.numbers, *terms_of(shown, rule)
+def statements_of(shown: Shown, grounds: Grounds) -> Statements:
+    numbers, terms, lost = shown.numbers, *terms_of(shown, grounds)
     rest = numbers["score"] - sum(terms.values()) + sum(lost.values()) if terms else np.zeros(len(shown.sells))
     values = {
         "gap": abs(numbers["score"] - THRESHOLD),
@@ -206,38 +207,40 @@ def statements_of(shown: Shown, rule: Rule) -> Statements:
     values |= numbers | terms | lost
     for name in PLACES:
         values[name] = getattr(shown, name)
-    clauses = CLAUSES[rule.formula]
+    clauses = CLAUSES[grounds.formula]
     wanted = {name for clause in clauses for name in names_of_clause(clause)}
-    texts = {name: each_distinct(np.asarray(values[name]), lambda value, name=name: say(name, value)) for name in wanted}
-    holds = conditions(shown, rule, terms, rest) | {name: amount > 0 for name, amount in lost.items()}
-    return Statements(clauses, holds, texts, strengths_of(shown, rule), numbers["score"])
+    texts = {
+        name: each_distinct(np.asarray(values[name]), lambda value, name=name: say(name, value)) for name in wanted
+    }
+    holds = conditions(shown, grounds, terms, rest) | {name: amount > 0 for name, amount in lost.items()}
+    return Statements(clauses, holds, texts, strengths_of(shown, grounds), numbers["score"])
 
 
-def terms_of(shown: Shown, rule: Rule) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(K,) each: the parts of the score that can be told from what is shown, and what it loses; of a loss that does not
-    make up the score nothing, for numbers are rounded."""
+def terms_of(shown: Shown, grounds: Grounds) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(K,) each: the parts of the score that can be told from what is shown, and what it loses; nothing where
+    that does not make up the score, for numbers are rounded."""
     numbers = shown.numbers
     of_call = (numbers["ivrv_ratio"], numbers["delta"], numbers["dte"])
     nothing = {name: np.zeros(len(shown.sells)) for name in PENALTIES}
-    if rule.formula is None:
+    if grounds.formula is None:
         return {}, nothing
-    terms = teacher_terms(*of_call) if rule.formula == "teacher" else simulated_terms(*of_call, np.nan)
+    terms = teacher_terms(*of_call) if grounds.formula == "teacher" else simulated_terms(*of_call, np.nan)
     terms = {name: terms[name] for name in ("nearness", "on_time", "richness")}
-    if rule.formula != "teacher":
+    if grounds.formula != "teacher":
         return terms, nothing
     lost = penalties_of(numbers["strike"] / numbers["spot"], numbers["regime"], {name: numbers[name] for name in PAST})
     explained = abs(numbers["score"] - sum(terms.values()) + sum(lost.values())) < SLIGHT
     return terms, {name: np.where(explained, amount, 0.0) for name, amount in lost.items()}
 
 
-def conditions(shown: Shown, rule: Rule, terms: dict, rest: np.ndarray) -> dict[str, np.ndarray]:
+def conditions(shown: Shown, grounds: Grounds, terms: dict, rest: np.ndarray) -> dict[str, np.ndarray]:
     """(K,) bool each, by the names of the clauses' conditions."""
     numbers, ranking = shown.numbers, shown.task == "per_decision_ranking"
     there, ivrv = ~np.isnan(numbers["score"]), ~np.isnan(numbers["ivrv_ratio"])
     high, top = numbers["score"] >= THRESHOLD, shown.rank == 1
     # At its ends a score is cut, and no sum of its parts.
     parts = there & bool(terms) & (numbers["score"] > 0) & (numbers["score"] < MOST_SCORE)
-    plain, measured = there & ~parts, there & (rule.formula is not None)
+    plain, measured = there & ~parts, there & (grounds.formula is not None)
     by_score = np.where(shown.sells, top & (high | ~measured), ~(high & measured) | (not ranking))
     return {
         "nothing": ~there,
@@ -262,12 +265,15 @@ def conditions(shown: Shown, rule: Rule, terms: dict, rest: np.ndarray) -> dict[
     }
 
 
-def strengths_of(shown: Shown, rule: Rule) -> pa.StringArray | None:
+def strengths_of(shown: Shown, grounds: Grounds) -> pa.StringArray | None:
     """How far the score is from the threshold, on the answer's side of it: thirds of the training split's answers. The
-    threshold is the same for all, so that the scores themselves can be cut. None where a rule has no cuts."""
-    if not rule.cuts:
+    threshold is the same for all, so that the scores themselves can be cut. None without cuts."""
+    if not grounds.cuts:
         return None
-    score, ends = shown.numbers["score"], np.array([rule.cuts["other"], rule.cuts["trade"]])[shown.sells.astype(int)]
+    score, ends = (
+        shown.numbers["score"],
+        np.array([grounds.cuts["other"], grounds.cuts["trade"]])[shown.sells.astype(int)],
+    )
     above = (score[:, None] >= ends).sum(axis=1)
     place = np.where(shown.sells, above, 2 - (score[:, None] > ends).sum(axis=1))
     return pa.array(STRENGTHS).take(pa.array(np.where(np.isnan(score), 2, place)))
@@ -305,13 +311,13 @@ def names_of_clause(clause: Clause) -> list[str]:
 # Texts
 
 
-def explanations(columns: Columns, task: str, picks: np.ndarray, rule: Rule) -> pa.StringArray:
+def explanations(columns: Columns, task: str, picks: np.ndarray, grounds: Grounds) -> pa.StringArray:
     """(K,) what follows on each answer: the line of its strength, and that of its reason.
 
     Args:
         picks: as shown_of takes them.
     """
-    return texts_of(statements_of(shown_of(columns, task, picks), rule))
+    return texts_of(statements_of(shown_of(columns, task, picks), grounds))
 
 
 def texts_of(statements: Statements) -> pa.StringArray:
@@ -328,26 +334,29 @@ def texts_of(statements: Statements) -> pa.StringArray:
     return pc.binary_join_element_wise(*head, reason, *sentences, "")
 
 
-def explain(decision: Decision, answer: str, rule: Rule, task: str = "per_decision_ranking", place: int = 0) -> str:
+def explain(
+    decision: Decision, answer: str, grounds: Grounds, task: str = "per_decision_ranking", place: int = 0
+) -> str:
     """An answer with its explanation, of a decision whose candidates stand as its prompt shows them.
 
     Args:
-        rule: of a model's manifest; Rule("teacher", {}) says what the teacher's score is made of, and no strength.
+        grounds: of a model's manifest; Grounds("teacher", {}) says what the teacher's score is made of, and gives no
+            strength.
         place: of per_candidate: which candidate is asked about.
     """
     columns = columns_of([LoggedDecision(decision, None, ())])
     if task == "per_decision_ranking":
         pick = pick_of(answer)
-        return answer + explanations(columns, task, np.array([-1 if pick is None else pick]), rule)[0].as_py()
+        return answer + explanations(columns, task, np.array([-1 if pick is None else pick]), grounds)[0].as_py()
     sold = np.full(len(decision.candidates), answer == SELL_CALL)
-    return answer + explanations(columns, task, sold, rule)[place].as_py()
+    return answer + explanations(columns, task, sold, grounds)[place].as_py()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rule
+# What it rests on
 
 
-def rule_of(parts: Iterable[Columns], known: Known, task: str) -> Rule:
+def grounds_of(parts: Iterable[Columns], known: Known, task: str) -> Grounds:
     """Which formula gives the scores of all these decisions, and the thirds of their scores by answer.
 
     Args:
@@ -361,13 +370,15 @@ def rule_of(parts: Iterable[Columns], known: Known, task: str) -> Rule:
         for name, found in errors.items():
             error = abs(scores_by(name, columns, context) - columns.numbers["score"])
             found.append(error[~np.isnan(error)])
-        picks = columns.chosen if task == "per_decision_ranking" else columns.place == columns.chosen[columns.decision_of]
+        picks = (
+            columns.chosen if task == "per_decision_ranking" else columns.place == columns.chosen[columns.decision_of]
+        )
         shown = shown_of(columns, task, picks)
         there = ~np.isnan(shown.numbers["score"])
         scores.append(shown.numbers["score"][there])
         sells.append(shown.sells[there])
     fits = [name for name, found in errors.items() if formula_fits(np.concatenate([np.zeros(0), *found]))]
-    return Rule(fits[0] if fits else None, thirds_of(np.concatenate(scores), np.concatenate(sells)))
+    return Grounds(fits[0] if fits else None, thirds_of(np.concatenate(scores), np.concatenate(sells)))
 
 
 def formula_fits(errors: np.ndarray) -> bool:
@@ -375,7 +386,7 @@ def formula_fits(errors: np.ndarray) -> bool:
 
 
 def thirds_of(scores: np.ndarray, sells: np.ndarray) -> dict[str, list[float]]:
-    """Where the scores of either answer are cut into thirds; of an answer that does not occur, where those of all are."""
+    """Where the scores of either answer are cut into thirds; of one that does not occur, where those of all are."""
     cuts = {}
     for name, its in (("trade", sells), ("other", ~sells)):
         of = scores[its] if its.any() else scores
@@ -405,7 +416,9 @@ class Verdict(NamedTuple):
     words: int
 
 
-def judge_explanation(text: str, prompt: str, answer: str, admissible: list[str], said: Statements, place: int) -> Verdict:
+def judge_explanation(
+    text: str, prompt: str, answer: str, admissible: list[str], said: Statements, place: int
+) -> Verdict:
     """Holds a text to what can be said.
 
     Args:
@@ -443,7 +456,7 @@ def clause_of(sentence: str, said: Statements, place: int) -> Clause | None:
 def pattern_of(clause: Clause) -> str:
     """What a clause's sentence looks like, whatever its numbers."""
     pieces = re.split(r"{(\w+)}", clause.says)
-    slots = [f"(?P<{name}>{WORDS.get(name, NUMBER)})" for name in pieces[1::2]]
+    slots = [f"(?P<{name}>{SPELT.get(name, NUMBER)})" for name in pieces[1::2]]
     texts = [re.escape(text) for text in pieces[::2]]
     return "".join(text + slot for text, slot in zip(texts, [*slots, ""], strict=True))
 

@@ -82,7 +82,7 @@ def said(
     """(K,) what the assistant says: the label, and what explains it, if that is asked for."""
     if not options.explain:
         return labels
-    reasons = explanations(columns, options.name, picks, columns.rules[options.name])
+    reasons = explanations(columns, options.name, picks, columns.grounds[options.name])
     return pc.binary_join_element_wise(labels, reasons, "")
 
 

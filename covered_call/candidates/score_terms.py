@@ -86,6 +86,4 @@ def scores_by(formula: str, columns: Columns, context: dict[str, np.ndarray]) ->
         return np.add.reduce(list(simulated_terms(ivrv, delta, dte, premium / spot).values()))
     past = {name: context[name][rows] for name in PAST}
     lost = penalties_of(numbers["strike"] / spot, context["regime"][rows], past)
-    return np.where(
-        np.isnan(sum(past.values())), np.nan, teacher_score(teacher_terms(ivrv, delta, dte), lost)
-    )
+    return np.where(np.isnan(sum(past.values())), np.nan, teacher_score(teacher_terms(ivrv, delta, dte), lost))

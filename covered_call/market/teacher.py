@@ -128,7 +128,9 @@ def penalties(moneyness: np.ndarray, past: Past) -> dict[str, np.ndarray]:
     """(C,) each: what the scores lose by the market's state; nothing where the past is unknown."""
     _, short_vol, distance, week, month = floats(past)
     regime = regimes(np.array([distance]), np.array([month]))
-    return penalties_of(moneyness, regime, {"dist_ma50": distance, "ret_30d": month, "ret_7d": week, "rv_7d": short_vol})
+    return penalties_of(
+        moneyness, regime, {"dist_ma50": distance, "ret_30d": month, "ret_7d": week, "rv_7d": short_vol}
+    )
 
 
 def trend_of(distance: float, month: float) -> str | None:

@@ -200,6 +200,7 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         commonest=Counter(train["label"]).most_common(1)[0][0],
         seen=tuned_on(train),
         hashes=backtest.hashes,
+        grounds=None,
         chosen=chosen,
         rejected=rejected,
         rankings=rankings,

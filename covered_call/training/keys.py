@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.data_options import backtest_of, recipe_keys
-from covered_call.candidates.options import CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
+from covered_call.candidates.options import ANSWERS, CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 
@@ -70,7 +70,7 @@ class StartArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
+class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
     """What load_candidates is called with; what is not given takes its default there."""
 
     dataset_config: str = field(metadata={"help": f"What is asked: per_candidate or {RANKING}."})
@@ -89,6 +89,12 @@ class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
             "epoch, weight gives both the same share of the loss."
         },
     )
+    explanation_weight: float = field(
+        default=0.3,
+        metadata={
+            "help": "With explain: what the mean loss of an explanation's tokens counts beside that of its answer's."
+        },
+    )
     max_eval_records: int | None = field(
         default=None,
         metadata={
@@ -100,6 +106,8 @@ class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
     def __post_init__(self):
         if self.balance not in BALANCES:
             raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
+        if not 0 <= self.explanation_weight <= 10:
+            raise RecipeError(f"explanation_weight: {self.explanation_weight} is none: give 0 to 10.")
 
     def backtest(self) -> Backtest:
         """What the splits are made of, read when it is first asked for; a shuffle is left to the training split.
@@ -117,6 +125,8 @@ class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceC
 
     dataset_config: str = field(default="preference", init=False)
     balance: Balance = field(default="none", init=False)  # each answer's own share: benchmarks/pair_balance.py
+    explain: bool | None = field(default=None, init=False)  # pairs are of answers alone
+    explanation_weight: float = field(default=0.0, init=False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -74,24 +74,27 @@ def tune(model: ModelArguments, data: DataArguments, training: TrainingArguments
 def load(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Examples:
     """The splits in the tokens of the model, which is built here if it is the tiny one."""
     backtest = data.backtest()
-    splits = load_splits(backtest, data.dataset_config, training.seed)
+    explained = {"explain": True} if data.explain else {}
+    splits = load_splits(backtest, data.dataset_config, training.seed, **explained)
+    grounds = backtest.grounds(data.dataset_config) if explained else None
     train = splits["train"]
     build_base_if_tiny(model, train, training)
     tokenizer = load_tokenizer(model.model_name_or_path)
     sampler = EpochSampler([is_trade(label) for label in train["label"]], data.balance, training.seed)
     if data.candidate_order == "shuffle" and data.dataset_config == RANKING:
         sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
-        splits["train"] = shuffle_epochs(train, training.seed, sampler.copies)
+        splits["train"] = shuffle_epochs(train, training.seed, sampler.copies, grounds)
     task = data.dataset_config
     encoded = DatasetDict({name: encode_split(split, tokenizer, task) for name, split in splits.items()})
     return Examples(
         splits=encoded,
         tokenizer=tokenizer,
-        answers=answer_tokens(tokenizer, train[0]["messages"][:-1], offered(encoded)),
+        answers=answer_tokens(tokenizer, train[0]["messages"][:-1], offered(encoded), bool(explained)),
         sampler=sampler,
         commonest=Counter(train["label"]).most_common(1)[0][0],
         seen=tuned_on(train),
         hashes=backtest.hashes,
+        grounds=grounds,
     )
 
 
@@ -109,6 +112,7 @@ def make_trainer(
         peft_config=adapter,
         sampler=examples.sampler,
         answers=examples.answers,
+        explanation_weight=data.explanation_weight,
     )
 
 
