@@ -73,7 +73,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context", "score_terms", "explanations", "spots", "settlement",
     "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "346e320c3351b3c2441564c89e40fe2cea39dfb3bf98cda95da07a8c571009ac"  # their SHA-256
+MADE_FROM = "15e6a063bfd6151a133a4198e2b22b25cb2ef2587bfe53df229794c7cd08b837"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3689,12 +3689,18 @@ def explain(
             strength.
         place: of per_candidate: which candidate is asked about.
     """
-    columns = columns_of([LoggedDecision(decision, None, ())])
-    if task == "per_decision_ranking":
+    return answer + texts_of(statements_about(decision, answer, grounds, task, place))[0].as_py()
+
+
+def statements_about(decision: Decision, answer: str, grounds: Grounds, task: str, place: int = 0) -> Statements:
+    """What can be said of one answer."""
+    if task == "per_candidate":
+        decision = decision._replace(candidates=decision.candidates[place : place + 1])
+        picks = np.array([answer == SELL_CALL])
+    else:
         pick = pick_of(answer)
-        return answer + explanations(columns, task, np.array([-1 if pick is None else pick]), grounds)[0].as_py()
-    sold = np.full(len(decision.candidates), answer == SELL_CALL)
-    return answer + explanations(columns, task, sold, grounds)[place].as_py()
+        picks = np.array([-1 if pick is None else pick])
+    return statements_of(shown_of(columns_of([LoggedDecision(decision, None, ())]), task, picks), grounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -344,12 +344,18 @@ def explain(
             strength.
         place: of per_candidate: which candidate is asked about.
     """
-    columns = columns_of([LoggedDecision(decision, None, ())])
-    if task == "per_decision_ranking":
+    return answer + texts_of(statements_about(decision, answer, grounds, task, place))[0].as_py()
+
+
+def statements_about(decision: Decision, answer: str, grounds: Grounds, task: str, place: int = 0) -> Statements:
+    """What can be said of one answer."""
+    if task == "per_candidate":
+        decision = decision._replace(candidates=decision.candidates[place : place + 1])
+        picks = np.array([answer == SELL_CALL])
+    else:
         pick = pick_of(answer)
-        return answer + explanations(columns, task, np.array([-1 if pick is None else pick]), grounds)[0].as_py()
-    sold = np.full(len(decision.candidates), answer == SELL_CALL)
-    return answer + explanations(columns, task, sold, grounds)[place].as_py()
+        picks = np.array([-1 if pick is None else pick])
+    return statements_of(shown_of(columns_of([LoggedDecision(decision, None, ())]), task, picks), grounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.columns import Columns, microseconds
+from covered_call.candidates.columns import Columns, logged_of, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
@@ -35,13 +35,14 @@ from covered_call.evaluation.cases import (
     markets_of,
 )
 from covered_call.evaluation.details import make_detail
+from covered_call.evaluation.explanations import Judged, judge_explanations, some_of
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
 from covered_call.evaluation.report import report_files, terminal_table, write_report
 from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, RANDOM, TEACHER, Row, best_rule, make_rows
 from covered_call.evaluation.scenarios import scenarios_of
 from covered_call.evaluation.sections import Evaluation, Study
 from covered_call.evaluation.slices import regimes
-from covered_call.language_model.manifest import PolicyError, read_manifest
+from covered_call.language_model.manifest import PolicyError, grounds_in, read_manifest
 from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
 from covered_call.value_model.scorer import QScorer, picks_of
 from covered_call.value_model.walk_forward import candidate_pairs, compare
@@ -72,7 +73,9 @@ def evaluate(args: argparse.Namespace) -> None:
             raise CandidatesError("The train split is empty, and the baselines are fitted on it: set other splits.")
         evaluation = judge_all(args, backtest, cutoff, saved)
         print(terminal_table(evaluation))
-        print("\n".join([*(evaluation.study.sentences() if evaluation.study else ()), *evaluation.notes]))
+        explained = [evaluation.explained.sentence()] if evaluation.explained else []
+        studied = evaluation.study.sentences() if evaluation.study else []
+        print("\n".join([*explained, *studied, *evaluation.notes]))
         write_report(folder, report_files(evaluation))
     print(
         f"\nSaved in {folder}: report.html (all figures, plots, and how it is measured), the same as report.md, and "
@@ -110,10 +113,21 @@ def judge_all(
     study = make_study(fitted, predicted, columns, config, found) if fitted and predicted else None
     fitted_here = fitted_on(args.split, columns, rows, fitted, model)
     first = not_tuned_on(model.manifest, backtest, columns) if model else []
+    explained = explanations_by(model, columns, args.explanations) if model else None
     return Evaluation(
         args.model, args.split, backtest.files, config, backtest.decisions.replay.terms, cases, rows, trials, rule,
-        results, details, fitted_here, first, notes, study,
+        results, details, fitted_here, first, notes, study, explained,
     )  # fmt: skip
+
+
+def explanations_by(model, columns: Columns, most: int) -> Judged | None:
+    """Those of some decisions, judged; None of a model that gives answers alone."""
+    grounds = grounds_in(Path(model.folder), model.manifest) if "explains" in model.manifest else None
+    if grounds is None or not most:
+        return None
+    decisions = [entry.decision for entry in logged_of(columns)]
+    print(f"Writing {min(most, len(decisions))} explanations ...", flush=True)
+    return judge_explanations(model.explain(some_of(decisions, most)), grounds, model.task)
 
 
 def fitted_on(split: str, columns: Columns, rows: list[Row], fitted: Fitted | None, model) -> set[str]:
@@ -278,6 +292,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         *flags("batch_tokens"), type=positive, metavar="N",
         help="tokens that the model reads at once; fewer need less memory and change nothing else; default: what fits "
         "in the GPU's free memory",
+    )  # fmt: skip
+    model.add_argument(
+        "--explanations", type=int, metavar="N", default=100,
+        help="of a model that explains: judge what it says of so many decisions, evenly apart; default: %(default)s",
     )  # fmt: skip
     model.add_argument(
         *flags("q_scorer"), metavar="FILE",

@@ -13,6 +13,7 @@ from covered_call.candidates.terms import MAX_BIAS, MIN_CORRELATION
 from covered_call.evaluation import verdict
 from covered_call.evaluation.cases import Cases
 from covered_call.evaluation.details import Detail, Trade
+from covered_call.evaluation.explanations import Judged
 from covered_call.evaluation.metrics import DIFFERENCES, IMITATION, IN_PERCENT, IN_USD, METRICS, VERSION, Figure
 from covered_call.evaluation.money import ALL, Held, Result
 from covered_call.evaluation.resampling import MIN_BLOCKS, REPLICATES
@@ -60,6 +61,7 @@ class Evaluation(NamedTuple):
         first: what must be read before any figure.
         notes: what a reader of the figures must know beside them.
         study: None if there is no Q-scorer.
+        explained: None of a model that gives answers alone.
     """
 
     model: str | None
@@ -77,6 +79,7 @@ class Evaluation(NamedTuple):
     first: list[str]
     notes: list[str]
     study: Study | None
+    explained: Judged | None = None
 
     @property
     def overall(self) -> list[tuple[Result, Detail]]:

@@ -222,6 +222,7 @@ LAWS = {
     "underlying": Law(of_name),
     "exit_style": Law(of_name),
     "hindsight": Law(of_flag),
+    "explain": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),
     "seed": Law(of_whole, {"candidate_order": "shuffle"}),
     "splits": Law(of_splits),
