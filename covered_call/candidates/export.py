@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,7 @@ def nested_lines(records: pa.Table, config: CoveredCallCandidatesConfig) -> byte
         first = row["candidates"][0] if row.get("candidates") else row
         said = {name: row[name] for name in given} | {"spot": first.get("spot")}
         lines.append({"input": said | {"candidates": calls}, "output": output_of(row["messages"][-1]["content"])})
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()
+    return "".join(json.dumps(line, ensure_ascii=False, default=datetime.isoformat) + "\n" for line in lines).encode()
 
 
 def output_of(text: str) -> dict[str, str]:

@@ -106,8 +106,8 @@ def test_a_real_decision_is_explained_by_its_own_numbers(real):
     assert real.text(place).split("\n")[2] == (
         "Reason: Score 5.09 is 2.09 above the threshold 3.00. It is the highest of 6. Delta 0.2388 is 0.0112 from "
         "the target 0.25 (+1.78 of 2.00). DTE 7 days is on target (+1.50 of 1.50). IV is 1.47 times realised vol "
-        "(+2.82 of 3.00). A 30-day return of +41.93% in a bull regime costs 0.50. A spot +31.94% from its 50-day mean costs "
-        "0.50."
+        "(+2.82 of 3.00). A 30-day return of +41.93% in a bull regime costs 0.50. A spot +31.94% from its 50-day "
+        "mean costs 0.50."
     )
 
 
