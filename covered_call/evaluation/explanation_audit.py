@@ -12,8 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, Columns, Grounds
-from covered_call.candidates.explanations import Shown, explanations, shown_of
+from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, STATE, Columns, Grounds
+from covered_call.candidates.explanations import explanations, shown_of
 from covered_call.candidates.options import CHATS
 from covered_call.evaluation import resampling
 
@@ -25,13 +25,13 @@ class Texts(NamedTuple):
     """The explanations of a split's answers.
 
     Args:
-        shown: what they may be made of.
+        features: (K, F) the state of the calls that they are about, the market's context, and whether it is sold.
         outcome: (K,) USD, of the calls that they are about; NaN where it is unknown.
         decision: (K,) the place of each one's decision.
     """
 
     texts: list[str]
-    shown: Shown
+    features: np.ndarray
     outcome: np.ndarray
     decision: np.ndarray
 
@@ -68,8 +68,12 @@ def texts_of_answers(columns: Columns, task: str, grounds: Grounds) -> Texts:
     there = ~np.isnan(shown.numbers["score"])
     decision = np.arange(len(columns)) if ranking else columns.decision_of
     rows = columns.offsets[:-1] + shown.index - 1 if ranking else np.arange(len(decision))
-    outcome = np.append(columns.numbers[COUNTERFACTUAL], np.nan)[np.where(there, rows, -1)]
-    return Texts(explanations(columns, task, picks, grounds).to_pylist(), shown, outcome, decision)
+    of = {
+        name: np.append(columns.numbers[name], np.nan)[np.where(there, rows, -1)] for name in (*STATE, COUNTERFACTUAL)
+    }
+    context = [values[decision] for values in columns.context.values()]
+    features = np.column_stack([*(of[name] for name in STATE), *context, shown.sells])
+    return Texts(explanations(columns, task, picks, grounds).to_pylist(), features, of[COUNTERFACTUAL], decision)
 
 
 def changed_texts(columns: Columns, task: str, grounds: Grounds) -> int:
@@ -102,7 +106,7 @@ def read_outcomes(made: dict[str, Texts], test: Columns | None) -> Read:
     )
     for reader, inputs in (
         (make_pipeline(words, LogisticRegression(max_iter=1_000)), lambda one: np.array(one.texts, object)),
-        (numbers, lambda one: np.column_stack([*one.shown.numbers.values(), one.shown.sells])),
+        (numbers, lambda one: one.features),
     ):
         reader.fit(inputs(made["train"])[known["train"]], signs["train"])
         scores.append(reader.predict_proba(inputs(made["test"])[known["test"]])[:, 1])
