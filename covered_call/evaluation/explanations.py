@@ -50,6 +50,12 @@ class Judged(NamedTuple):
         )
         return f"Explanations of {len(self.verdicts)} decisions: {shares}; {self.words:.0f} words on average."
 
+    def rows(self) -> list[list[str]]:
+        """Of a table, the head first."""
+        head = [f"of {len(self.verdicts)} explanations", "share", ""]
+        shown = {name: f"{share:.3f} [{low:.3f}, {high:.3f}]" for name, (share, low, high) in self.shares.items()}
+        return [head, *([name, shown[name], MEANINGS[name]] for name in CHECKS)]
+
     def as_json(self) -> dict:
         shares = {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in self.shares.items()}
         return {"decisions": len(self.verdicts), "words": self.words, "meanings": MEANINGS, **shares}

@@ -129,6 +129,8 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
         sections.append(Section(2, "Calibration", [*calibration_sentences(evaluation), Picture(CALIBRATION)]))
     if evaluation.study:
         sections.append(Section(2, Q_SCORER, [*study_parts(evaluation.study), Picture(RELIABILITY)]))
+    if evaluation.explained:
+        sections.append(Section(2, "Explanations", [Table("", evaluation.explained.rows())]))
     meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
     head = [f"metric (version {VERSION})", "better", ""]
     how: list[str | list[str] | Table | Picture] = [
