@@ -214,9 +214,9 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]]
     }
 
 
-def prompt_of(row: dict) -> list[int]:
-    """The tokens before a record's answer."""
-    return row["input_ids"][: next(place for place, label in enumerate(row["labels"]) if label != IGNORE)]
+def prompt_length(labels: list[int]) -> int:
+    """Of a record: the tokens before its answer."""
+    return next(place for place, label in enumerate(labels) if label != IGNORE)
 
 
 def offered(splits: DatasetDict) -> list[str]:

@@ -18,7 +18,7 @@ from covered_call.language_model.loading import (
     load_config,
 )
 from covered_call.language_model.scoring import ROW_TOKENS
-from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_of
+from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_length
 from covered_call.training.keys import DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
 from covered_call.training.recipe import RunArguments, TrainingArguments
@@ -42,16 +42,15 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
     config = load_config(model.model_name_or_path)
     lengths = {name: check_records(name, split, answers, tokenizer) for name, split in splits.items()}
     check_lengths(splits, lengths, training.max_length, config)
-    longest_answer = max(map(len, answers.values()))
-    longest_said = int(max((total - prompt).max() for total, prompt in lengths.values()))
-    work = describe_model(config, model, training, longest_record(lengths), max(longest_answer, longest_said))
+    longest_answer = max(int(learnt.max()) for _, learnt in lengths.values())
+    work = describe_model(config, model, training, longest_record(lengths), longest_answer)
     there = memory_for(training, model.quantization)
     plan = make_plan(work, training, there)
     training.settle(plan, model.quantization)
     sampler.group(lengths["train"][0], global_batch(training))
-    rows = [longest_row(split, lengths[name][1], answers) for name, split in splits.items()]
+    rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
     facts = {
-        "tokens": describe_tokens(lengths, longest_answer, longest_said, training.max_length),
+        "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "balance": f"{data.balance}: an epoch takes {sampler}",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
@@ -65,9 +64,9 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
 def check_records(
     name: str, split: Dataset, answers: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each record, and of its prompt; RecipeError unless its loss is on exactly its answer's tokens, but for
-    what explains it, and its control tokens are those of the chat template."""
-    totals, prompts = np.zeros(len(split), int), np.zeros(len(split), int)
+    """Tokens of each record, and of its answer with what explains it; RecipeError unless the answer's loss is on its
+    tokens and no others, and the record's control tokens are those of the chat template."""
+    totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
     control = control_tokens(tokenizer)
     [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
     template = control_in(prompt + answer, control)
@@ -84,8 +83,8 @@ def check_records(
                 f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
                 "different prompts: take another model."
             )
-        totals[index], prompts[index] = len(row["labels"]), len(prompt_of(row))
-    return totals, prompts
+        totals[index], learnt[index] = len(row["labels"]), len(row["labels"]) - prompt_length(row["labels"])
+    return totals, learnt
 
 
 def check_lengths(splits: dict[str, Dataset], lengths: dict, max_length: int | None, config) -> None:
@@ -140,11 +139,11 @@ def longest_record(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
     return int(max(total.max() for total, _ in lengths.values()))
 
 
-def longest_row(split: Dataset, prompts: np.ndarray, answers: dict) -> tuple[int, int]:
+def longest_row(split: Dataset, totals: np.ndarray, learnt: np.ndarray, answers: dict) -> tuple[int, int]:
     """Tokens of the longest row of answers that an evaluation reads, and how many of them are answers'."""
     rows = Counter()
     asked = [sum(len(answers[answer]) for answer in offered) for offered in split["answers"]]
-    lengths = prompts + np.array(asked)
+    lengths = totals - learnt + np.array(asked)
     for decision, length in zip(split["decision_id"], lengths.tolist(), strict=True):
         rows[decision] += length
     longest = max(int(lengths.max()), min(max(rows.values()), ROW_TOKENS))
@@ -156,14 +155,12 @@ def longest_row(split: Dataset, prompts: np.ndarray, answers: dict) -> tuple[int
 
 
 def describe_tokens(
-    lengths: dict[str, tuple[np.ndarray, np.ndarray]], longest_answer: int, longest_said: int, max_length: int | None
+    lengths: dict[str, tuple[np.ndarray, np.ndarray]], longest_answer: int, max_length: int | None
 ) -> str:
-    explained = f", with its explanation {longest_said}" if longest_said > longest_answer else ""
-    prompts = np.concatenate([prompt for _, prompt in lengths.values()])
+    prompts = np.concatenate([total - answer for total, answer in lengths.values()])
     return (
         f"prompt at most {prompts.max()}, 99 % up to {np.percentile(prompts, 99):.0f}; answer at most "
-        f"{longest_answer}{explained}; record at most {longest_record(lengths)}, and none is over max_length "
-        f"{max_length}"
+        f"{longest_answer}; record at most {longest_record(lengths)}, and none is over max_length {max_length}"
     )
 
 

@@ -19,7 +19,7 @@ from covered_call.language_model.loading import load_base
 from covered_call.language_model.manifest import CHECKPOINT
 from covered_call.language_model.scoring import Scored, head_at, score_answers
 from covered_call.language_model.training_log import talk_plainly
-from covered_call.training.examples import IGNORE, EpochSampler, is_trade, prompt_of
+from covered_call.training.examples import IGNORE, EpochSampler, is_trade, prompt_length
 from covered_call.training.keys import ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import TrainingStopped
@@ -144,7 +144,7 @@ class ScoringTrainer(Mixed):
         mine = [place for group in groups[start : start + share] for place in group]
         prompts, answers = [], []
         for row in split.select(mine):
-            prompts.append(prompt_of(row))
+            prompts.append(row["input_ids"][: prompt_length(row["labels"])])
             answers.append([self.answers[answer] for answer in row["answers"]])
         decisions = [owners[place] for place in mine]
         model = self.model_wrapped if model is None else model

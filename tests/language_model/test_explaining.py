@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import decision, read_candidates, write_csv
+from conftest import REAL_PHI3, decision, needs_real_phi3, read_candidates, write_csv
 
 from covered_call import tuning
 from covered_call.candidates.builder import load_candidates
@@ -104,6 +104,15 @@ def test_an_explained_answer_ends_with_its_line(corpus_base):
     tokenizer = load_tokenizer(str(corpus_base))
     tokens = answer_tokens(tokenizer, [{"role": "user", "content": "?"}], ["1", "10", "NO_TRADE"], explained=True)
     assert [tokenizer.decode(ids) for ids in tokens.values()] == ["1\n", "10\n", "NO_TRADE\n"]
+
+
+@needs_real_phi3
+def test_an_explained_answer_of_phi_3_ends_with_its_line():
+    tokenizer = load_tokenizer(str(REAL_PHI3))
+    answers = [*map(str, range(1, 13)), NO_TRADE]
+    tokens = answer_tokens(tokenizer, [{"role": "user", "content": "?"}], answers, explained=True)
+    assert [tokenizer.decode(ids) for ids in tokens.values()] == [f"{answer}\n" for answer in answers]
+    assert {ids[-1] for ids in tokens.values()} == {tokenizer.convert_tokens_to_ids("<0x0A>")}
 
 
 class Counts(torch.nn.Module):
