@@ -73,7 +73,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context", "score_terms", "explanations", "spots", "settlement",
     "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "15e6a063bfd6151a133a4198e2b22b25cb2ef2587bfe53df229794c7cd08b837"  # their SHA-256
+MADE_FROM = "f65ebf38ad3d7d7b8f5c2313ab049e6319d223fe5aa71569a065ebc952c4a596"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -2411,11 +2411,13 @@ class State:
         check_numbers(rows, placeholder, self.options)
         chosen = check_choice(rows, sizes, placeholder)
         self.count_misnamed(rows, ~placeholder)
-        names = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
+        underlying, exit_style = (
+            self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")
+        )
         left = ~placeholder
         sizes = np.where(placeholder[rows.starts], 0, sizes)
         return Columns(
-            tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
+            tuple(self.names), underlying, exit_style, rows.time[rows.starts], rows.spot[rows.starts], chosen,
             np.concatenate([[0], np.cumsum(sizes)]),
             pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
             {name: rows.numbers[name][left] for name in READ_NUMBERS},

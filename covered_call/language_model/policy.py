@@ -200,7 +200,7 @@ class Policy:
         [(_, ended)] = encode(self.tokenizer, [[*asked[0].messages, {"role": "assistant", "content": labels[0]}]])
         written = write_on(self.model, self.tokenizer, begun, ended[-1])
         said = ([*tokens[one.label], *more] for one, more in zip(asked, written, strict=True))
-        return [self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in said]
+        return [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() for ids in said]
 
     def _check(self, decisions: Iterable[Decision | dict]) -> list[Decision]:
         """The decisions, each as strictly looked at as a CSV row, and of what the model was tuned on."""
