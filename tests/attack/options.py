@@ -141,6 +141,12 @@ def of_vols(value):
     return NOTHING
 
 
+def of_own_columns(value):
+    """A list of names that are not those of other columns; one that the file does not have is refused."""
+    texts = isinstance(value, (list, tuple)) and all(isinstance(item, str) and item.isprintable() for item in value)
+    return list(map(str, value)) if texts and len(set(value)) == len(value) and all(value) else NOTHING
+
+
 def of_name(value):
     return str(value) if isinstance(value, str) and value.strip() else NOTHING
 
@@ -221,6 +227,9 @@ LAWS = {
     "num_proc": Law(of_processes, {"streaming": False}, ("q_values",)),
     "underlying": Law(of_name),
     "exit_style": Law(of_name),
+    "context": Law(of_choice("none", "spot")),
+    "context_columns": Law(of_own_columns, {"context": "spot"}),
+    "context_vols": Law(of_vols, {"context": "spot"}),
     "hindsight": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),
     "seed": Law(of_whole, {"candidate_order": "shuffle"}),
