@@ -74,7 +74,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains",
     "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "580fb48a0c9a3c3bca2b5bb81ab88f835cff81d881bbbab269c68ef8bf8a7195"  # their SHA-256
+MADE_FROM = "f0efd04fb152afe03855c54fba09a8f40d900ac7da7df79dace6f3b66ba11995"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1207,10 +1207,10 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
-    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, {spread_class}; "
-    "wick {wick}; move and volume: {effort}\n",
-    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying climax "
-    "{buying_climax}, selling climax {selling_climax}\n",
+    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
+    "{spread_class}; wick {wick}; move and volume: {effort}\n",
+    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
+    "climax {buying_climax}, selling climax {selling_climax}\n",
     "  - From 20-bar VWAP {vwap_distance}, ADX 14 {adx_14}\n",
     "  - Longer frame: {longer_ret}, {longer_trend}, volume {longer_volume} of 50-bar mean\n",
     "  - Last bars, the newest first (move, volume): "
@@ -2972,7 +2972,7 @@ END_OF_BAR = 0.25
 
 
 class Bars(NamedTuple):
-    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time, NaN where there is none."""
+    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time; NaN where none is."""
 
     values: dict[str, np.ndarray]
     begin: int  # of the first bar, microseconds since 1970
@@ -3011,7 +3011,7 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
 def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
     """(N,) microseconds since 1970, UTC."""
     if pa.types.is_timestamp(column.type):
-        return column.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()[rows]
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
     found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
     wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]
     if wrong:
@@ -3023,7 +3023,7 @@ def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.nd
 def floats_of_bars(path: str, column: pa.ChunkedArray, name: str, rows: np.ndarray) -> np.ndarray:
     try:
         return column.cast(pa.float64()).to_numpy()[rows]
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise CandidatesError(f"{path}, column {name}: {error}.") from error
 
 
@@ -3108,9 +3108,8 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 def classes(values: np.ndarray, highs: tuple[float, ...], lows: tuple[float, ...]) -> np.ndarray:
     """(D,) how many of the highs it reaches, or of the lows below 0."""
-    steps = sum((values >= edge).astype(float) for edge in highs) - sum(
-        (values <= edge).astype(float) for edge in lows
-    )
+    above = np.sum([values >= edge for edge in highs], axis=0, dtype=float)
+    steps = above - np.sum([values <= edge for edge in lows], axis=0)
     return np.where(np.isfinite(values), steps, np.nan)
 
 
@@ -3152,8 +3151,8 @@ def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarr
 
 
 def directional_index(high: np.ndarray, low: np.ndarray, close: np.ndarray, bars: int = 14) -> np.ndarray:
-    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that is
-    missing; 0 where none has moved."""
+    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that
+    is missing; 0 where none has moved."""
     rise, fall = np.diff(high), -np.diff(low)
     before = close[:, :-1]
     moves = (

@@ -41,10 +41,10 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
-    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, {spread_class}; "
-    "wick {wick}; move and volume: {effort}\n",
-    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying climax "
-    "{buying_climax}, selling climax {selling_climax}\n",
+    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
+    "{spread_class}; wick {wick}; move and volume: {effort}\n",
+    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
+    "climax {buying_climax}, selling climax {selling_climax}\n",
     "  - From 20-bar VWAP {vwap_distance}, ADX 14 {adx_14}\n",
     "  - Longer frame: {longer_ret}, {longer_trend}, volume {longer_volume} of 50-bar mean\n",
     "  - Last bars, the newest first (move, volume): "

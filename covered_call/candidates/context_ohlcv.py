@@ -28,7 +28,7 @@ END_OF_BAR = 0.25
 
 
 class Bars(NamedTuple):
-    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time, NaN where there is none."""
+    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time; NaN where none is."""
 
     values: dict[str, np.ndarray]
     begin: int  # of the first bar, microseconds since 1970
@@ -67,7 +67,7 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
 def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
     """(N,) microseconds since 1970, UTC."""
     if pa.types.is_timestamp(column.type):
-        return column.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()[rows]
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
     found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
     wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]
     if wrong:
@@ -79,7 +79,7 @@ def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.nd
 def floats_of_bars(path: str, column: pa.ChunkedArray, name: str, rows: np.ndarray) -> np.ndarray:
     try:
         return column.cast(pa.float64()).to_numpy()[rows]
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise CandidatesError(f"{path}, column {name}: {error}.") from error
 
 
@@ -164,9 +164,8 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 def classes(values: np.ndarray, highs: tuple[float, ...], lows: tuple[float, ...]) -> np.ndarray:
     """(D,) how many of the highs it reaches, or of the lows below 0."""
-    steps = sum((values >= edge).astype(float) for edge in highs) - sum(
-        (values <= edge).astype(float) for edge in lows
-    )
+    above = np.sum([values >= edge for edge in highs], axis=0, dtype=float)
+    steps = above - np.sum([values <= edge for edge in lows], axis=0)
     return np.where(np.isfinite(values), steps, np.nan)
 
 
@@ -208,8 +207,8 @@ def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarr
 
 
 def directional_index(high: np.ndarray, low: np.ndarray, close: np.ndarray, bars: int = 14) -> np.ndarray:
-    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that is
-    missing; 0 where none has moved."""
+    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that
+    is missing; 0 where none has moved."""
     rise, fall = np.diff(high), -np.diff(low)
     before = close[:, :-1]
     moves = (

@@ -227,9 +227,12 @@ LAWS = {
     "num_proc": Law(of_processes, {"streaming": False}, ("q_values",)),
     "underlying": Law(of_name),
     "exit_style": Law(of_name),
-    "context": Law(of_choice("none", "spot")),
+    "context": Law(of_choice("none", "spot", "ohlcv")),
     "context_columns": Law(of_own_columns, {"context": "spot"}),
     "context_vols": Law(of_vols, {"context": "spot"}),
+    "ohlcv_files": Law(of_vols, {"context": "ohlcv"}),
+    "bar": Law(of_choice("1d", "1h")),
+    "label_offset_hours": Law(of_number(-24, 24)),
     "hindsight": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),
     "seed": Law(of_whole, {"candidate_order": "shuffle"}),
@@ -345,7 +348,7 @@ WORDS = [
 NUMERIC = {
     "fee", "fee_cap", "half_spread", "slippage", "delivery_fee", "expiry_tolerance", "horizon", "settle_hours",
     "take_profit", "defend", "min_dte_to_roll", "max_rolls", "roll_min_score", "roll_delta", "iv_lag", "iv_shift",
-    "max_iv", "seed", "lora_r", "lora_alpha", "lora_dropout", "tiny_base_steps", "max_eval_records", "threshold",
+    "max_iv", "seed", "label_offset_hours", "lora_r", "lora_alpha", "lora_dropout", "tiny_base_steps", "max_eval_records", "threshold",
     "min_confidence", "min_abs_return", "positive_weight", "folds", "batch_tokens", "beta",
 }  # fmt: skip
 

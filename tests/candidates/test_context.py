@@ -5,13 +5,15 @@ import functools
 import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from attack.columns import row_by_row
 from conftest import REAL_DATA, decision, needs_real_data, no_candidates, read_candidates, records, time, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates.columns import DAY, columns_of, logged_of
+from covered_call.candidates.columns import CONTEXT_WORDS, DAY, columns_of, logged_of, word_of
 from covered_call.candidates.context import (
     Prices,
     closes_until,
@@ -24,7 +26,15 @@ from covered_call.candidates.context import (
     shapes_of,
     vols_at_target,
 )
-from covered_call.candidates.context_lines import OF_PRICES, SPOT, context_names
+from covered_call.candidates.context_lines import OF_BARS, OF_PRICES, SPOT, context_names
+from covered_call.candidates.context_ohlcv import (
+    BARS,
+    Bars,
+    context_of_bars,
+    directional_index,
+    read_bars,
+    seen_at,
+)
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.leaks import find_leaks, render_splits
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -36,6 +46,7 @@ from covered_call.candidates.prompts import (
     version_with,
 )
 from covered_call.candidates.schema import COLUMNS, CandidatesError, Decision
+from covered_call.candidates.series import HOUR
 from covered_call.market.teacher import Past, penalty
 
 ON = CoveredCallCandidatesConfig(context="spot", splits="train")
@@ -425,9 +436,9 @@ def test_two_numbers_of_one_decision(tmp_path):
 @pytest.mark.parametrize("given, words", [
     ({"context_columns": ["reward"]}, "'reward'.*a prompt must not tell"),
     ({"context_columns": ["a", "a"]}, "different names"), ({"context_columns": "funding"}, "a list of"),
-    ({"context": "all"}, "context='all': choose one of none, spot"), ({"context_vols": 3}, "context_vols=3: give"),
-    ({"context": "none", "context_columns": ["a"]}, "context_columns goes with context='spot'"),
-    ({"context": "none", "context_vols": "dvol.csv"}, "context_vols goes with context='spot'"),
+    ({"context": "all"}, "context='all': choose one of none, spot, ohlcv"), ({"context_vols": 3}, "context_vols=3: give"),
+    ({"context": "none", "context_columns": ["a"]}, "context_columns goes with context='spot' or 'ohlcv'"),
+    ({"context": "none", "context_vols": "dvol.csv"}, "context_vols goes with context='spot' or 'ohlcv'"),
 ])  # fmt: skip
 def test_options_that_cannot_be(given, words):
     with pytest.raises(CandidatesError, match=words):
@@ -461,6 +472,167 @@ def test_the_market_s_vol_as_it_was_known(tmp_path):
     late = contexts([file], dataclasses.replace(ON, context_vols=vol_file(tmp_path, 20)))
     assert late[f"BTC|{time(39)}|tp_and_roll"]["dvol"] is None  # nothing newer for 72 hours
     assert context_names(ON) == list(SPOT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bars
+
+
+def bars_of(closes, volumes, spread: float = 0.01, bar: str = "1d", offset: int = 0) -> Bars:
+    """Bars that begin at 1970, each from the close before."""
+    closes, volumes = np.array(closes, float), np.array(volumes, float)
+    opens = np.append(closes[:1], closes[:-1])
+    values = {"open": opens, "high": np.maximum(opens, closes) * (1 + spread),
+        "low": np.minimum(opens, closes) * (1 - spread), "close": closes, "volume": volumes}  # fmt: skip
+    return Bars(values, 0, bar, offset)
+
+
+def of_last(bars: Bars) -> dict:
+    end = len(bars.values["close"]) * BARS[bars.bar] - bars.offset
+    found = context_of_bars(bars, np.array([end]), bars.values["close"][-1:])
+    return {name: word_of(name, one.item()) if name in CONTEXT_WORDS else one.item() for name, one in found.items()}
+
+
+def test_a_bar_with_much_volume_after_a_rise_is_a_climax():
+    closes, volumes = [100.0] * 59 + [110.0], [10.0] * 59 + [50.0]
+    bars = bars_of(closes, volumes)
+    bars.values["high"][-1], bars.values["low"][-1] = 113.0, 99.0
+    bars.values["open"][-1], bars.values["close"][-1] = 110.0, 109.5  # long lower wick
+    found = of_last(bars)
+    assert found["volume_ratio"] == pytest.approx(50 / (10 + 40 / 50)) and found["volume_class"] == "very_high"
+    assert (found["spread_class"], found["wick"], found["effort"]) == ("wide", "lower", "validation")
+    assert (found["buying_climax"], found["testing"], found["accumulation"]) == (0, 0, 0)  # two of four signs
+    bars.values["open"][-1], bars.values["close"][-1] = 112.9, 109.7
+    bars.values["high"][-1] = 125.0
+    bars.values["close"][:-1] = bars.values["open"][:-1] = 120.0
+    bars.values["high"][:-1], bars.values["low"][:-1] = 121.0, 119.0
+    bars.values["close"][-1], bars.values["low"][-1] = 121.5, 121.0
+    assert of_last(bars)["buying_climax"] == 4 and of_last(bars)["selling_climax"] == 0
+    assert list(of_last(bars)) == list(OF_BARS)
+
+
+def test_a_quiet_narrow_bar_at_the_low_is_a_test_and_busy_closes_above_are_accumulation():
+    bars = bars_of([100.0] * 60, [10.0] * 60)
+    for place in (-5, -8):
+        bars.values["volume"][place], bars.values["close"][place] = 20.0, 100.9
+    bars.values["volume"][-1] = 1.0
+    bars.values["high"][-1], bars.values["low"][-1] = 100.1, 99.9
+    found = of_last(bars)
+    assert (found["testing"], found["accumulation"], found["distribution"]) == (3, 3, 2)
+    assert (found["volume_class"], found["spread_class"], found["effort"]) == ("very_low", "narrow", "neutral")
+
+
+def test_vwap_the_longer_frame_and_the_last_bars():
+    closes = 100 * 1.01 ** np.arange(60)
+    found = of_last(bars_of(closes, np.arange(1, 61), spread=0))
+    assert found["candle_ret_1"] == found["candle_ret_10"] == pytest.approx(0.01)
+    assert found["candle_volume_2"] == pytest.approx(59 / np.mean(np.arange(11, 61)))
+    assert (found["longer_ret"], found["longer_trend"]) == (pytest.approx(1.01**7 - 1), "up")
+    middle = (2 * closes + np.append(closes[0], closes[:-1]))[-20:] / 3
+    weight = np.arange(41, 61)
+    assert found["vwap_distance"] == pytest.approx(closes[-1] / np.average(middle, weights=weight) - 1)
+    assert found["adx_14"] == pytest.approx(100)
+    assert of_last(bars_of(closes[:26], np.ones(26)))["adx_14"] != found["adx_14"]  # 26 bars are too few
+
+
+def test_the_directional_index_is_wilders():
+    """With a plain loop, as the book has it."""
+    closes = walk(80, 5)
+    values = bars_of(closes, np.ones(80)).values
+    high, low = values["high"], values["low"]
+    rise, fall = np.diff(high), -np.diff(low)
+    plus, minus = np.where((rise > fall) & (rise > 0), rise, 0), np.where((fall > rise) & (fall > 0), fall, 0)
+    up, down, strengths = plus[:14].mean(), minus[:14].mean(), []
+    for place in range(13, 79):
+        if place > 13:
+            up, down = (13 * up + plus[place]) / 14, (13 * down + minus[place]) / 14
+        strengths.append(100 * abs(up - down) / (up + down))
+    index = np.mean(strengths[:14])
+    for strength in strengths[14:]:
+        index = (13 * index + strength) / 14
+    assert directional_index(high[None], low[None], closes[None])[0] == pytest.approx(index, rel=1e-12)
+
+
+def test_a_bar_counts_once_it_has_ended_at_the_time_of_the_price():
+    bars = bars_of(np.arange(100.0, 200.0), np.ones(100), offset=8 * HOUR)
+    label = np.array([60 * DAY])  # priced at 08:00, when the bar of day 59 has ended and that of day 60 has not
+    assert seen_at(bars, label)["close"][0, -1] == 159.0
+    assert seen_at(bars, label - 8 * HOUR)["close"][0, -1] == 159.0
+    assert seen_at(bars, label - 8 * HOUR - 1)["close"][0, -1] == 158.0
+    assert np.isnan(seen_at(bars, np.array([200 * DAY]))["close"][0, -1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 120), st.integers(0, 10**6), st.sampled_from(["1d", "1h"]), st.floats(-24, 24))
+def test_no_bar_that_has_not_ended_changes_a_number(ended, seed, bar, offset):
+    width, rng = BARS[bar], np.random.default_rng(seed)
+    whole = bars_of(walk(130, seed), rng.uniform(1, 9, 130), bar=bar, offset=round(offset * HOUR))
+    time = np.array([ended * width - whole.offset + int(rng.integers(0, width))])
+    price = np.array([60_000.0])
+    found = context_of_bars(whole, time, price)
+    cut = whole._replace(values={name: values[:ended] for name, values in whole.values.items()})
+    other = {name: np.append(values[:ended], 7 * values[ended:]) for name, values in whole.values.items()}
+    for changed in (cut, whole._replace(values=other)):
+        for name, values in context_of_bars(changed, time, price).items():
+            np.testing.assert_array_equal(values, found[name], err_msg=name)
+
+
+def bar_rows(days: int, **cells) -> list[dict]:
+    closes = walk(days, 9)
+    return [
+        {"time": time(day - 60), "open": close, "high": close * 1.01, "low": close * 0.99, "close": close,
+         "volume": 10.0 + day % 7, "underlying": name} | cells
+        for name in ("ETH", "BTC") for day, close in enumerate(closes)
+    ]  # fmt: skip
+
+
+def bar_file(path, rows: list[dict]) -> str:
+    return write_csv(path, rows, list(rows[0]))
+
+
+def test_bars_of_a_file_are_told(tmp_path):
+    path = write_csv(tmp_path / "a.csv", rows_of(walk(20)))
+    files = bar_file(tmp_path / "bars.csv", bar_rows(90)), str(tmp_path / "bars.parquet")
+    pq.write_table(pa.Table.from_pylist(bar_rows(90)), files[1])
+    options = dataclasses.replace(ON, context="ohlcv", ohlcv_files=files[0])
+    told = contexts([path], options)
+    assert told == contexts([path], dataclasses.replace(options, ohlcv_files=files[1]))
+    first = told[f"BTC|{time(0)}|tp_and_roll"]
+    assert list(first) == [*SPOT, *OF_BARS] == context_names(options)
+    assert first["candle_ret_1"] == pytest.approx(walk(90, 9)[59] / walk(90, 9)[58] - 1)  # ended at this midnight
+    rows = records(path, "per_decision_ranking", context="ohlcv", ohlcv_files=files[0])
+    asked = rows[0]["messages"][1]["content"]
+    assert "\n  - Last bars, the newest first (move, volume): " in asked and "\n  - Patterns (strength): acc" in asked
+    assert rows[0]["wick"] in ("lower", "none", "upper") and isinstance(rows[0]["volume_ratio"], float)
+    entry = read_candidates([path], options)[0]
+    assert ranking_messages(entry.decision)[1]["content"] == asked
+
+
+@pytest.mark.parametrize("rows, words", [
+    (lambda: [{"time": "2024-01-01", "open": 1}], "there is no column high"),
+    (lambda: bar_rows(3, underlying="SOL"), "there is no bar of BTC"),
+    (lambda: bar_rows(3, low=-1), "row 4, column low: -1 is that of no bar"),
+    (lambda: bar_rows(3, high=1), "row 4, column high: 1 is that of no bar"),
+    (lambda: bar_rows(3, volume=-2), "row 4, column volume: -2 is that of no bar"),
+    (lambda: bar_rows(3, close="dear"), "column close: "),
+    (lambda: bar_rows(3, time="noon"), "row 4, column time: 'noon' is no time"),
+    (lambda: bar_rows(3, time="2024-01-01"), "two bars begin at one time"),
+    (lambda: [*bar_rows(3), bar_rows(1)[1] | {"time": time(0.5)}], "bars do not begin 1d apart"),
+])  # fmt: skip
+def test_a_file_that_holds_no_bars(tmp_path, rows, words):
+    with pytest.raises(CandidatesError, match=words):
+        read_bars(bar_file(tmp_path / "bars.csv", rows()), "BTC", "1d", 0.0)
+
+
+def test_bars_that_are_not_there(tmp_path):
+    with pytest.raises(CandidatesError, match="ohlcv_files='none.csv' is no file"):
+        read_bars("none.csv", "BTC", "1d", 0.0)
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(CandidatesError, match="cannot be read"):
+        read_bars(str(tmp_path / "bad.parquet"), "BTC", "1d", 0.0)
+    for given in ({"context": "ohlcv"}, {"ohlcv_files": "a.csv"}):
+        with pytest.raises(CandidatesError, match="context='ohlcv' and ohlcv_files go together"):
+            dataclasses.replace(ON, **given).check()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
