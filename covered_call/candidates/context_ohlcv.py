@@ -178,7 +178,8 @@ def wicks(begin: np.ndarray, high: np.ndarray, low: np.ndarray, end: np.ndarray)
 
 
 def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarray) -> dict[str, np.ndarray]:
-    """(D,) each: how many of its signs a pattern shows, 0 for fewer than two, of a climax for fewer than three."""
+    """(D,) each: how many of its signs a pattern shows, 0 for fewer than two. A climax takes three, of
+    which the last, that the bar has turned, has to be one."""
     high, low, close = (seen[name][:, -PATTERN_BARS:] for name in ("high", "low", "close"))
     width = high - low
     # Where in its bar a close is, from 0 to 1; of a bar without a range in the middle.
@@ -191,18 +192,20 @@ def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarr
     climax = [volumes[:, -1] >= VERY_HIGH, spreads[:, -1] >= WIDE]
     low_end, high_end = place[:, -1] <= END_OF_BAR, place[:, -1] >= 1 - END_OF_BAR
     bought, sold = (busy & (place > 0.5)).sum(axis=1) >= 2, (busy & (place < 0.5)).sum(axis=1) >= 2
+    turned = {"buying_climax": low_end | (wick == 1), "selling_climax": high_end | (wick == -1)}
     signs = {
         "accumulation": (2, tight, bought, (quiet & near_low).any(axis=1)),
         "distribution": (2, tight, sold, (quiet & near_high).any(axis=1)),
         "testing": (2, quiet[:, -1], spreads[:, -1] <= NARROW, near_low[:, -1]),
-        "buying_climax": (3, *climax, near_high[:, -1], low_end | (wick == 1)),
-        "selling_climax": (3, *climax, near_low[:, -1], high_end | (wick == -1)),
+        "buying_climax": (3, *climax, near_high[:, -1], turned["buying_climax"]),
+        "selling_climax": (3, *climax, near_low[:, -1], turned["selling_climax"]),
     }
     known = ~np.isnan(volumes[:, -VOLUME_BARS:]).any(axis=1)
     found = {}
     for name, (least, *its) in signs.items():
         strength = np.sum(its, axis=0, dtype=float)
-        found[name] = np.where(known, np.where(strength >= least, strength, 0), np.nan)
+        is_one = (strength >= least) & turned.get(name, True)  # both ends are near in a market without a trend
+        found[name] = np.where(known, np.where(is_one, strength, 0), np.nan)
     return found
 
 
