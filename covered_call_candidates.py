@@ -74,7 +74,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains",
     "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "617aaa46abe5eccfd295ea5bb3343077a7ca59ed6dbe3714a9f32527e1499b19"  # their SHA-256
+MADE_FROM = "9e7ff0a7acd436e33a46d08aa8cc699b67e8b6a1501547162da2f0e0dd3fb6cc"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -113,6 +113,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 # Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
+# Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
+CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -1804,7 +1806,7 @@ def check_header(path: str, header: list[str] | None, own: Sequence[str] = ()) -
             f"{path}, line 1: there is no column {missing[0]!r}, which context_columns names; the header is "
             f"{','.join(header)[:300]!r}."
         )
-    known = (*COLUMNS, *QUOTED_COLUMNS, *own)
+    known = (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS, *own)
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, decision, load_candidates, no_candidates, write_csv
 from language_model.test_policy import save_run
@@ -18,6 +19,7 @@ from covered_call.candidates.columns import logged_of, time_of
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Decision
+from covered_call.market.snapshot import read_snapshots
 from covered_call.market.teacher import read_spots, with_context
 from covered_call.runtime.chain import main
 from covered_call.runtime.drift import drift_of
@@ -94,9 +96,12 @@ def test_the_csv_is_one_that_every_other_command_reads(tmp_path, capsys):
         first, *_, last = csv.DictReader(file)
     assert first["strategy"] == "snapshot" and first["pnl_vs_hodl"] == "" and float(first["bid"]) > 0
     assert last["instrument"] == "NO_CANDIDATES" and last["action"] == "SKIP"
+    assert float(first["atm_iv"]) == 0.45 and float(first["put_call_oi"]) == pytest.approx(1 / 6)
     options = {"data_files": [str(path) for path in paths], "splits": "train", "cache_dir": str(tmp_path / "arrow")}
     rankings = load_candidates("per_decision_ranking", **options)["train"]
     assert len(rankings) == 8 and rankings[6]["messages"][-1]["content"] == "NO_TRADE"
+    shape = load_candidates("q_values", context="spot", context_columns=["put_call_oi", "atm_iv"], **options)["train"]
+    assert shape[0]["put_call_oi"] == float(first["put_call_oi"]) and shape[0]["atm_iv"] == 0.45
     labels = load_candidates("per_candidate", **options)["train"]["label"]
     assert labels.count("SELL_CALL") == sum(answer != "NO_TRADE" for answer in rankings["label"])
 
@@ -156,6 +161,10 @@ def test_what_is_told_live_is_what_a_file_of_the_same_closes_tells(snapshot, tmp
     entries = logged_of(read_decisions([write_csv(tmp_path / "a.csv", rows)], options).columns())
     for entry in entries[::17]:
         assert with_context(entry.decision._replace(context=None), closes).context == entry.decision.context
+    (one,) = read_snapshots(snapshot)
+    told = with_context(entries[-1].decision, closes, one).context
+    assert list(told) == [*entries[-1].decision.context, "put_call_oi", "atm_iv"] and told["atm_iv"] == 0.45
+    assert np.isnan(next(read_snapshots(write_harvest(tmp_path / "calls.parquet", [quote()]))).put_call_oi)
 
 
 def test_the_chain_of_this_moment(tmp_path, capsys):
