@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def context_words(options: CoveredCallCandidatesConfig) -> str:
-    """The options of the market's context as a command line has them: a scorer is judged with what it was fitted with."""
+    """The options of the market's context as a command line has them: what a scorer is judged with, too."""
     known = {one: getattr(options, one.name) for one in options_of(type(options), CONTEXT)}
     changed = {one.name: value for one, value in known.items() if value != one.default}
     words = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in changed.items()}
