@@ -58,6 +58,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
@@ -70,10 +71,11 @@ logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
     "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
-    "columnar", "reading", "pricing", "series", "context", "score_terms", "explanations", "spots", "settlement",
-    "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
+    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "score_terms", "explanations", "spots",
+    "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
+    "builder",
 )
-MADE_FROM = "f65ebf38ad3d7d7b8f5c2313ab049e6319d223fe5aa71569a065ebc952c4a596"  # their SHA-256
+MADE_FROM = "917f744641a7277071fa9de384aea45ee57b94adc43529939c9ce8b74ed17930"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -112,6 +114,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 # Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
+# Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
+CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -609,6 +613,11 @@ def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
 CONTEXT_WORDS = {
     "regime": ("bear", "sideways", "bull"),
     "trend_5d": ("down", "slight_down", "sideways", "slight_up", "up"),
+    "volume_class": ("very_low", "low", "normal", "high", "very_high"),
+    "spread_class": ("narrow", "normal", "wide"),
+    "wick": ("lower", "none", "upper"),
+    "effort": ("anomaly", "neutral", "validation"),
+    "longer_trend": ("down", "slight_down", "sideways", "slight_up", "up"),
 }
 
 
@@ -704,7 +713,7 @@ def time_of(time: int) -> datetime.datetime:
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 # Options whose value says where something lies on this machine: no word of that is shared.
-PATHS = ("iv_file", "context_vols")
+PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -768,8 +777,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         CONTEXT,
         "LEVEL",
         "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
-        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
-        choices=("none", "spot"),
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its "
+        "vols; or ohlcv, which is that and volume, patterns, VWAP, ADX and the last bars of ohlcv_files",
+        choices=("none", "spot", "ohlcv"),
     )
     context_columns: list[str] | tuple[str, ...] = option(
         (),
@@ -785,6 +795,24 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "CSV",
         "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
         otherwise="none",
+    )
+    ohlcv_files: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "bars for context ohlcv: a CSV or Parquet file with time (at which a bar begins), open, high, low, close and "
+        "volume, and underlying, or {underlying} in its name for one each",
+        otherwise="none",
+    )
+    bar: str = option("1d", CONTEXT, "LENGTH", "of the bars in ohlcv_files: 1d or 1h", choices=("1d", "1h"))
+    label_offset_hours: float = option(
+        0.0,
+        CONTEXT,
+        "HOURS",
+        "from a decision's time, as the files label it, to that of its price: bars that had ended by then are seen; 8 "
+        "for the teacher's files",
+        most=24,
+        least=-24,
     )
     explain: bool = option(
         False,
@@ -942,7 +970,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path.strip()):
-                raise CandidatesError(f"{name}={shown(path)}: give the path of a CSV, or leave it out.")
+                raise CandidatesError(f"{name}={shown(path)}: give the path of a file, or leave it out.")
         if self.iv_file is not None and self.pricing_iv is not None:
             raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
@@ -967,7 +995,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             )
         for name in ("context_columns", "context_vols"):
             if getattr(self, name) and self.context == "none":
-                raise CandidatesError(f"{name} goes with context='spot': context is 'none'.")
+                raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
+        if (self.context == "ohlcv") != (self.ohlcv_files is not None):
+            raise CandidatesError("context='ohlcv' and ohlcv_files go together: give both.")
 
     def check_splits(self) -> None:
         default = CoveredCallCandidatesConfig.splits
@@ -1181,8 +1211,17 @@ OF_PRICES = (
 OF_CHAIN = ("iv_rank_180", "iv_skew", "iv_term")  # of the candidates' own vols
 SPOT = (*OF_PRICES, *OF_CHAIN)  # what the level spot has
 MARKET = ("dvol", "dvol_rank_180", "dvol_rv")  # beside it, of a file of the market's vols
+CANDLES = 10
+CANDLE_RETURNS = tuple(f"candle_ret_{place}" for place in range(1, CANDLES + 1))  # the last bar first
+CANDLE_VOLUMES = tuple(f"candle_volume_{place}" for place in range(1, CANDLES + 1))
+PATTERNS = ("accumulation", "distribution", "testing", "buying_climax", "selling_climax")
+OF_BARS = (  # what the level ohlcv has beside it
+    "volume_ratio", "volume_class", "spread_ratio", "spread_class", "wick", "effort", *PATTERNS, "vwap_distance",
+    "adx_14", "longer_ret", "longer_volume", "longer_trend", *CANDLE_RETURNS, *CANDLE_VOLUMES,
+)  # fmt: skip
 PERCENT = (
-    "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance",
+    "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance", "vwap_distance", "longer_ret",
+    *CANDLE_RETURNS,
 )  # fmt: skip
 Texts = pa.StringArray | str  # many, or one for all
 HEADING = "Market context (known at decision time):\n"
@@ -1193,6 +1232,15 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
+    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
+    "{spread_class}; wick {wick}; move and volume: {effort}\n",
+    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
+    "climax {buying_climax}, selling climax {selling_climax}\n",
+    "  - From 20-bar VWAP {vwap_distance}, ADX 14 {adx_14}\n",
+    "  - Longer frame: {longer_ret}, {longer_trend}, volume {longer_volume} of 50-bar mean\n",
+    "  - Last bars, the newest first (move, volume): "
+    + ", ".join(f"{{{move}}} {{{volume}}}" for move, volume in zip(CANDLE_RETURNS, CANDLE_VOLUMES, strict=True))
+    + "\n",
 )
 # Of files whose vols are all alike these say nothing, so that they are left out where they are unknown.
 WHERE_KNOWN = (
@@ -1207,7 +1255,8 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     """Of what a decision's context is made, in this order: the user's own columns last."""
     if options.context == "none":
         return []
-    return [*SPOT, *(MARKET if options.context_vols else ()), *options.context_columns]
+    bars = OF_BARS if options.context == "ohlcv" else ()
+    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *options.context_columns]
 
 
 def names_in(line: str) -> list[str]:
@@ -1231,7 +1280,7 @@ def text_of(name: str, value: float | None) -> str:
         return word_of(name, value) or UNKNOWN
     if name in PERCENT:
         return percent(value)
-    return ratio(value) if name in SAID else own(value)
+    return ratio(value) if name in SAID and name not in PATTERNS else own(value)
 
 
 def context_block(context: Context | None) -> str:
@@ -1780,7 +1829,7 @@ def check_header(path: str, header: list[str] | None, own: Sequence[str] = ()) -
             f"{path}, line 1: there is no column {missing[0]!r}, which context_columns names; the header is "
             f"{','.join(header)[:300]!r}."
         )
-    known = (*COLUMNS, *QUOTED_COLUMNS, *own)
+    known = (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS, *own)
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
@@ -2930,6 +2979,233 @@ def number_of(path: str, line: int, row: list[str], what: str, day_begins: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# context_ohlcv
+#
+# What bars of price and volume say of the market at a decision: read from a file, and seen up to then.
+
+
+BARS = {"1d": DAY, "1h": HOUR}  # microseconds
+LONGER = {"1d": 7, "1h": 24}  # bars of the longer frame
+OF_BAR = ("open", "high", "low", "close", "volume")
+SEEN = 250  # bars that are looked at
+VOLUME_BARS, SPREAD_BARS, PATTERN_BARS = 50, 20, 20  # of the means, and of what a pattern is looked for in
+VERY_HIGH, HIGH, LOW, VERY_LOW = 2.0, 1.3, 0.6, 0.3  # of a volume over its mean
+WIDE, NARROW = 1.3, 0.6  # of a bar's range over its mean
+LONG_WICK = 1.5  # over the body
+MOVED = 0.10  # a change of volume that counts
+TIGHT = 0.08  # highest over lowest, less 1, of a market without a trend
+NEAR_HIGH, NEAR_LOW = 0.97, 1.07  # of the highest, and of the lowest
+END_OF_BAR = 0.25
+
+
+class Bars(NamedTuple):
+    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time; NaN where none is."""
+
+    values: dict[str, np.ndarray]
+    begin: int  # of the first bar, microseconds since 1970
+    bar: str  # of BARS
+    offset: int  # microseconds from the time that a decision is labelled with to that of its price
+
+
+def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars:
+    """Bars of a CSV or Parquet file with the columns time (at which a bar begins), open, high, low, close and volume;
+    of one with a column underlying those of this one.
+
+    Raises:
+        CandidatesError: for a file that cannot be read, or a row that is no bar; it names row and column.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(f"ohlcv_files={shown(path)} is no file. Give a CSV or Parquet file of bars.")
+    try:
+        table = pq.read_table(path) if path.endswith(".parquet") else pacsv.read_csv(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CandidatesError(f"ohlcv_files={shown(path)} cannot be read: {error}.") from error
+    missing = [name for name in ("time", *OF_BAR) if name not in table.column_names]
+    if missing:
+        raise CandidatesError(f"{path}: there is no column {missing[0]}. Bars have time, {', '.join(OF_BAR)}.")
+    rows = np.arange(len(table))
+    if "underlying" in table.column_names:
+        rows = rows[np.array([str(one) == underlying for one in table["underlying"].to_pylist()], bool)]
+    if not len(rows):
+        raise CandidatesError(f"{path}: there is no bar of {underlying}.")
+    time = times_of_bars(path, table["time"], rows)
+    values = {name: floats_of_bars(path, table[name], name, rows) for name in OF_BAR}
+    check_bars(path, values, rows)
+    return in_grid(path, time, values, bar, round(offset_hours * HOUR))
+
+
+def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """(N,) microseconds since 1970, UTC."""
+    if pa.types.is_timestamp(column.type):
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
+    found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
+    wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]
+    if wrong:
+        said = shown(column[wrong[0]].as_py())
+        raise CandidatesError(f"{path}, row {wrong[0] + 1}, column time: {said} is no time such as 2024-01-01.")
+    return np.array([microseconds(utc(time)) for time in found if time is not None], np.int64)
+
+
+def floats_of_bars(path: str, column: pa.ChunkedArray, name: str, rows: np.ndarray) -> np.ndarray:
+    try:
+        return column.cast(pa.float64()).to_numpy()[rows]
+    except pa.ArrowException as error:
+        raise CandidatesError(f"{path}, column {name}: {error}.") from error
+
+
+def check_bars(path: str, values: dict[str, np.ndarray], rows: np.ndarray) -> None:
+    inside = [(values["low"] <= values[name]) & (values[name] <= values["high"]) for name in ("open", "close")]
+    good = {"low": values["low"] > 0, "high": np.isfinite(values["high"]) & inside[0] & inside[1]}
+    good["volume"] = (values["volume"] >= 0) & np.isfinite(values["volume"])
+    for name, right in good.items():
+        if not right.all():
+            place = int(np.argmin(right))
+            raise CandidatesError(
+                f"{path}, row {rows[place] + 1}, column {name}: {values[name][place]:g} is that of no bar: prices are "
+                "above 0 and between low and high, and volumes 0 or more."
+            )
+
+
+def in_grid(path: str, time: np.ndarray, values: dict[str, np.ndarray], bar: str, offset: int) -> Bars:
+    width, begin = BARS[bar], int(time.min())
+    places, rest = np.divmod(time - begin, width)
+    if rest.any():
+        raise CandidatesError(f"{path}: bars do not begin {bar} apart from each other. Is bar={bar!r} their length?")
+    if len(np.unique(places)) < len(places):
+        raise CandidatesError(f"{path}: two bars begin at one time. Leave one of them out.")
+    grid = {name: np.full(int(places.max()) + 1, np.nan) for name in values}
+    for name, its in values.items():
+        grid[name][places] = its
+    return Bars(grid, begin, bar, offset)
+
+
+def seen_at(bars: Bars, time: np.ndarray) -> dict[str, np.ndarray]:
+    """(D, SEEN) of OF_BAR each, the last bar that had ended by the time of the price at the end; NaN before the
+    first."""
+    last = (time + bars.offset - bars.begin) // BARS[bars.bar] - 1
+    count = len(bars.values["close"])
+    places = last[:, None] - np.arange(SEEN - 1, -1, -1)
+    outside = (places < 0) | (places >= count)
+    places = np.clip(places, 0, count - 1)
+    return {name: np.where(outside, np.nan, values[places]) for name, values in bars.values.items()}
+
+
+def context_of_bars(bars: Bars, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each, by the names of OF_BARS; NaN where a bar that it needs is missing.
+
+    Args:
+        time: (D,) microseconds since 1970, as decisions are labelled.
+        spot: (D,) USD, at that label's price.
+    """
+    seen = seen_at(bars, time)
+    close, volume, spread = seen["close"], seen["volume"], seen["high"] - seen["low"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        volumes = volume / np.mean(volume[:, -VOLUME_BARS:], axis=1)[:, None]
+        spreads = spread / np.mean(spread[:, -SPREAD_BARS:], axis=1)[:, None]
+        returns = close[:, 1:] / close[:, :-1] - 1
+        changed = volume[:, -1] / volume[:, -2] - 1
+        frame = LONGER[bars.bar]
+        longer = close[:, -1] / close[:, -frame - 1] - 1
+        middle = (seen["high"] + seen["low"] + close)[:, -SPREAD_BARS:] / 3
+        weight = volume[:, -SPREAD_BARS:]
+        vwap = (middle * weight).sum(axis=1) / weight.sum(axis=1)
+    return {
+        "volume_ratio": finite(volumes[:, -1]),
+        "volume_class": classes(volumes[:, -1], (HIGH, VERY_HIGH), (LOW, VERY_LOW)),
+        "spread_ratio": finite(spreads[:, -1]),
+        "spread_class": classes(spreads[:, -1], (WIDE,), (NARROW,)),
+        "wick": wicks(*(seen[name][:, -1] for name in OF_BAR[:-1])),
+        "effort": np.where(returns[:, -1] == 0, 0 * changed, classes(changed, (MOVED,), (-MOVED,))),
+        **patterns(seen, volumes, spreads),
+        "vwap_distance": finite(np.where(spot > 0, spot, np.nan) / vwap - 1),
+        "adx_14": directional_index(seen["high"], seen["low"], close),
+        "longer_ret": finite(longer),
+        "longer_volume": finite(np.mean(volumes[:, -frame:], axis=1)),
+        "longer_trend": classes(longer, (0.02, 0.05), (-0.02, -0.05)),
+        **{f"candle_ret_{place}": finite(returns[:, -place]) for place in range(1, CANDLES + 1)},
+        **{f"candle_volume_{place}": finite(volumes[:, -place]) for place in range(1, CANDLES + 1)},
+    }
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Without what was divided by 0."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def classes(values: np.ndarray, highs: tuple[float, ...], lows: tuple[float, ...]) -> np.ndarray:
+    """(D,) how many of the highs it reaches, or of the lows below 0."""
+    above = np.sum([values >= edge for edge in highs], axis=0, dtype=float)
+    steps = above - np.sum([values <= edge for edge in lows], axis=0)
+    return np.where(np.isfinite(values), steps, np.nan)
+
+
+def wicks(begin: np.ndarray, high: np.ndarray, low: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """(D,) 1 for a long upper wick, -1 for a long lower one, 0 for none: the longer one, if it is 1.5 times the
+    body."""
+    upper, lower = high - np.maximum(begin, end), np.minimum(begin, end) - low
+    long = np.maximum(upper, lower) > LONG_WICK * abs(end - begin)
+    return np.where(np.isnan(end), np.nan, long * np.sign(upper - lower))
+
+
+def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each: how many of its signs a pattern shows, 0 for fewer than two. A climax takes three, of
+    which the last, that the bar has turned, has to be one."""
+    high, low, close = (seen[name][:, -PATTERN_BARS:] for name in ("high", "low", "close"))
+    width = high - low
+    # Where in its bar a close is, from 0 to 1; of a bar without a range in the middle.
+    place = np.divide(close - low, width, out=np.full(width.shape, 0.5), where=width > 0)
+    top, bottom = high.max(axis=1)[:, None], low.min(axis=1)[:, None]
+    near_high, near_low = close >= NEAR_HIGH * top, close <= NEAR_LOW * bottom
+    busy, quiet = volumes[:, -PATTERN_BARS:] >= HIGH, volumes[:, -PATTERN_BARS:] <= LOW
+    wick = wicks(*(seen[name][:, -1] for name in OF_BAR[:-1]))
+    tight = (top / bottom - 1 <= TIGHT)[:, 0]
+    climax = [volumes[:, -1] >= VERY_HIGH, spreads[:, -1] >= WIDE]
+    low_end, high_end = place[:, -1] <= END_OF_BAR, place[:, -1] >= 1 - END_OF_BAR
+    bought, sold = (busy & (place > 0.5)).sum(axis=1) >= 2, (busy & (place < 0.5)).sum(axis=1) >= 2
+    turned = {"buying_climax": low_end | (wick == 1), "selling_climax": high_end | (wick == -1)}
+    signs = {
+        "accumulation": (2, tight, bought, (quiet & near_low).any(axis=1)),
+        "distribution": (2, tight, sold, (quiet & near_high).any(axis=1)),
+        "testing": (2, quiet[:, -1], spreads[:, -1] <= NARROW, near_low[:, -1]),
+        "buying_climax": (3, *climax, near_high[:, -1], turned["buying_climax"]),
+        "selling_climax": (3, *climax, near_low[:, -1], turned["selling_climax"]),
+    }
+    known = ~np.isnan(volumes[:, -VOLUME_BARS:]).any(axis=1)
+    found = {}
+    for name, (least, *its) in signs.items():
+        strength = np.sum(its, axis=0, dtype=float)
+        is_one = (strength >= least) & turned.get(name, True)  # both ends are near in a market without a trend
+        found[name] = np.where(known, np.where(is_one, strength, 0), np.nan)
+    return found
+
+
+def directional_index(high: np.ndarray, low: np.ndarray, close: np.ndarray, bars: int = 14) -> np.ndarray:
+    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that
+    is missing; 0 where none has moved."""
+    rise, fall = np.diff(high), -np.diff(low)
+    before = close[:, :-1]
+    moves = (
+        np.where((rise > fall) & (rise > 0), rise, 0.0),
+        np.where((fall > rise) & (fall > 0), fall, 0.0),
+        np.maximum(high[:, 1:], before) - np.minimum(low[:, 1:], before),
+    )
+    means, index, count = [np.zeros(len(close)) for _ in moves], np.zeros(len(close)), np.zeros(len(close))
+    for place in range(rise.shape[1]):
+        there = ~np.isnan(moves[2][:, place])
+        count = np.where(there, count + 1, 0)
+        weight = 1 / np.clip(count, 1, bars)  # a plain mean of the first, Wilder's then
+        for mean, moved in zip(means, moves, strict=True):
+            mean += weight * (np.where(there, moved[:, place], 0) - mean)
+            mean[~there] = 0
+        both = means[0] + means[1]
+        strength = np.divide(100 * abs(means[0] - means[1]), both, out=np.zeros(len(both)), where=both > 0)
+        smoothed = index + (strength - index) / np.clip(count - bars + 1, 1, bars)
+        index = np.where(count >= bars, smoothed, 0)
+    return np.where(count >= 2 * bars - 1, index, np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # context
 #
 # What is known of the market at a decision: from prices up to then, and the vols of its candidates.
@@ -2958,11 +3234,12 @@ class Prices(NamedTuple):
 
 class Known(NamedTuple):
     """What there is to know, by the place of each underlying among the names: prices, the vols of its decisions (see
-    vols_at_target), and the market's vols, if a file of them is given."""
+    vols_at_target), and the market's vols and bars, if files of them are given."""
 
     prices: dict[int, Prices]
     vols: dict[int, Prices]
     market: dict[int, Prices] | None = None
+    bars: dict[int, Bars] | None = None
 
 
 def known_of(underlying: np.ndarray, time: np.ndarray, spot: np.ndarray, vol: np.ndarray) -> tuple[dict, dict]:
@@ -2985,15 +3262,18 @@ def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
         of_its["iv_rank_180"] = ranks_of(known.vols.get(code, NOTHING), time, vols[its])
         if known.market is not None:
             of_its |= market_vols(known.market.get(code, NOTHING), time)
+        if known.bars is not None:
+            of_its |= in_parts(context_of_bars, known.bars[code], time, spot)
         for name, values in of_its.items():
             found.setdefault(name, np.full(len(columns), np.nan))[its] = values
-    if not found:  # of no decisions
-        found = dict.fromkeys((*SPOT, *(MARKET if known.market is not None else ())), np.zeros(0))
+    names = (*SPOT, *(() if known.market is None else MARKET), *(() if known.bars is None else OF_BARS))
+    if not found:
+        return dict.fromkeys(names, np.zeros(0))
     found["rv_30d"] = np.where(np.isnan(found["rv_30d"]), realised_vol_of(columns), found["rv_30d"])
     found |= shapes_of(columns)
     if known.market is not None:
         found["dvol_rv"] = found["dvol"] / found["rv_30d"]
-    return {name: found[name] for name in (*SPOT, *MARKET) if name in found}
+    return {name: found[name] for name in names}
 
 
 NOTHING = Prices(np.zeros(0, np.int64), np.zeros(0))
@@ -3015,8 +3295,13 @@ def context_of_prices(known: Prices, time: np.ndarray, spot: np.ndarray) -> dict
         time: (D,) microseconds since 1970.
         spot: (D,) USD, at that time.
     """
+    return in_parts(part_of, known, time, spot)
+
+
+def in_parts(make: Callable, known: Any, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """What it makes of (D,) decisions, of no more than AT_ONCE at a time."""
     starts = range(0, max(len(time), 1), AT_ONCE)
-    parts = [part_of(known, time[start : start + AT_ONCE], spot[start : start + AT_ONCE]) for start in starts]
+    parts = [make(known, time[start : start + AT_ONCE], spot[start : start + AT_ONCE]) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -5252,9 +5537,16 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
     prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
     market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    if market is None:
-        return Known(prices, ranked)
-    return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
+    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
+    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+
+
+def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:
+    """By the place of each underlying among the names."""
+    if options.ohlcv_files is None:
+        return None
+    path, given = options.ohlcv_files, (options.bar, options.label_offset_hours)
+    return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
 def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:

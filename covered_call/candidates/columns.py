@@ -186,6 +186,11 @@ def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
 CONTEXT_WORDS = {
     "regime": ("bear", "sideways", "bull"),
     "trend_5d": ("down", "slight_down", "sideways", "slight_up", "up"),
+    "volume_class": ("very_low", "low", "normal", "high", "very_high"),
+    "spread_class": ("narrow", "normal", "wide"),
+    "wick": ("lower", "none", "upper"),
+    "effort": ("anomaly", "neutral", "validation"),
+    "longer_trend": ("down", "slight_down", "sideways", "slight_up", "up"),
 }
 
 

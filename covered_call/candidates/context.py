@@ -4,12 +4,14 @@ What a number needs and does not have leaves it unknown, which is NaN. Nothing h
 asked of: no number changes when anything later does.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from covered_call.candidates.columns import DAY, Columns
-from covered_call.candidates.context_lines import MARKET, SPOT
+from covered_call.candidates.context_lines import MARKET, OF_BARS, SPOT
+from covered_call.candidates.context_ohlcv import Bars, context_of_bars
 from covered_call.candidates.pricing import DAYS_PER_YEAR
 from covered_call.candidates.series import HOUR
 
@@ -33,11 +35,12 @@ class Prices(NamedTuple):
 
 class Known(NamedTuple):
     """What there is to know, by the place of each underlying among the names: prices, the vols of its decisions (see
-    vols_at_target), and the market's vols, if a file of them is given."""
+    vols_at_target), and the market's vols and bars, if files of them are given."""
 
     prices: dict[int, Prices]
     vols: dict[int, Prices]
     market: dict[int, Prices] | None = None
+    bars: dict[int, Bars] | None = None
 
 
 def known_of(underlying: np.ndarray, time: np.ndarray, spot: np.ndarray, vol: np.ndarray) -> tuple[dict, dict]:
@@ -60,15 +63,18 @@ def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
         of_its["iv_rank_180"] = ranks_of(known.vols.get(code, NOTHING), time, vols[its])
         if known.market is not None:
             of_its |= market_vols(known.market.get(code, NOTHING), time)
+        if known.bars is not None:
+            of_its |= in_parts(context_of_bars, known.bars[code], time, spot)
         for name, values in of_its.items():
             found.setdefault(name, np.full(len(columns), np.nan))[its] = values
-    if not found:  # of no decisions
-        found = dict.fromkeys((*SPOT, *(MARKET if known.market is not None else ())), np.zeros(0))
+    names = (*SPOT, *(() if known.market is None else MARKET), *(() if known.bars is None else OF_BARS))
+    if not found:
+        return dict.fromkeys(names, np.zeros(0))
     found["rv_30d"] = np.where(np.isnan(found["rv_30d"]), realised_vol_of(columns), found["rv_30d"])
     found |= shapes_of(columns)
     if known.market is not None:
         found["dvol_rv"] = found["dvol"] / found["rv_30d"]
-    return {name: found[name] for name in (*SPOT, *MARKET) if name in found}
+    return {name: found[name] for name in names}
 
 
 NOTHING = Prices(np.zeros(0, np.int64), np.zeros(0))
@@ -90,8 +96,13 @@ def context_of_prices(known: Prices, time: np.ndarray, spot: np.ndarray) -> dict
         time: (D,) microseconds since 1970.
         spot: (D,) USD, at that time.
     """
+    return in_parts(part_of, known, time, spot)
+
+
+def in_parts(make: Callable, known: Any, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """What it makes of (D,) decisions, of no more than AT_ONCE at a time."""
     starts = range(0, max(len(time), 1), AT_ONCE)
-    parts = [part_of(known, time[start : start + AT_ONCE], spot[start : start + AT_ONCE]) for start in starts]
+    parts = [make(known, time[start : start + AT_ONCE], spot[start : start + AT_ONCE]) for start in starts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

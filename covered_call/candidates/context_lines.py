@@ -20,8 +20,17 @@ OF_PRICES = (
 OF_CHAIN = ("iv_rank_180", "iv_skew", "iv_term")  # of the candidates' own vols
 SPOT = (*OF_PRICES, *OF_CHAIN)  # what the level spot has
 MARKET = ("dvol", "dvol_rank_180", "dvol_rv")  # beside it, of a file of the market's vols
+CANDLES = 10
+CANDLE_RETURNS = tuple(f"candle_ret_{place}" for place in range(1, CANDLES + 1))  # the last bar first
+CANDLE_VOLUMES = tuple(f"candle_volume_{place}" for place in range(1, CANDLES + 1))
+PATTERNS = ("accumulation", "distribution", "testing", "buying_climax", "selling_climax")
+OF_BARS = (  # what the level ohlcv has beside it
+    "volume_ratio", "volume_class", "spread_ratio", "spread_class", "wick", "effort", *PATTERNS, "vwap_distance",
+    "adx_14", "longer_ret", "longer_volume", "longer_trend", *CANDLE_RETURNS, *CANDLE_VOLUMES,
+)  # fmt: skip
 PERCENT = (
-    "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance",
+    "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance", "vwap_distance", "longer_ret",
+    *CANDLE_RETURNS,
 )  # fmt: skip
 Texts = pa.StringArray | str  # many, or one for all
 HEADING = "Market context (known at decision time):\n"
@@ -32,6 +41,15 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
+    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
+    "{spread_class}; wick {wick}; move and volume: {effort}\n",
+    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
+    "climax {buying_climax}, selling climax {selling_climax}\n",
+    "  - From 20-bar VWAP {vwap_distance}, ADX 14 {adx_14}\n",
+    "  - Longer frame: {longer_ret}, {longer_trend}, volume {longer_volume} of 50-bar mean\n",
+    "  - Last bars, the newest first (move, volume): "
+    + ", ".join(f"{{{move}}} {{{volume}}}" for move, volume in zip(CANDLE_RETURNS, CANDLE_VOLUMES, strict=True))
+    + "\n",
 )
 # Of files whose vols are all alike these say nothing, so that they are left out where they are unknown.
 WHERE_KNOWN = (
@@ -46,7 +64,8 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     """Of what a decision's context is made, in this order: the user's own columns last."""
     if options.context == "none":
         return []
-    return [*SPOT, *(MARKET if options.context_vols else ()), *options.context_columns]
+    bars = OF_BARS if options.context == "ohlcv" else ()
+    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *options.context_columns]
 
 
 def names_in(line: str) -> list[str]:
@@ -70,7 +89,7 @@ def text_of(name: str, value: float | None) -> str:
         return word_of(name, value) or UNKNOWN
     if name in PERCENT:
         return percent(value)
-    return ratio(value) if name in SAID else own(value)
+    return ratio(value) if name in SAID and name not in PATTERNS else own(value)
 
 
 def context_block(context: Context | None) -> str:

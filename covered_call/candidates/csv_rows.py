@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, QUOTED_COLUMNS, CandidatesError, printable, shown
+from covered_call.candidates.schema import (
+    CHAIN_COLUMNS,
+    COLUMNS,
+    OPTIONAL_COLUMNS,
+    QUOTED_COLUMNS,
+    CandidatesError,
+    printable,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +180,7 @@ def check_header(path: str, header: list[str] | None, own: Sequence[str] = ()) -
             f"{path}, line 1: there is no column {missing[0]!r}, which context_columns names; the header is "
             f"{','.join(header)[:300]!r}."
         )
-    known = (*COLUMNS, *QUOTED_COLUMNS, *own)
+    known = (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS, *own)
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")

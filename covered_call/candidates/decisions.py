@@ -16,6 +16,7 @@ from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import OUTCOME_DAYS, Columns, Grounds, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
+from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.explanations import grounds_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
@@ -27,7 +28,7 @@ from covered_call.candidates.schema import CandidatesError, Decision, printable,
 from covered_call.candidates.spool import Spool
 from covered_call.candidates.spots import Spots
 from covered_call.candidates.terms import Fit, Trades, settle
-from covered_call.candidates.vols import series_of
+from covered_call.candidates.vols import UNDERLYING, series_of
 
 logger = logging.getLogger(__name__)
 
@@ -236,9 +237,16 @@ def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Know
     of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
     prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
     market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    if market is None:
-        return Known(prices, ranked)
-    return Known(prices, ranked, {code: Prices(one.time, one.number) for code, one in market.items()})
+    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
+    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+
+
+def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:
+    """By the place of each underlying among the names."""
+    if options.ohlcv_files is None:
+        return None
+    path, given = options.ohlcv_files, (options.bar, options.label_offset_hours)
+    return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
 def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:

@@ -27,7 +27,7 @@ from covered_call.candidates.schema import (
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 # Options whose value says where something lies on this machine: no word of that is shared.
-PATHS = ("iv_file", "context_vols")
+PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -91,8 +91,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         CONTEXT,
         "LEVEL",
         "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
-        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its vols",
-        choices=("none", "spot"),
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its "
+        "vols; or ohlcv, which is that and volume, patterns, VWAP, ADX and the last bars of ohlcv_files",
+        choices=("none", "spot", "ohlcv"),
     )
     context_columns: list[str] | tuple[str, ...] = option(
         (),
@@ -108,6 +109,24 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "CSV",
         "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
         otherwise="none",
+    )
+    ohlcv_files: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "bars for context ohlcv: a CSV or Parquet file with time (at which a bar begins), open, high, low, close and "
+        "volume, and underlying, or {underlying} in its name for one each",
+        otherwise="none",
+    )
+    bar: str = option("1d", CONTEXT, "LENGTH", "of the bars in ohlcv_files: 1d or 1h", choices=("1d", "1h"))
+    label_offset_hours: float = option(
+        0.0,
+        CONTEXT,
+        "HOURS",
+        "from a decision's time, as the files label it, to that of its price: bars that had ended by then are seen; 8 "
+        "for the teacher's files",
+        most=24,
+        least=-24,
     )
     explain: bool = option(
         False,
@@ -265,7 +284,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path.strip()):
-                raise CandidatesError(f"{name}={shown(path)}: give the path of a CSV, or leave it out.")
+                raise CandidatesError(f"{name}={shown(path)}: give the path of a file, or leave it out.")
         if self.iv_file is not None and self.pricing_iv is not None:
             raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
@@ -290,7 +309,9 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             )
         for name in ("context_columns", "context_vols"):
             if getattr(self, name) and self.context == "none":
-                raise CandidatesError(f"{name} goes with context='spot': context is 'none'.")
+                raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
+        if (self.context == "ohlcv") != (self.ohlcv_files is not None):
+            raise CandidatesError("context='ohlcv' and ohlcv_files go together: give both.")
 
     def check_splits(self) -> None:
         default = CoveredCallCandidatesConfig.splits

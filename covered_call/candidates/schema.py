@@ -22,6 +22,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 # Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
+# Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
+CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"

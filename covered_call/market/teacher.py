@@ -20,7 +20,7 @@ from covered_call.candidates.context import (
     returns_of,
     vols_of_closes,
 )
-from covered_call.candidates.schema import Candidate, CandidatesError, Decision, LoggedDecision, shown
+from covered_call.candidates.schema import CHAIN_COLUMNS, Candidate, CandidatesError, Decision, LoggedDecision, shown
 from covered_call.candidates.score_terms import THRESHOLD, penalties_of, teacher_score, teacher_terms
 from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.vols import UNDERLYING
@@ -102,13 +102,14 @@ def past_of(closes: Series, time: int, spot: float) -> Past:
     return Past(*known_or_none(np.concatenate(numbers)))
 
 
-def with_context(decision: Decision, closes: Series) -> Decision:
+def with_context(decision: Decision, closes: Series, snapshot: Snapshot | None = None) -> Decision:
     """The decision with the market's context at its time, as files have it (see context_of): of these closes, and of
-    its candidates. What would take the vols of earlier decisions is unknown."""
+    its candidates, and the shape of the snapshot's chain. What would take the vols of earlier decisions is unknown."""
     columns = columns_of([LoggedDecision(decision, None, ())])
     known = Known({0: Prices(closes.time, closes.number)}, {})
     (context,) = contexts_of(dataclasses.replace(columns, context=context_of(columns, known)))
-    return decision._replace(context=context)
+    shape = dict(zip(CHAIN_COLUMNS, known_or_none(np.array(snapshot.shape)), strict=True)) if snapshot else {}
+    return decision._replace(context={**(context or {}), **shape})
 
 
 def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.ndarray:

@@ -19,7 +19,7 @@ from covered_call.candidates.builder import Backtest, find_csvs
 from covered_call.candidates.context_lines import SPOT
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.schema import UTC, CandidatesError
+from covered_call.candidates.schema import CHAIN_COLUMNS, UTC, CandidatesError
 from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
@@ -151,7 +151,7 @@ def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
 
 
 def check_market(path: str, names: list[str]) -> list[str]:
-    strange = [name for name in names if name not in SPOT]
+    strange = [name for name in names if name not in (*SPOT, *CHAIN_COLUMNS)]
     if strange:
         raise ConfigError(f"{path} was fitted with {strange[0]} in the market's context, which an agent is not told.")
     return names

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         past = UNKNOWN if known is None else past_of(known, snapshot.time, snapshot.spot)
         its = [offer_of(snapshot, rules, past, style, bad) for style in styles]
         if known is not None and (args.model or args.q_scorer):
-            its = [one._replace(decision=with_context(one.decision, known)) for one in its]
+            its = [one._replace(decision=with_context(one.decision, known, snapshot)) for one in its]
         puts += [Put(snapshot, offer) for offer in its]
     answers = [teacher_answers(puts, rules), *policy_answers(args, puts)]
     if args.preset != "synthetic":  # whose thousands of decisions are for a file
@@ -274,7 +274,8 @@ def write(args: argparse.Namespace, puts: list[Put]) -> Iterator[tuple[str, int]
 def rows_of(put: Put, outcomes: Any, args: argparse.Namespace) -> Iterator[list]:
     strategy = "synthetic" if args.preset == "synthetic" else "snapshot"
     quotes, chosen = candidate_csv.quotes_of(put.snapshot, put.offer.rows), put.offer.chosen
-    return candidate_csv.rows_of(put.offer.decision, quotes, strategy, chosen if args.teacher else None, outcomes)
+    return candidate_csv.rows_of(put.offer.decision, quotes, strategy, chosen if args.teacher else None, outcomes,
+        put.snapshot.shape)  # fmt: skip
 
 
 def sold_alone(offer: Offer, pnl: tuple[float | None, ...]) -> list[tuple[float | None, None, None]]:

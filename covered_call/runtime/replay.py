@@ -147,7 +147,7 @@ def states_from(
         past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
-            decision = with_context(decision, series)
+            decision = with_context(decision, series, snapshot)
         yield MarketState(decision, all_quotes(snapshot), past._asdict(), decision.decision_time)
 
 
