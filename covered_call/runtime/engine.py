@@ -26,6 +26,7 @@ from covered_call.runtime.paper import (
     rebuilt,
 )
 from covered_call.runtime.policies import Source, first_that_answers, proposals_of
+from covered_call.runtime.risk import Note
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import (
     HOLD,
@@ -55,6 +56,7 @@ class Steps(NamedTuple):
         exits: what becomes of the positions: CLOSE, or ROLL, after which a SELL_CALL with the reason "roll" may stand,
             which is sent only if the one before it was filled. All of them are looked at by vetoes_of.
         limit: the limit price of a sale, USD a coin; None is whatever the bid is.
+        notes_of: what is to be logged of an intention and stops nothing.
     """
 
     fuse: Callable[[Sequence[Proposal], MarketState, Portfolio], Fused]
@@ -62,6 +64,7 @@ class Steps(NamedTuple):
     vetoes_of: Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]
     exits: Callable[[MarketState, Portfolio, datetime.datetime], Sequence[Intention]]
     limit: Callable[[str, MarketState], float | None] = lambda instrument, state: None
+    notes_of: Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Note]] = lambda *_: []
 
 
 def fall_back(proposals: Sequence[Proposal], state: MarketState, portfolio: Portfolio) -> Fused:
@@ -79,6 +82,7 @@ class Order(NamedTuple):
 
     intention: Intention
     vetoes: tuple[Veto, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -108,32 +112,33 @@ def plan_of(
     exits = exits_of(state, portfolio, steps, now)
     fused = steps.fuse(proposals, state, portfolio)
     entry, sized = entry_of(state, portfolio, fused, steps)
-    vetoes = steps.vetoes_of(entry, state, portfolio, now) if entry.action == SELL_CALL else ()
-    return Plan(tuple(proposals), fused, sized, tuple(exits), Order(entry, tuple(vetoes)))
+    order = judged(entry, state, portfolio, steps, now) if entry.action == SELL_CALL else Order(entry)
+    return Plan(tuple(proposals), fused, sized, tuple(exits), order)
+
+
+def judged(
+    intention: Intention, state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime
+) -> Order:
+    vetoes = steps.vetoes_of(intention, state, portfolio, now)
+    return Order(intention, tuple(vetoes), tuple(steps.notes_of(intention, state, portfolio, now)))
 
 
 def exits_of(state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime) -> list[Order]:
-    """The exits with their vetoes. A sale that takes the place of another call is judged without that one, and does
-    not go where that one stays."""
+    """The exits with what speaks against them. A sale that takes the place of another call does not go where that one
+    stays."""
     orders: list[Order] = []
     for one in steps.exits(state, portfolio, now):
         if one.action == HOLD:
             continue
-        before = orders[-1] if one.action == SELL_CALL and orders else None
-        seen = without(portfolio, before.intention.instrument) if before else portfolio
-        vetoes = [*(before.vetoes if before else ()), *steps.vetoes_of(one, state, seen, now)]
-        orders.append(Order(one, tuple(vetoes)))
+        before = orders[-1].vetoes if one.action == SELL_CALL and orders else ()
+        order = judged(one, state, portfolio, steps, now)
+        orders.append(order._replace(vetoes=(*before, *order.vetoes)))
     return orders
 
 
 def held(portfolio: Portfolio, instrument: str | None) -> Position | None:
     """The position that an exit of an instrument is of: the oldest, and the whole of it."""
     return next((one for one in portfolio.positions if one.instrument == instrument), None)
-
-
-def without(portfolio: Portfolio, instrument: str | None) -> Portfolio:
-    gone = held(portfolio, instrument)
-    return portfolio._replace(positions=tuple(one for one in portfolio.positions if one is not gone))
 
 
 def entry_of(state: MarketState, portfolio: Portfolio, fused: Fused, steps: Steps) -> tuple[Intention, Sizing | None]:
@@ -185,7 +190,7 @@ class Agent:
     """Decides state after state, and writes each down before it acts.
 
     Args:
-        sources: the policies, the first one the model that is asked last: see proposals_of.
+        sources: the policies, in the order in which one stands in for another: see proposals_of.
         venue: None sends nothing: shadow.
         begins: what there is at the start of a new log; of one that goes on it must be the same.
         journal: None writes nothing.
@@ -293,7 +298,7 @@ class Agent:
             "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": owned, "events": events,
             "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source},
             "sizing": plan.sized, "exits": plan.exits, "intention": plan.entry.intention,
-            "vetoes": plan.entry.vetoes, "latencies": latencies, "drift": self.drift(state),
+            "vetoes": plan.entry.vetoes, "notes": plan.entry.notes, "latencies": latencies, "drift": self.drift(state),
             "errors": [f"{one.source}: {one.error}" for one in plan.proposals if one.error],
         })  # fmt: skip
 

@@ -124,12 +124,15 @@ def position_of(portfolio: Portfolio, instrument: str, entry_time: datetime.date
 def marked(portfolio: Portfolio, event: Marked) -> Portfolio:
     """With the equity that is left if all is bought back now, None where a price is unknown, and its peaks.
 
-    The net delta is of the calls alone, not of the coins that cover them; one that is unknown counts as 0.
+    The net delta is of the calls alone, not of the coins that cover them, and coins of two underlyings do not add up;
+    one that is unknown counts as 0.
     """
     equity = equity_of(portfolio, event)
     same_day = portfolio.time.date() == event.time.date()
     day_peak = highest(portfolio.day_peak_usd if same_day else None, equity)
-    delta = sum(one.units * event.deltas.get(one.instrument, 0.0) for one in portfolio.positions)
+    delta = dict.fromkeys((one.underlying for one in portfolio.positions), 0.0)
+    for one in portfolio.positions:
+        delta[one.underlying] += one.units * event.deltas.get(one.instrument, 0.0)
     return portfolio._replace(
         time=event.time,
         equity_usd=equity,

@@ -16,9 +16,9 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import candidate_messages, order_candidates, ranking_messages
 from covered_call.candidates.schema import Decision
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
+from covered_call.runtime.answers import Said
 from covered_call.runtime.fusion import q_confidence, rule_confidence
 from covered_call.runtime.state import MarketState, Portfolio, Proposal
-from covered_call.runtime.worker import Said
 from covered_call.value_model.scorer import NO_CANDIDATE, QScorer
 
 NO_POLICY = "none"  # who decides where every policy has failed
@@ -26,7 +26,7 @@ WINS_OF = 50  # the last trades that a win rate is of
 
 
 class Source(Protocol):
-    """A policy as the agent asks it; ``second`` is what the one before it in the chain proposes."""
+    """A policy as the agent asks it; ``second`` is what the first that is no language model proposes."""
 
     name: str
 
@@ -34,10 +34,14 @@ class Source(Protocol):
 
 
 def proposals_of(sources: Sequence[Source], state: MarketState, portfolio: Portfolio) -> list[Proposal]:
-    """What each proposes, in their order; the first one is asked last, for it depends on the second whether it is."""
-    first, *others = sources
-    second = [one.propose(state, portfolio) for one in others]
-    return [first.propose(state, portfolio, second[0] if second else None), *second]
+    """What each proposes, in their order. A language model is asked after all others, for it depends on what the first
+    of them proposes whether it is."""
+    others = {one.name: one.propose(state, portfolio) for one in sources if not isinstance(one, LanguageModel)}
+    second = next(iter(others.values()), None)
+    return [
+        one.propose(state, portfolio, second) if isinstance(one, LanguageModel) else others[one.name]
+        for one in sources
+    ]
 
 
 def first_that_answers(proposals: Sequence[Proposal]) -> Proposal:
@@ -169,6 +173,7 @@ def used_again(memory: Memory, decision: Decision, rules: Querying) -> Proposal:
         reason=f"not asked, answer {times} step(s) old used again" + ("" if offered else ": no longer offered"),
         latency_s=0.0,
         cached=True,
+        probabilities=None,  # they were of another state
     )
 
 
@@ -271,9 +276,12 @@ class LanguageModel:
             return failed(self.name, error, began)
         self.errors_in_a_row = 0
         confidence = 1 - said.probability if said.abstained else said.probability
-        reason = f"asked: {why}" + (", abstained" if said.abstained else "")
+        reason = (
+            f"asked: {why}" + (", abstained" if said.abstained else "") + (f"; {said.reason}" if said.reason else "")
+        )
         latency = time.monotonic() - began
-        proposal = Proposal(self.name, said.instrument, confidence, said.margin, None, reason, latency)
+        proposal = Proposal(self.name, said.instrument, confidence, said.margin, None, reason, latency,
+            probabilities=said.probabilities)  # fmt: skip
         if key:
             self.cache.put(key, proposal)
         return proposal

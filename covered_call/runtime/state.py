@@ -67,7 +67,7 @@ class Portfolio(NamedTuple):
     holdings: dict[str, float]  # coins by underlying
     positions: tuple[Position, ...] = ()
     margin_used_pct: float | None = None
-    net_delta: float = 0.0  # coins, of the open calls
+    net_delta: dict[str, float] = {}  # coins, of the open calls, by underlying
     trades: tuple[Trade, ...] = ()  # closed, by time
     cash_usd: float = 0.0  # premiums received, less what was paid
 

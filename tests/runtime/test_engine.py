@@ -118,7 +118,7 @@ def test_what_exits_close_is_bought_back_at_the_ask():
 def rolling() -> Steps:
     into = quoted_states(3)[2].decision.candidates[1].instrument
     return exits_by(Intention(ROLL, "an id", name_of_the_sold(), 0.1),
-        Intention(SELL_CALL, "an id", into, 0.1, None, (ROLLED,)))  # fmt: skip
+        Intention(SELL_CALL, "an id", into, 0.1, None, (ROLLED,), name_of_the_sold()))  # fmt: skip
 
 
 def test_a_roll_is_a_close_and_then_a_sale_of_one_roll_more():
