@@ -48,8 +48,8 @@ def kill(state_dir: str) -> list[str]:
 
 def lift(state_dir: str) -> list[str]:
     """Takes the switch back, last where every agent looks; returns what is to be said."""
-    found = [folder / KILL for folder in folders_of(state_dir) if killed(folder)]
-    for path in reversed(found):
+    found = [folder / KILL for folder in reversed(folders_of(state_dir)) if killed(folder)]
+    for path in found:
         path.unlink()
     removed = [f"{path}: removed" for path in found]
     return [*removed, "Orders may go again."] if found else [f"{state_dir}: no {KILL} was there."]
