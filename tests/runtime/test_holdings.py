@@ -29,13 +29,13 @@ FREE = ["no_equity", "max_positions", "expiry_exposure", "margin", "net_delta", 
 class Unsure(Paper):
     """Fills as it is told to."""
 
-    fills = True
+    fills = buys = True
 
     def sell(self, intention, state, rolls):
         return super().sell(intention, state, rolls) if self.fills else (Execution(UNFILLED, "not now"), [])
 
     def buy_back(self, intention, position, state):
-        return super().buy_back(intention, position, state) if self.fills else (Execution(UNFILLED, "not now"), [])
+        return super().buy_back(intention, position, state) if self.buys else (Execution(UNFILLED, "not now"), [])
 
 
 class Coins(RuleBasedStateMachine):
@@ -60,12 +60,12 @@ class Coins(RuleBasedStateMachine):
 
     @rule(coin=st.sampled_from(["BTC", "ETH"]), hours=st.sampled_from([1, 12, 24, 80]), pick=st.integers(-1, 2),
         units=st.sampled_from([0.1, 0.3, 1.0, 1.0 + 1e-8, 5.0]), spot=st.sampled_from([85e3, 95e3, 105e3]),
-        price=st.sampled_from([20.0, 900.0, 3_000.0]), fills=st.booleans())  # fmt: skip
-    def decide(self, coin, hours, pick, units, spot, price, fills):
+        price=st.sampled_from([20.0, 900.0, 3_000.0]), fills=st.booleans(), buys=st.booleans())  # fmt: skip
+    def decide(self, coin, hours, pick, units, spot, price, fills, buys):
         self.time += datetime.timedelta(hours=hours)
         state = self.state(coin, spot, price)
         self.wanted = state.decision.candidates[pick].instrument if pick >= 0 else None
-        self.units, self.venue.fills = units, fills
+        self.units, self.venue.fills, self.venue.buys = units, fills, buys
         cycle = self.agent.cycle(state)
         entry = cycle.plan.entry
         if entry.intention.action == SELL_CALL and not entry.vetoes and fills:
