@@ -89,11 +89,25 @@ def check(log: Path) -> dict[str, int]:
     return counts | {"halves": sum(len(one) == 2 for one in statuses.values())}
 
 
-def kill(child: int, wait: float) -> bool:
-    """Whether it was at work when it was killed; one that had come to its end was not."""
-    time.sleep(wait)
+def kill(child: int, log: Path, wait: float, at_an_order: bool) -> bool:
+    """After so many seconds, or already when an order is under way. Whether it was at work: one that had come to its
+    end was not."""
+    end = time.monotonic() + wait
+    while time.monotonic() < end and not (at_an_order and under_way(log)):
+        time.sleep(0.0002)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def under_way(log: Path) -> bool:
+    """Whether the last whole line is of a cycle whose orders are not all completed, by its first bytes and last."""
+    *_, path = ["", *sorted(map(str, log.glob("decisions_*.jsonl")))]
+    if not path:
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 50_000))
+        *_, last, torn = [b"", *file.read().split(b"\n")]
+    return not torn and b'"orders": 0' not in last and b'"decision_id"' in last
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
@@ -104,7 +118,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
     while done < kills:
         log = folder / f"log{run}"
         before = sum(1 for _ in read(log))
-        if not kill(start(folder, log.name), draw.uniform(0.05, longest)):
+        at_an_order = draw.random() < 0.5
+        if not kill(start(folder, log.name), log, 5.0 if at_an_order else draw.uniform(0.05, longest), at_an_order):
             run += 1  # it came to its end: a new one
             continue
         done += 1

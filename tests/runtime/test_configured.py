@@ -7,7 +7,7 @@ import shutil
 from dataclasses import fields
 
 import pytest
-from conftest import on_the_default_stack
+from conftest import ROOT, on_the_default_stack, python
 from markets import CONFIG, rich_if_volatile
 
 from covered_call import atomic
@@ -141,6 +141,20 @@ def test_the_source_that_is_fused_is_the_language_model_that_there_is():
     assert fused(f"llm: run, {server}, rule: {{}}", vote).mode == "ensemble"
     assert fused("rule: {}, q: q.zip", "fusion: {mode: ensemble}").mode == "ensemble"
     assert fused(f"llm: run, {server}, q: q.zip", "fusion: {llm: openai, second: q}").second == "q"
+
+
+def test_a_run_of_all_policies_but_a_tuned_model_imports_no_torch(here, fitted):
+    save(fitted, "q.zip")
+    path = week(here / "chains.parquet", 2)
+    configured(f"policy: {{openai: {{{LOCAL.replace('8000', '9')}}}, q: q.zip, rule: {{}}}}\nfusion: {{second: q}}")
+    check = (
+        "import sys; from covered_call.runtime.agent import main\n"
+        f"main(['paper', '--config', 'agent.yaml', '--snapshot', {path!r}])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = python("-c", check, cwd=here, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "openai: ServerError: ConnectError" in done.stdout and "2 decisions" in done.stdout
 
 
 def test_a_key_that_is_not_there_is_said_at_once(here, monkeypatch):

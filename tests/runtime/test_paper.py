@@ -119,6 +119,14 @@ def test_equity_is_what_is_left_if_all_is_bought_back_now():
     assert apply(NOTHING, Marked(START, {}, {}, {})).equity_usd is None
 
 
+def test_net_deltas_of_two_coins_do_not_add_up():
+    event = opened()
+    ether = event.position._replace(instrument="ETH-10JAN25-4000-C", underlying="ETH", units=-5.0)
+    portfolio = apply_all(NOTHING, [event, event._replace(position=ether)])
+    deltas = {CALL: 0.3, ether.instrument: 0.4}
+    assert apply(portfolio, Marked(START, {}, {}, deltas)).net_delta == pytest.approx({"BTC": -0.03, "ETH": -2.0})
+
+
 def test_peaks_are_of_all_times_and_of_the_utc_day():
     hours = [
         (0, 95_000),

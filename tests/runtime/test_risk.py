@@ -251,6 +251,14 @@ def test_nothing_is_against_doing_nothing(action):
     assert codes(**worst(), intention=Intention(action, "an id")) == []
 
 
+def test_a_roll_takes_the_place_of_one_position_alone():
+    held = account(positions=(position(units=-0.4), position(units=-0.5)))  # of one call, sold twice
+    roll = sale(LATER, 0.6, replaces="BTC-16DEC25-96000-C")
+    assert codes(portfolio=held, intention=roll, max_positions=2) == ["not_covered"]
+    assert codes(portfolio=held, intention=roll._replace(units=0.5), max_positions=2) == []
+    assert codes(portfolio=held, intention=roll._replace(units=0.5)) == ["max_positions"]
+
+
 def test_a_rolls_sale_takes_the_place_of_what_is_bought_back():
     held = account(positions=(position(units=-1.0),))
     assert codes(portfolio=held, intention=sale(LATER, 1.0)) == ["not_covered", "max_positions"]
