@@ -76,7 +76,7 @@ agent.yaml, with its defaults:
 MODES = ("replay", "shadow", "paper")
 ASIDE = ("doctor", "kill", "explain")  # modules of their own, each with a main and a parse_arguments
 # Rules of risk that would stop everything, for what they look at is not known there.
-UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
+UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",)}
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event,
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
 DAY_SECONDS = 86_400.0
+ATM = 0.5  # the delta at the money
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,22 @@ def states_from(
         series = (closes or {}).get(snapshot.underlying)
         past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
-        yield MarketState(decision, all_quotes(snapshot), past._asdict(), decision.decision_time)
+        context = past._asdict() | {"atm_iv": atm_iv(snapshot, rules)}
+        yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)
+
+
+def atm_iv(snapshot: Snapshot, rules: Rules) -> float | None:
+    """The implied vol at a delta of 0.5, between the calls around it, of the expiry that is nearest to the rules'
+    target; None where no calls stand around it."""
+    calls = snapshot.calls
+    known = np.isfinite(calls.iv) & np.isfinite(calls.delta) & (calls.dte >= rules.min_dte)
+    if not known.any():
+        return None
+    distance = np.where(known, abs(calls.dte - rules.target_dte), np.inf)
+    rows = np.flatnonzero(known & (calls.dte == calls.dte[np.argmin(distance)]))
+    rows = rows[np.argsort(calls.delta[rows], kind="stable")]
+    delta = calls.delta[rows]
+    return float(np.interp(ATM, delta, calls.iv[rows])) if delta[0] <= ATM <= delta[-1] else None
 
 
 def all_quotes(snapshot: Snapshot) -> dict[str, Quote]:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from conftest import REAL_DATA, decision, needs_real_data, read_candidates, write_csv
-from market.quotes import chain, write_harvest
+from market.quotes import chain, quote, write_harvest
 from markets import walk
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -340,7 +340,18 @@ def test_a_snapshot_is_a_state_with_the_quotes_of_all_its_calls(tmp_path):
     assert len(state.decision.candidates) == 3 and len(state.quotes) == 6
     quote = state.quotes[state.decision.candidates[0].instrument]
     assert 0 < quote.bid < quote.mark < quote.ask < state.decision.spot and quote.open_interest == 100.0
-    assert state.snapshot_time == state.decision.decision_time and set(state.context.values()) == {None}
+    assert state.snapshot_time == state.decision.decision_time
+    assert {name for name, value in state.context.items() if value is not None} == {"atm_iv"}
+
+
+def test_the_vol_at_the_money_is_between_the_calls_around_it_of_the_expiry_that_is_nearest(tmp_path):
+    rows = [quote(f"BTC-19DEC25-{strike}-C", iv=iv) for strike, iv in ((88_000, 50.0), (98_000, 40.0))]
+    path = write_harvest(tmp_path / "a.parquet", [*rows, quote("BTC-27MAR26-93000-C", iv=90.0)])
+    (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
+    assert 0.42 < state.context["atm_iv"] < 0.48
+    path = write_harvest(tmp_path / "b.parquet", [rows[1]])  # nothing stands on the other side
+    (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
+    assert state.context["atm_iv"] is None
 
 
 def test_paper_sells_a_snapshots_call_at_its_bid(tmp_path):
