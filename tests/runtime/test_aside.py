@@ -82,6 +82,12 @@ def test_what_is_not_there_is_said_with_what_to_do(here, capsys, monkeypatch):
     assert "FAIL config: agent.yaml: 'polcy' is no key" in capsys.readouterr().out
 
 
+def test_a_q_scorer_of_another_exit_style_is_to_mend(here, capsys):
+    save(fit(rich_if_volatile(range(40)), rich_if_volatile(range(40, 50), seed=1), CONFIG), "q.zip")
+    found, status = diagnosed(capsys, "policy: {q: q.zip}", "exit_style: tp_and_roll")
+    assert status == 1 and "q.zip was tuned on hold_to_expiry, and exit_style is tp_and_roll" in found["q"]
+
+
 def test_a_server_is_asked_for_its_model_and_its_time(here, capsys):
     with Server() as server:
         policy = f"policy: {{openai: {{base_url: '{server.url}', model: another}}}}"
@@ -268,6 +274,14 @@ def test_an_order_whose_end_is_not_known_is_said(here, capsys):
         list(Agent([Rule()], FREELY, Dies(), BEGUN, journal).run([state]))
     said = said_by(capsys, "explain", state.decision.decision_id, "--log", "log")
     assert "nothing is known of it: the agent ended before it was told" in said
+
+
+def test_a_policy_that_failed_is_told_with_why(here, capsys):
+    config = configured("policy: {openai: {base_url: 'http://127.0.0.1:9/v1', model: m}, rule: {}}")
+    said_by(capsys, "shadow", "--config", config, "--snapshot", week(here / "chains.parquet", 1))
+    (cycle,) = read("out/agent/shadow")
+    said = said_by(capsys, "explain", cycle["decision_id"], "--log", "out/agent/shadow")
+    assert "  openai: failed, ServerError: ConnectError" in said and "Fusion: llm_failed, of rule" in said
 
 
 def test_a_decision_that_is_not_there_is_one_line_with_the_nearest(here, capsys):
