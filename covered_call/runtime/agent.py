@@ -1,4 +1,4 @@
-"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, or on paper."""
+"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, on paper, on a testnet."""
 
 import argparse
 import collections
@@ -10,7 +10,8 @@ import heapq
 import itertools
 import os
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +24,19 @@ from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest
+from covered_call.market.deribit import Deribit, DeribitError
+from covered_call.market.harvest_log import HarvestError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
 from covered_call.market.teacher import DAY_BEGINS, PRESETS
+from covered_call.runtime import live, testnet
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
+from covered_call.runtime.broker import BrokerRules, DeribitTestnet
 from covered_call.runtime.chain import paths_of
 from covered_call.runtime.drift import drift_of
-from covered_call.runtime.engine import Agent, Cycle, Steps, fall_back
+from covered_call.runtime.engine import Agent, Cycle, Steps, Venue, fall_back
 from covered_call.runtime.exits import exits_of
 from covered_call.runtime.fusion import Fusion, fuse
-from covered_call.runtime.journal import JournalError, opened
+from covered_call.runtime.journal import Journal, JournalError, opened
 from covered_call.runtime.paper import FILLED, Begun, Paper
 from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
 from covered_call.runtime.replay import Recorded, logged_in, states_from
@@ -43,18 +48,23 @@ from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
 
 DESCRIPTION = """\
 Policies that decide over time, with a portfolio: the rule, a Q-scorer, a tuned language model, in the order in which
-one stands in for another that fails. No mode sends an order to an exchange.
+one stands in for another that fails. No mode sends an order to the exchange itself.
 
   replay   over the decisions of a backtest, whose calls bring what its files say
-  shadow   over snapshots of chains: decides and logs, and sells nothing
-  paper    over snapshots: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  shadow   over chains: decides and logs, and sells nothing
+  paper    over chains: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  testnet  over the chains of test.deribit.com: sends orders there, with the keys of the environment
+
+Chains are snapshots in files (--snapshot), or Deribit's of now, one of each underlying every interval (--live).
 
 Each decision is a line of decisions_YYYYMMDD.jsonl, on the disk before anything is done."""
 EXAMPLES = """\
 examples:
   covered-call agent replay --config agent.yaml --data_files 'runs/*.csv'
   covered-call agent shadow --config agent.yaml --snapshot 'chains/*.parquet'
-  covered-call agent paper  --config agent.yaml --snapshot 'chains/*.parquet'
+  covered-call agent paper  --config agent.yaml --live
+  covered-call agent paper  --config agent.yaml --live --cycles 1     from cron; it goes on where it ended
+  covered-call agent testnet --config agent.yaml --live
 
 agent.yaml, with its defaults:
   policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP
@@ -67,17 +77,20 @@ agent.yaml, with its defaults:
   preset: backtest                     # which calls of a chain are candidates
   spots: null                          # CSV of daily closes, {underlying} in its name
   state_dir: out/agent                 # where the logs are
+  interval: 86400                      # seconds, of --live
+  broker: {price: mid, fill_timeout: 60, reprices: 3, on_difference: halt}   # of the testnet
 """
-MODES = ("replay", "shadow", "paper")
+MODES = ("replay", "shadow", "paper", "testnet")
 # Rules of risk that would stop everything, for what they look at is not known there.
-UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
+UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",), "paper": (), "testnet": ()}
+WITH_EQUITY = ("paper", "testnet")
 
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
-    with plain_errors(args, *errors):
+    with plain_errors(args, *errors, DeribitError, HarvestError):
         run(args)
 
 
@@ -86,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     with policies_of(config) as policies, ended_by_ctrl_c() as stop:
         if args.mode == "replay":
             replay(args, config, policies, stop)
+        elif args.live:
+            watch_live(args, config, policies, stop)
         else:
             watch(args, config, policies, stop)
 
@@ -160,10 +175,8 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
     folder = args.log or Path(config.state_dir) / stamp
     venue = Recorded(options)
     with opened(folder, durable=False) as journal:
-        begins = begins_of(config, datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC))
-        steps = steps_of(config, args.mode, folder, policies.ranges)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+        begins = datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC)
+        agent = agent_of(args, config, policies, venue, journal, begins)
         told = Told()
         for cycle in agent.run(venue.states(logged_in(decisions))):
             told.add(cycle)
@@ -187,10 +200,7 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
     told = Told()
     with opened(folder) as journal:
-        begins = begins_of(config, first.decision.decision_time)
-        steps = steps_of(config, args.mode, folder, policies.ranges)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+        agent = agent_of(args, config, policies, venue, journal, first.decision.decision_time)
         for cycle in agent.run(itertools.chain([first], states)):
             told.add(cycle)
             print(page(cycle, agent.drift(cycle.state)))
@@ -200,13 +210,48 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     print("\n".join([*told.lines(), f"{again}Log: {folder}"]))
 
 
+def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
+    """Shadow, paper and the testnet, over the chains of now."""
+    folder, closes = Path(args.log or Path(config.state_dir) / args.mode), closes_of(config)
+    account = testnet.connected() if args.mode == "testnet" else None
+    exchange = account or Deribit(args.url, live.patience_of(config.interval))
+    wanted = live.Wanted(list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
+        config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s)  # fmt: skip
+    told = Told()
+    with opened(folder) as journal, live.opened(exchange, folder / "chains", wanted) as feed:
+        venue = Paper(closes) if args.mode == "paper" else None
+        if account:
+            rules = BrokerRules(**config.broker)
+            venue = DeribitTestnet(account, rules, wanted.underlyings, folder / "KILL", closes)
+        agent = agent_of(args, config, policies, venue, journal, now(), now)
+        meanwhile = venue.heed if isinstance(venue, DeribitTestnet) else lambda: None
+        for cycle in live.cycles(feed, agent, stop, args.cycles, meanwhile):
+            told.add(cycle)
+            print(page(cycle, agent.drift(cycle.state)), flush=True)
+    print("\n".join([*told.lines(), f"Log: {folder}"]))
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time.time(), UTC)
+
+
+def agent_of(
+    args: argparse.Namespace, config: AgentConfig, policies: Policies, venue: Venue | None, journal: Journal,
+    begins: datetime.datetime, clock: Callable[[], datetime.datetime] | None = None,
+) -> Agent:  # fmt: skip
+    """Args: begins: of a new log. clock: None: each state is decided at its time."""
+    about = {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
+    begun = Begun(begins, dict(config.holdings), float(config.cash_usd))
+    steps = steps_of(config, args.mode, journal.folder, policies.ranges)
+    return Agent(policies.sources, steps, venue, begun, journal, about, clock, policies.ranges)
+
+
 def steps_of(config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict]) -> Steps:
     """How proposals are fused, sized, and stopped. A file KILL in the log's folder stops every order."""
-    known = () if mode == "paper" else UNKNOWN_IN[mode]
     risk = RiskRules(**config.risk)
-    risk = dataclasses.replace(risk, without={*risk.without, *known})
+    risk = dataclasses.replace(risk, without={*risk.without, *UNKNOWN_IN[mode]})
     sizing = SizingRules(**config.sizing)
-    if mode != "paper" and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
+    if mode not in WITH_EQUITY and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
         sizing = dataclasses.replace(sizing, max_risk_pct=None)
     together = "llm" in config.policy and len(config.policy) > 1
     fusion = Fusion(**config.fusion)
@@ -225,14 +270,6 @@ def steps_of(config: AgentConfig, mode: str, folder: str | Path, ranges: dict[st
         vetoes_of=vetoed,
         exits=left,
     )
-
-
-def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:
-    return Begun(time, dict(config.holdings), float(config.cash_usd))
-
-
-def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> dict:
-    return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
 
 
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
@@ -387,11 +424,35 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(*flags("data_dir"), metavar="DIR", help="of replay: the folder of the CSVs")
     parser.add_argument("--snapshot", nargs="+", metavar="PARQUET", help="of shadow and paper: files of option "
         "quotes, or quoted globs")  # fmt: skip
+    parser.add_argument("--live", action="store_true", help="Deribit's chains of now, of each underlying that is "
+        "held; until Ctrl-C or SIGTERM, which end it after the cycle")  # fmt: skip
+    parser.add_argument(
+        "--cycles", type=int, metavar="N", help="of --live: how many intervals; default: until stopped"
+    )
+    parser.add_argument("--url", metavar="URL", help="of --live in shadow and paper: another address of the API")
     parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="rows that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     args = parser.parse_args(arguments)
-    if (args.mode == "replay") == bool(args.snapshot):
-        parser.error(f"{args.mode}: {'give no --snapshot' if args.snapshot else 'give --snapshot PARQUET'}.")
+    check_chains(parser, args)
     if args.mode != "replay" and (args.data_files or args.data_dir):
         parser.error(f"{args.mode}: --data_files and --data_dir are for replay.")
     return args
+
+
+def check_chains(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """That where chains come from is said, once, and is what the mode takes."""
+    given = [name for name in ("snapshot", "live") if getattr(args, name)]
+    taken = {"replay": [], "shadow": ["snapshot", "live"], "paper": ["snapshot", "live"], "testnet": ["live"]}[
+        args.mode
+    ]
+    strange = [name for name in given if name not in taken]
+    if strange or len(given) != min(1, len(taken)):
+        words = {"snapshot": "--snapshot PARQUET", "live": "--live"}
+        wanted = f"give {' or '.join(words[name] for name in taken)}" if not strange else f"give no --{strange[0]}"
+        parser.error(f"{args.mode}: {wanted}.")
+    if not args.live and (args.cycles is not None or args.url):
+        parser.error("--cycles and --url are of --live.")
+    if args.mode == "testnet" and args.url:
+        parser.error("testnet: orders are sent to test.deribit.com alone, so there is no --url.")
+    if args.cycles is not None and args.cycles < 1:
+        parser.error(f"--cycles {args.cycles}: give 1 or more.")
