@@ -223,8 +223,12 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
         if account:
             rules = BrokerRules(**config.broker)
             venue = DeribitTestnet(account, rules, wanted.underlyings, folder / "KILL", closes)
-        agent = agent_of(args, config, policies, venue, journal, now(), now)
-        meanwhile = venue.heed if isinstance(venue, DeribitTestnet) else lambda: None
+        begins = now().replace(microsecond=0)  # as the times of chains are
+        agent = agent_of(args, config, policies, venue, journal, begins, now)
+        meanwhile = lambda: None
+        if isinstance(venue, DeribitTestnet):
+            venue.check(agent.portfolio, begins)
+            meanwhile = venue.heed
         for cycle in live.cycles(feed, agent, stop, args.cycles, meanwhile):
             told.add(cycle)
             print(page(cycle, agent.drift(cycle.state)), flush=True)

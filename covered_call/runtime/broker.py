@@ -183,6 +183,7 @@ class DeribitTestnet(Paper):
         if strange:
             raise Halt(f"{strange} is not settled in coin, and only such calls are sold on the testnet.")
         self.account, self.rules, self.killed = account, rules, killed
+        self.underlyings = underlyings
         self.terms: dict[str, dict] = {}  # of instruments
         self.heeded = False
 
@@ -227,6 +228,11 @@ class DeribitTestnet(Paper):
         )
         prices = {one["date"]: float(one["delivery_price"]) for one in found["data"]}
         return prices.get(f"{position.expiry:%Y-%m-%d}")
+
+    def check(self, portfolio: Portfolio, time: datetime.datetime) -> None:
+        """At the start: raises Halt as the cycles do, which may be a day away."""
+        for underlying in self.underlyings:
+            self.reconciled(portfolio, underlying, time)
 
     def reconciled(self, portfolio: Portfolio, underlying: str, time: datetime.datetime) -> list[Event]:
         """Raises Halt where the exchange holds something else than the portfolio, unless that is adopted."""
