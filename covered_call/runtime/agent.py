@@ -10,7 +10,6 @@ import heapq
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -219,24 +218,16 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
         config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s)  # fmt: skip
     told = Told()
     with opened(folder) as journal, live.opened(exchange, folder / "chains", wanted) as feed:
-        venue = Paper(closes) if args.mode == "paper" else None
-        if account:
-            rules = BrokerRules(**config.broker)
-            venue = DeribitTestnet(account, rules, wanted.underlyings, folder / "KILL", closes)
-        begins = now().replace(microsecond=0)  # as the times of chains are
-        agent = agent_of(args, config, policies, venue, journal, begins, now)
-        meanwhile = lambda: None
-        if isinstance(venue, DeribitTestnet):
-            venue.check(agent.portfolio, begins)
-            meanwhile = venue.heed
-        for cycle in live.cycles(feed, agent, stop, args.cycles, meanwhile):
+        rules, paper = BrokerRules(**config.broker), Paper(closes) if args.mode == "paper" else None
+        broker = DeribitTestnet(account, rules, wanted.underlyings, folder / "KILL", closes) if account else None
+        begins = live.now().replace(microsecond=0)  # as the times of chains are
+        agent = agent_of(args, config, policies, broker or paper, journal, begins, live.now)
+        if broker:
+            broker.check(agent.portfolio, begins)
+        for cycle in live.cycles(feed, agent, stop, args.cycles, broker.heed if broker else lambda: None):
             told.add(cycle)
             print(page(cycle, agent.drift(cycle.state)), flush=True)
     print("\n".join([*told.lines(), f"Log: {folder}"]))
-
-
-def now() -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(time.time(), UTC)
 
 
 def agent_of(
@@ -428,35 +419,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(*flags("data_dir"), metavar="DIR", help="of replay: the folder of the CSVs")
     parser.add_argument("--snapshot", nargs="+", metavar="PARQUET", help="of shadow and paper: files of option "
         "quotes, or quoted globs")  # fmt: skip
-    parser.add_argument("--live", action="store_true", help="Deribit's chains of now, of each underlying that is "
-        "held; until Ctrl-C or SIGTERM, which end it after the cycle")  # fmt: skip
-    parser.add_argument(
-        "--cycles", type=int, metavar="N", help="of --live: how many intervals; default: until stopped"
-    )
-    parser.add_argument("--url", metavar="URL", help="of --live in shadow and paper: another address of the API")
+    live.add_options(parser)
     parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="rows that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     args = parser.parse_args(arguments)
-    check_chains(parser, args)
+    live.check_options(parser, args)
     if args.mode != "replay" and (args.data_files or args.data_dir):
         parser.error(f"{args.mode}: --data_files and --data_dir are for replay.")
     return args
-
-
-def check_chains(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """That where chains come from is said, once, and is what the mode takes."""
-    given = [name for name in ("snapshot", "live") if getattr(args, name)]
-    taken = {"replay": [], "shadow": ["snapshot", "live"], "paper": ["snapshot", "live"], "testnet": ["live"]}[
-        args.mode
-    ]
-    strange = [name for name in given if name not in taken]
-    if strange or len(given) != min(1, len(taken)):
-        words = {"snapshot": "--snapshot PARQUET", "live": "--live"}
-        wanted = f"give {' or '.join(words[name] for name in taken)}" if not strange else f"give no --{strange[0]}"
-        parser.error(f"{args.mode}: {wanted}.")
-    if not args.live and (args.cycles is not None or args.url):
-        parser.error("--cycles and --url are of --live.")
-    if args.mode == "testnet" and args.url:
-        parser.error("testnet: orders are sent to test.deribit.com alone, so there is no --url.")
-    if args.cycles is not None and args.cycles < 1:
-        parser.error(f"--cycles {args.cycles}: give 1 or more.")

@@ -230,9 +230,12 @@ class DeribitTestnet(Paper):
         return prices.get(f"{position.expiry:%Y-%m-%d}")
 
     def check(self, portfolio: Portfolio, time: datetime.datetime) -> None:
-        """At the start: raises Halt as the cycles do, which may be a day away."""
-        for underlying in self.underlyings:
-            self.reconciled(portfolio, underlying, time)
+        """At the start: raises Halt as the cycles do, of which the first may be a day away."""
+        try:
+            for underlying in self.underlyings:
+                self.reconciled(portfolio, underlying, time)
+        except Outage as error:
+            logger.warning("What is held is not known yet, and is looked at in the next cycle: %s", error)
 
     def reconciled(self, portfolio: Portfolio, underlying: str, time: datetime.datetime) -> list[Event]:
         """Raises Halt where the exchange holds something else than the portfolio, unless that is adopted."""

@@ -5,6 +5,7 @@ chains/ of the log's folder as covered-call harvest writes them, with a harvest.
 and each that was missed: so an agent that is started again goes on in time, and what it saw can be looked at again.
 """
 
+import argparse
 import contextlib
 import datetime
 import logging
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 JUMP = 2.0  # seconds by which the clock of the wall and that of the machine may part between two looks
 MILLISECOND = datetime.timedelta(milliseconds=1)
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time.time(), UTC)
 
 
 def patience_of(interval: float) -> float:
@@ -230,3 +235,35 @@ def decided(agent: Agent, state: MarketState, known: bool = False) -> Iterator[C
         print(f"{at}  {state.decision.underlying}: {error}: nothing is decided.", flush=True)
         return
     yield cycle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--live", action="store_true", help="Deribit's chains of now, of each underlying that is "
+        "held; until Ctrl-C or SIGTERM, which end it after the cycle")  # fmt: skip
+    parser.add_argument(
+        "--cycles", type=int, metavar="N", help="of --live: how many intervals; default: until stopped"
+    )
+    parser.add_argument("--url", metavar="URL", help="of --live in shadow and paper: another address of the API")
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """That where chains come from is said, once, and is what the mode takes."""
+    given = [name for name in ("snapshot", "live") if getattr(args, name)]
+    taken = {"replay": [], "shadow": ["snapshot", "live"], "paper": ["snapshot", "live"], "testnet": ["live"]}[
+        args.mode
+    ]
+    strange = [name for name in given if name not in taken]
+    if strange or len(given) != min(1, len(taken)):
+        words = {"snapshot": "--snapshot PARQUET", "live": "--live"}
+        wanted = f"give {' or '.join(words[name] for name in taken)}" if not strange else f"give no --{strange[0]}"
+        parser.error(f"{args.mode}: {wanted}.")
+    if not args.live and (args.cycles is not None or args.url):
+        parser.error("--cycles and --url are of --live.")
+    if args.mode == "testnet" and args.url:
+        parser.error("testnet: orders are sent to test.deribit.com alone, so there is no --url.")
+    if args.cycles is not None and args.cycles < 1:
+        parser.error(f"--cycles {args.cycles}: give 1 or more.")

@@ -13,7 +13,7 @@ from market.standin import Exchange, Fault, summary
 from market.test_harvest import NOON, Clock, days_before
 
 from covered_call.market import deribit, harvest
-from covered_call.runtime import agent, live
+from covered_call.runtime import live
 from covered_call.runtime.agent import main
 from covered_call.runtime.journal import read
 
@@ -78,7 +78,7 @@ class Market(Exchange):
 @pytest.fixture
 def wall(monkeypatch) -> Wall:
     wall = Wall()
-    for module in (deribit, harvest, live, agent):
+    for module in (deribit, harvest, live):
         monkeypatch.setattr(module, "time", wall)
     return wall
 
@@ -272,7 +272,7 @@ def test_a_chain_that_was_fetched_before_a_kill_is_decided_on_while_it_is_fresh(
     with pytest.raises(KeyboardInterrupt):
         run(exchange)
     monkeypatch.undo()
-    for module in (deribit, harvest, live, agent):
+    for module in (deribit, harvest, live):
         monkeypatch.setattr(module, "time", wall)
     folder = real_folder(exchange)
     monkeypatch.chdir(folder)
