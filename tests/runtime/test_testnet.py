@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, on_the_default_stack
 from market.standin import Fault
 
+from covered_call.candidates.schema import Candidate
 from covered_call.runtime import live, testnet
 from covered_call.runtime.agent import main
 from covered_call.runtime.engine import Agent
@@ -21,10 +22,11 @@ from covered_call.runtime.journal import opened, read
 from covered_call.runtime.paper import Begun, rebuilt
 from covered_call.runtime.policies import Rule
 from covered_call.runtime.state import CLOSE, SELL_CALL, Intention
+from covered_call.runtime.testnet import Halt
 
 from .account import KEY, SECRET, TOO_LITTLE, AccountExchange, calls
 from .agent_kills import CONFIG
-from .markets import DAY, FREELY
+from .markets import DAY, FREELY, fixed
 from .moments import moment
 from .test_broker import account, held, name_of, quick, sent, venue_of  # noqa: F401 quick is a fixture
 
@@ -147,6 +149,37 @@ def test_a_roll_is_a_close_and_then_a_sale_and_none_without_the_close(exchange, 
     assert {name: units for name, units in exchange.sizes().items() if units} == {into: -0.2}
     (rolled,) = agent.portfolio.positions
     assert (rolled.instrument, rolled.units, rolled.rolls) == (into, -0.2, 1) and len(agent.portfolio.trades) == 2
+
+
+def test_a_roll_that_was_cut_short_has_its_close_in_the_log_at_the_next_start(exchange, tmp_path, caplog):
+    exchange.matching = lambda order: order["amount"]
+    name, into = name_of(exchange), name_of(exchange, 2)
+    offered = Candidate(name, 97_000.0, 9.0, 0.25, 4.0, 0.5, None)
+
+    def left(state, portfolio, now):
+        close = Intention(CLOSE, f"{state.decision.decision_id}|CLOSE", name, 0.2, None, ("defence",))
+        sale = Intention(SELL_CALL, f"{state.decision.decision_id}|ROLL", into, 0.2, None, ("roll",), name)
+        return (close, sale) if portfolio.positions else ()
+
+    steps = FREELY._replace(exits=left, vetoes_of=lambda *_: [], size=fixed(0.2))
+    begun = Begun(moment().snapshot_time, {"BTC": 1.0}, 0.0)
+    with opened(tmp_path / "log") as journal:
+        agent = Agent([Rule(3.0)], steps, venue_of(exchange, tmp_path), begun, journal)
+        agent.cycle(moment(candidates=(offered,)))
+        exchange.faults = lambda number: (
+            Fault(status=503) if exchange.requests[number][0] == "get_user_trades_by_order" else None
+        )
+        with pytest.raises(Halt, match=r"CLOSE is not known: .* Start again"):
+            agent.cycle(moment(candidates=(), time=moment().snapshot_time + DAY))
+        assert len(journal.pending) == 2
+    exchange.faults = lambda number: None
+    with opened(tmp_path / "log") as journal:
+        again = Agent([Rule(3.0)], steps, venue_of(exchange, tmp_path), begun, journal)
+        assert not journal.pending and not again.portfolio.positions and len(again.portfolio.trades) == 1
+        assert "its order 0 is filled: before the agent ended" in caplog.text
+        assert "its order 1 was not sent before the agent ended" in caplog.text
+        assert not {name: size for name, size in exchange.sizes().items() if size}
+        assert again.portfolio == rebuilt(read(tmp_path / "log"))[0]
 
 
 @pytest.mark.slow
