@@ -4,6 +4,7 @@ import datetime
 import logging
 import socket
 import time
+import types
 from decimal import Decimal
 
 import pytest
@@ -445,6 +446,73 @@ def test_the_kill_switch_cancels_what_is_open_and_sends_nothing(exchange, tmp_pa
     exchange.orders["BTC-1"]["order_state"] = "open"
     venue.settled(portfolio(held(exchange)), now_state())
     assert exchange.orders["BTC-1"]["order_state"] == "cancelled" and exchange.sizes()[name_of(exchange)] == -0.2
+
+
+def test_where_it_is_not_known_whether_an_order_was_sent_it_halts(exchange, tmp_path):
+    lost = {"sell": Fault(status=503), "get_order_state_by_label": Fault(status=503)}
+
+    def after_the_first(number: int):
+        return lost.get(exchange.requests[number][0]) if sent(exchange, "sell") else None
+
+    exchange.faults = after_the_first
+    with pytest.raises(Halt, match="Whether the order .* was sent is not known"):
+        venue_of(exchange, tmp_path).sell(sale(exchange), moment(), 0)
+    assert len(sent(exchange, "sell")) == 1
+
+
+def test_an_order_that_the_exchange_is_always_too_busy_for_is_a_halt(exchange, tmp_path):
+    exchange.faults = lambda number: Fault(code=TOO_MANY_REQUESTS) if exchange.requests[number][0] == "sell" else None
+    with pytest.raises(Halt, match="could not be sent: Deribit gave no answer"):
+        venue_of(exchange, tmp_path).sell(sale(exchange), moment(), 0)
+    assert not exchange.orders and len(sent(exchange, "sell")) == 3
+
+
+def test_trades_that_are_not_those_of_the_order_halt(exchange, tmp_path):
+    exchange.get_user_trades_by_order = lambda order_id: []
+    with pytest.raises(Halt, match=r"0.2 coins are filled, and its trades are others"):
+        venue_of(exchange, tmp_path).sell(sale(exchange), moment(), 0)
+
+
+def test_ctrl_c_typed_twice_cancels_what_is_open(exchange, tmp_path, monkeypatch):
+    def typed(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    exchange.matching = lambda order: 0.0
+    venue = venue_of(exchange, tmp_path)
+    monkeypatch.setattr(broker, "time", types.SimpleNamespace(sleep=typed, monotonic=time.monotonic))
+    with pytest.raises(KeyboardInterrupt):
+        venue.sell(sale(exchange), moment(), 0)
+    assert [order["order_state"] for order in exchange.orders.values()] == ["cancelled"]
+
+
+def test_what_a_kill_left_open_is_cancelled_and_the_filled_part_counts(exchange, tmp_path):
+    exchange.matching = lambda order: 0.1
+    venue, intention = venue_of(exchange, tmp_path), sale(exchange)
+    line = {"exits": [], "vetoes": [], "intention": intention._asdict(), "portfolio": {"positions": []},
+        "state": {"decision": {"decision_time": "2025-12-12T08:00:00+00:00"}}}  # fmt: skip
+    assert venue.found(line, 0) is None
+    venue.account.place("sell", label_of(intention.decision_id), name_of(exchange), amount="0.2", price="0.0200")
+    execution, (opened,) = venue.found(line, 0)
+    assert execution.status == PARTLY and opened.position.units == -0.1
+    assert [order["order_state"] for order in exchange.orders.values()] == ["cancelled"]
+
+
+def test_an_outage_while_it_cancels_for_the_kill_switch_is_tried_again(exchange, tmp_path, caplog):
+    venue = venue_of(exchange, tmp_path)
+    (tmp_path / "KILL").touch()
+    exchange.faults = lambda number: Fault(status=503)
+    venue.heed()
+    assert "no order could be cancelled" in caplog.text
+    exchange.faults = lambda number: None
+    venue.heed()
+    assert "0 orders were cancelled" in caplog.text
+
+
+def test_the_keys_are_those_of_the_environment(exchange, monkeypatch):
+    monkeypatch.setenv(KEY_NAME, KEY)
+    monkeypatch.setenv(SECRET_NAME, SECRET)
+    monkeypatch.setattr(Account, "ask", lambda self, method, **_: None)
+    assert (connected().api.apiKey, connected().api.secret) == (KEY, SECRET)
 
 
 # --- What is held

@@ -321,3 +321,19 @@ def test_the_folder_of_an_agent_that_is_at_work_is_refused(exchange, wall):
     with atomic.locked("out/agent/shadow"), pytest.raises(SystemExit, match="is being written by process"):
         run(exchange)
     assert not exchange.requests and real_time.time() > NOON
+
+
+def test_what_a_kill_left_half_written_goes(exchange, wall):
+    os.makedirs("out/agent/shadow/chains")
+    left = "out/agent/shadow/chains/.BTC_2025-12-10_1100.parquet.1.tmp"
+    open(left, "w").close()
+    run(exchange)
+    assert not os.path.exists(left) and len(decided()) == 1
+
+
+def test_an_exchange_that_does_not_say_when_it_made_its_rows_is_taken_at_its_word_of_now(exchange, wall, capsys):
+    exchange.get_book_summary_by_currency = lambda currency, kind: [
+        {name: value for name, value in row.items() if name != "creation_timestamp"} for row in rows(currency)
+    ]
+    run(exchange, "paper")
+    assert "  filled at " in capsys.readouterr().out
