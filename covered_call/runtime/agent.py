@@ -220,10 +220,11 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
     with opened(folder) as journal, live.opened(exchange, folder / "chains", wanted) as feed:
         rules, paper = BrokerRules(**config.broker), Paper(closes) if args.mode == "paper" else None
         broker = DeribitTestnet(account, rules, wanted.underlyings, folder / "KILL", closes) if account else None
-        begins = live.now().replace(microsecond=0)  # as the times of chains are
+        # A chain that was fetched before a kill may be the first that is decided on.
+        begins = live.now().replace(microsecond=0) - datetime.timedelta(seconds=wanted.max_age)
         agent = agent_of(args, config, policies, broker or paper, journal, begins, live.now)
         if broker:
-            broker.check(agent.portfolio, begins)
+            broker.check(agent.portfolio, live.now())
         for cycle in live.cycles(feed, agent, stop, args.cycles, broker.heed if broker else lambda: None):
             told.add(cycle)
             print(page(cycle, agent.drift(cycle.state)), flush=True)

@@ -234,6 +234,12 @@ class DeribitTestnet(Paper):
         try:
             for underlying in self.underlyings:
                 self.reconciled(portfolio, underlying, time)
+                coins, held = self.summary(underlying)["equity"], portfolio.holdings.get(underlying, 0.0)
+                if coins < held:
+                    logger.warning(
+                        "The account has %g %s, and holdings says %g: what is covered by it is not covered there.",
+                        coins, underlying, held,
+                    )  # fmt: skip
         except Outage as error:
             logger.warning("What is held is not known yet, and is looked at in the next cycle: %s", error)
 
@@ -269,9 +275,11 @@ class DeribitTestnet(Paper):
         return super().mark(portfolio, state)._replace(margin_used_pct=self.margin_used(state.decision.underlying))
 
     def margin_used(self, currency: str) -> float | None:
-        found = self.account.ask("privateGetGetAccountSummary", currency=currency)
-        equity = found["equity"]
-        return 100 * found["initial_margin"] / equity if equity > 0 else None
+        found = self.summary(currency)
+        return 100 * found["initial_margin"] / found["equity"] if found["equity"] > 0 else None
+
+    def summary(self, currency: str) -> dict:
+        return self.account.ask("privateGetGetAccountSummary", currency=currency)
 
     # Orders
 

@@ -146,10 +146,11 @@ def series_of(closes: pa.Table) -> Series:
 @contextlib.contextmanager
 def opened(exchange: Deribit, folder: Path, wanted: Wanted) -> Generator[Feed]:
     """Raises HarvestError for a folder that cannot be gone on with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.parquet.*.tmp"):  # of a process that was killed
-        atomic.remove(left)
-    yield Feed(exchange, folder, wanted)
+    with atomic.locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.parquet.*.tmp"):  # of a process that was killed
+            atomic.remove(left)
+        yield Feed(exchange, folder, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

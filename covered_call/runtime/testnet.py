@@ -153,7 +153,12 @@ class Account(Deribit):
     def find(self, label: str, instrument: str) -> dict | None:
         """The order with a label, by its state or by its trades; the exchange forgets a state after a while."""
         currency = instrument.partition("-")[0]
-        states = self.ask("privateGetGetOrderStateByLabel", currency=currency, label=label)
+        try:
+            states = self.ask("privateGetGetOrderStateByLabel", currency=currency, label=label)
+        except Refused as error:
+            if code_of(error) not in GONE:
+                raise
+            states = []
         found = [one for one in states if one["order_state"] != "rejected"]
         if found:
             return max(found, key=lambda one: one["creation_timestamp"])

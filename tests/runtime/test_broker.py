@@ -25,6 +25,7 @@ from covered_call.runtime.testnet import Account, Halt, check_host, connected
 from .account import (
     INDEX,
     KEY,
+    NOT_FOUND,
     NOT_OPEN,
     POST_ONLY,
     SECRET,
@@ -67,7 +68,7 @@ def account(exchange: Exchange, secret: str = SECRET) -> Account:
 
 
 def venue_of(exchange, tmp_path, **rules) -> DeribitTestnet:
-    known = {"fill_timeout": 0.05, "reprices": 2} | rules
+    known = {"fill_timeout": 0.15, "reprices": 2} | rules
     return DeribitTestnet(account(exchange), BrokerRules(**known), ["BTC"], tmp_path / "KILL")
 
 
@@ -289,8 +290,9 @@ def test_the_same_decision_twice_is_one_order(exchange, tmp_path):
 def test_one_that_is_known_by_its_trades_alone_is_found(exchange, tmp_path):
     venue = venue_of(exchange, tmp_path)
     venue.sell(sale(exchange), moment(), 0)
-    exchange.get_order_state_by_label = lambda currency, label: []  # it has forgotten
-    venue.sell(sale(exchange), moment(), 0)
+    for answer in ([], NOT_FOUND):  # it has forgotten
+        exchange.get_order_state_by_label = lambda currency, label, answer=answer: answer
+        venue.sell(sale(exchange), moment(), 0)
     assert len(exchange.orders) == 1
 
 
@@ -374,16 +376,17 @@ def test_an_order_that_did_not_arrive_is_sent_again_with_its_label(exchange, tmp
     assert execution.status == FILLED and len(exchange.orders) == 1 and labels == {label_of("BTC|one")}
 
 
-def test_one_that_arrives_too_late_is_not_begun_with(exchange, tmp_path):
+def test_one_that_arrives_too_late_is_not_begun_with(exchange, tmp_path, monkeypatch):
     """What was given up must not come to life after it was looked for."""
-    venue = venue_of(exchange, tmp_path)
-    venue.account.api.timeout = 100
+    venue, exchange.punctual = venue_of(exchange, tmp_path), True
+    venue.account.api.timeout = 1000
+    monkeypatch.setattr(testnet, "VALID", 1.0)
     exchange.faults = lambda number: (
-        Fault(delay=0.4) if exchange.requests[number][0] == "sell" and len(sent(exchange, "sell")) == 1 else None
+        Fault(delay=2.5) if exchange.requests[number][0] == "sell" and len(sent(exchange, "sell")) == 1 else None
     )
     execution, _ = venue.sell(sale(exchange), moment(), 0)
     assert execution.status == FILLED and len(sent(exchange, "sell")) == 2
-    time.sleep(0.3)
+    time.sleep(1)
     assert len(exchange.orders) == 1
 
 

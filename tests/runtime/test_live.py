@@ -264,21 +264,22 @@ def test_ctrl_c_ends_it_after_the_cycle_or_while_it_waits(exchange, wall, capfd,
     assert len(decided()) == 1
 
 
-def test_a_chain_that_was_fetched_before_a_kill_is_decided_on_while_it_is_fresh(exchange, wall, monkeypatch):
+@pytest.mark.parametrize("mode", ["shadow", "paper"])
+def test_a_chain_that_was_fetched_before_a_kill_is_decided_on_while_it_is_fresh(mode, exchange, wall, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(live, "decided", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(exchange)
+        run(exchange, mode)
     monkeypatch.undo()
     for module in (deribit, harvest, live):
         monkeypatch.setattr(module, "time", wall)
     folder = real_folder(exchange)
     monkeypatch.chdir(folder)
     wall.now += 20
-    run(exchange)
-    assert times() == [0, 300]
+    run(exchange, mode)
+    assert times(mode) == [0, 300]
 
 
 def real_folder(exchange) -> str:

@@ -31,6 +31,7 @@ from .moments import moment
 from .test_broker import account, held, name_of, quick, sent, venue_of  # noqa: F401 quick is a fixture
 
 pytestmark = on_the_default_stack
+PATIENT = CONFIG.replace("fill_timeout: 0.08", "fill_timeout: 5")
 
 
 @pytest.fixture
@@ -43,13 +44,13 @@ def exchange(tmp_path, monkeypatch):
         yield exchange
 
 
-def run(cycles: int = 1, config: str = CONFIG) -> None:
+def run(cycles: int = 1, config: str = PATIENT) -> None:
     with open("agent.yaml", "w") as file:
         file.write(config)
     main(["testnet", "--config", "agent.yaml", "--live", "--cycles", str(cycles)])
 
 
-def fails(cycles: int = 1, config: str = CONFIG) -> str:
+def fails(cycles: int = 1, config: str = PATIENT) -> str:
     with pytest.raises(SystemExit) as stopped:
         run(cycles, config)
     return str(stopped.value)
@@ -63,7 +64,7 @@ def positions(folder="out/agent/testnet") -> dict[str, float]:
     return {name: round(units, 9) for name, units in found.items()}
 
 
-def test_a_cycle_sells_on_the_testnet_and_the_next_knows_of_it(exchange, capsys):
+def test_a_cycle_sells_on_the_testnet_and_the_next_knows_of_it(exchange, capsys, caplog):
     run(2)
     said = capsys.readouterr().out
     assert said.count("  filled at ") == 2 and "orders: filled 2" in said
@@ -71,6 +72,7 @@ def test_a_cycle_sells_on_the_testnet_and_the_next_knows_of_it(exchange, capsys)
     assert "equity before orders 92,5" in said and SECRET not in said and KEY not in said
     lines = [line for line in read("out/agent/testnet") if "intention" in line]
     assert lines[1]["portfolio"]["margin_used_pct"] == pytest.approx(10.0)
+    assert "The account has 2 BTC, and holdings says 1000: what is covered by it is not" in caplog.text
 
 
 def test_a_halt_is_one_line_and_what_was_under_way_is_looked_up_at_the_next_start(exchange, capsys, caplog):
@@ -90,7 +92,7 @@ def test_positions_that_differ_halt_and_nothing_is_ordered(exchange):
     exchange.held["BTC-26MAR27-100000-C"] = -0.1
     assert "BTC-26MAR27-100000-C: -0.1 there, 0 in the log" in fails()
     assert not exchange.orders and not sent(exchange, "get_book_summary_by_currency")
-    run(config=CONFIG.replace("reprices: 2", "reprices: 2, on_difference: adopt"))
+    run(config=PATIENT.replace("reprices: 2", "reprices: 2, on_difference: adopt"))
     assert len(exchange.orders) >= 1 and positions() == exchange.sizes()  # the chain that it had halted at is fresh
 
 
@@ -194,7 +196,7 @@ def test_killed_at_random_moments_no_order_is_sent_twice_and_the_log_is_what_is_
             return Fault(delay=rng.choice([0, 0, 0.02, 0.2]), late=rng.choice([0, 0, 0.02, 0.2]),
                 cut=rng.random() < 0.1)  # fmt: skip
 
-    exchange.faults = faults
+    exchange.faults, exchange.punctual = faults, True
     exchange.matching = lambda order: {0: 0.3, 1: 0.1, 2: 0.0, 3: 0.2}[len(order["label"].strip("0123456789")) % 4]
     command = [sys.executable, str(ROOT / "tests/runtime/agent_kills.py"), exchange.url, str(tmp_path), kills, "1"]
     environment, limit = os.environ | {"PYTHONPATH": str(ROOT)}, 120 + 20 * int(kills)
