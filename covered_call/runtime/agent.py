@@ -1,15 +1,16 @@
-"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, or on paper."""
+"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, on paper, on a testnet."""
 
 import argparse
 import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import heapq
 import importlib
 import itertools
 import signal
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,21 @@ from covered_call.candidates.schema import UTC, CandidatesError
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError
+from covered_call.market.deribit import Deribit, DeribitError
+from covered_call.market.harvest_log import HarvestError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
 from covered_call.market.teacher import PRESETS
+from covered_call.runtime import live, testnet
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.alerts import Alerts
+from covered_call.runtime.broker import BrokerRules, DeribitTestnet
 from covered_call.runtime.chain import paths_of
 from covered_call.runtime.configured import Policies, closes_of, fusion_of, policies_of
 from covered_call.runtime.drift import drift_of
-from covered_call.runtime.engine import Agent, Cycle, Steps, fall_back
+from covered_call.runtime.engine import Agent, Cycle, Steps, Venue, fall_back
 from covered_call.runtime.exits import exits_of
 from covered_call.runtime.fusion import fuse
-from covered_call.runtime.journal import JournalError, opened
+from covered_call.runtime.journal import Journal, JournalError, opened
 from covered_call.runtime.kill import killed
 from covered_call.runtime.paper import FILLED, Begun, Paper
 from covered_call.runtime.replay import Recorded, logged_in, states_from
@@ -42,11 +47,14 @@ from covered_call.value_model.learning import QScorerError
 
 DESCRIPTION = """\
 Policies that decide over time, with a portfolio: the rule, a Q-scorer, a tuned language model, in the order in which
-one stands in for another that fails. No mode sends an order to an exchange.
+one stands in for another that fails. No mode sends an order to the exchange itself.
 
   replay   over the decisions of a backtest, whose calls bring what its files say
-  shadow   over snapshots of chains: decides and logs, and sells nothing
-  paper    over snapshots: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  shadow   over chains: decides and logs, and sells nothing
+  paper    over chains: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  testnet  over the chains of test.deribit.com: sends orders there, with the keys of the environment
+
+Chains are snapshots in files (--snapshot), or Deribit's of now, one of each underlying every interval (--live).
 
   doctor   looks at all that a configuration names, and says what to do
   kill     stops every order of its agents, and --lift lets them go on
@@ -57,8 +65,10 @@ EXAMPLES = """\
 examples:
   covered-call agent replay --config agent.yaml --data_files 'runs/*.csv'
   covered-call agent shadow --config agent.yaml --snapshot 'chains/*.parquet'
-  covered-call agent paper  --config agent.yaml --snapshot 'chains/*.parquet'
   covered-call agent doctor --config agent.yaml
+  covered-call agent paper  --config agent.yaml --live
+  covered-call agent paper  --config agent.yaml --live --cycles 1     from cron; it goes on where it ended
+  covered-call agent testnet --config agent.yaml --live
 
 agent.yaml, with its defaults:
   policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP, openai: {base_url: URL, model: NAME}
@@ -72,11 +82,17 @@ agent.yaml, with its defaults:
   spots: null                          # CSV of daily closes, {underlying} in its name
   state_dir: out/agent                 # where the logs are
   on_trade: null                       # a command that gets each trade as JSON on its standard input
+  interval: 86400                      # seconds, of --live
+  broker: {price: mid, fill_timeout: 60, reprices: 3, on_difference: halt}   # of the testnet
 """
-MODES = ("replay", "shadow", "paper")
+MODES = ("replay", "shadow", "paper", "testnet")
 ASIDE = ("doctor", "kill", "explain")  # modules of their own, each with a main and a parse_arguments
 # Rules of risk that would stop everything, for what they look at is not known there.
-UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",)}
+UNKNOWN_IN = {
+    "replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",), "paper": (),
+    "testnet": (),
+}  # fmt: skip
+WITH_EQUITY = ("paper", "testnet")
 
 
 def main(arguments: list[str]) -> None:
@@ -85,7 +101,7 @@ def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
-    with plain_errors(args, *errors):
+    with plain_errors(args, *errors, DeribitError, HarvestError):
         run(args)
 
 
@@ -98,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
     with policies_of(config) as policies, ended_by_ctrl_c() as stop:
         if args.mode == "replay":
             replay(args, config, policies, stop)
+        elif args.live:
+            watch_live(args, config, policies, stop)
         else:
             watch(args, config, policies, stop)
 
@@ -116,10 +134,8 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
     folder = args.log or Path(config.state_dir) / stamp
     venue = Recorded(options)
     with opened(folder, durable=False) as journal:
-        begins = begins_of(config, datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC))
-        steps = steps_of(config, args.mode, folder, policies.ranges, journal.decided)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+        begins = datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC)
+        agent = agent_of(args, config, policies, venue, journal, begins)
         told = Told()
         for cycle in agent.run(venue.states(logged_in(decisions))):
             told.add(cycle)
@@ -143,10 +159,7 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
     told = Told()
     with Alerts(config.on_trade, args.mode) as alerts, opened(folder) as journal:
-        begins = begins_of(config, first.decision.decision_time)
-        steps = steps_of(config, args.mode, folder, policies.ranges, journal.decided)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+        agent = agent_of(args, config, policies, venue, journal, first.decision.decision_time)
         for cycle in agent.run(itertools.chain([first], states)):
             told.add(cycle)
             alerts.tell(cycle)
@@ -157,6 +170,45 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     print("\n".join([*told.lines(), *alerts.lines(), f"{again}Log: {folder}"]))
 
 
+def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
+    """Shadow, paper and the testnet, over the chains of now."""
+    folder, closes = Path(args.log or Path(config.state_dir) / args.mode), closes_of(config)
+    account = testnet.connected() if args.mode == "testnet" else None
+    exchange = account or Deribit(args.url, live.patience_of(config.interval))
+    wanted = live.Wanted(list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
+        config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s)  # fmt: skip
+    told = Told()
+    with (
+        Alerts(config.on_trade, args.mode) as alerts,
+        opened(folder) as journal,
+        live.opened(exchange, folder / "chains", wanted) as feed,
+    ):
+        rules, paper = BrokerRules(**config.broker), Paper(closes) if args.mode == "paper" else None
+        switch = functools.partial(killed, folder, config.state_dir)
+        broker = DeribitTestnet(account, rules, wanted.underlyings, switch, closes) if account else None
+        # A chain that was fetched before a kill may be the first that is decided on.
+        begins = live.now().replace(microsecond=0) - datetime.timedelta(seconds=wanted.max_age)
+        agent = agent_of(args, config, policies, broker or paper, journal, begins, live.now)
+        if broker:
+            broker.check(agent.portfolio, live.now())
+        for cycle in live.cycles(feed, agent, stop, args.cycles, broker.heed if broker else lambda: None):
+            told.add(cycle)
+            alerts.tell(cycle)
+            print(page(cycle, agent.drift(cycle.state)), flush=True)
+    print("\n".join([*told.lines(), *alerts.lines(), f"Log: {folder}"]))
+
+
+def agent_of(
+    args: argparse.Namespace, config: AgentConfig, policies: Policies, venue: Venue | None, journal: Journal,
+    begins: datetime.datetime, clock: Callable[[], datetime.datetime] | None = None,
+) -> Agent:  # fmt: skip
+    """Args: begins: of a new log. clock: None: each state is decided at its time."""
+    about = {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
+    begun = Begun(begins, dict(config.holdings), float(config.cash_usd))
+    steps = steps_of(config, args.mode, journal.folder, policies.ranges, journal.decided)
+    return Agent(policies.sources, steps, venue, begun, journal, about, clock, policies.ranges)
+
+
 def steps_of(
     config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict], decided: Collection[str] = ()
 ) -> Steps:
@@ -165,11 +217,10 @@ def steps_of(
     Args:
         decided: ids of the decisions of before, none of which is ordered again.
     """
-    known = () if mode == "paper" else UNKNOWN_IN[mode]
     risk = RiskRules(**config.risk)
-    risk = dataclasses.replace(risk, without={*risk.without, *known})
+    risk = dataclasses.replace(risk, without={*risk.without, *UNKNOWN_IN[mode]})
     sizing = SizingRules(**config.sizing)
-    if mode != "paper" and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
+    if mode not in WITH_EQUITY and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
         sizing = dataclasses.replace(sizing, max_risk_pct=None)
     fusion = fusion_of(config)
     switches = [folder] if mode == "replay" else [folder, config.state_dir]
@@ -194,14 +245,6 @@ def steps_of(
         exits=left,
         notes_of=noted,
     )
-
-
-def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:
-    return Begun(time, dict(config.holdings), float(config.cash_usd))
-
-
-def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> dict:
-    return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
 
 
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
@@ -349,11 +392,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(*flags("data_dir"), metavar="DIR", help="of replay: the folder of the CSVs")
     parser.add_argument("--snapshot", nargs="+", metavar="PARQUET", help="of shadow and paper: files of option "
         "quotes, or quoted globs")  # fmt: skip
+    live.add_options(parser)
     parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="rows that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     args = parser.parse_args(arguments)
-    if (args.mode == "replay") == bool(args.snapshot):
-        parser.error(f"{args.mode}: {'give no --snapshot' if args.snapshot else 'give --snapshot PARQUET'}.")
+    live.check_options(parser, args)
     if args.mode != "replay" and (args.data_files or args.data_dir):
         parser.error(f"{args.mode}: --data_files and --data_dir are for replay.")
     return args

@@ -18,6 +18,7 @@ from covered_call.candidates.schema import CandidatesError, is_number, shown
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
 from covered_call.market.teacher import PRESETS
 from covered_call.runtime import exits
+from covered_call.runtime.broker import BrokerRules
 from covered_call.runtime.contradictions import contradictions
 from covered_call.runtime.fusion import Fusion
 from covered_call.runtime.policies import Querying
@@ -27,7 +28,7 @@ from covered_call.runtime.sizing import SizingRules
 
 POLICIES = {"llm": "a folder that covered-call train saved", "q": "a file, or its folder, that covered-call q-scorer "
     "saved", "rule": "{threshold: SCORE}", "openai": "{base_url: URL, model: NAME}"}  # fmt: skip
-SECTIONS: dict[str, Any] = {"fusion": Fusion, "sizing": SizingRules, "risk": RiskRules}
+SECTIONS: dict[str, Any] = {"fusion": Fusion, "sizing": SizingRules, "risk": RiskRules, "broker": BrokerRules}
 PRESETS_OF_CHAINS = tuple(name for name in PRESETS if name != "synthetic")
 
 
@@ -51,6 +52,8 @@ class AgentConfig:
         spots: a CSV of daily closes, {underlying} in its name for one each; without it IV/RV is unknown.
         state_dir: where the logs are, a folder for each mode.
         on_trade: a command that is told of each trade: see Alerts.
+        interval: seconds from one live cycle to the next, 1 or more.
+        broker: how orders are sent to the testnet: see BrokerRules.
         querying: when the language model is asked: see Querying.
         outcomes: of a replay, the options of outcomes and costs as the other commands have them, such as fee.
     """
@@ -67,6 +70,8 @@ class AgentConfig:
     spots: str | None = None
     state_dir: str = "out/agent"
     on_trade: str | None = None
+    interval: float = 86_400.0
+    broker: dict[str, Any] = field(default_factory=dict)
     querying: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[str, Any] = field(default_factory=dict)
 
@@ -191,6 +196,8 @@ def check_top(path: str, config: AgentConfig) -> None:
     """The keys without keys of their own."""
     if not is_finite(config.cash_usd):
         raise wrong(path, "cash_usd", config.cash_usd, "a number of USD")
+    if not is_finite(config.interval) or config.interval < 1:
+        raise wrong(path, "interval", config.interval, "1 second or more")
     for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS), ("exit", exits.STYLES)):
         if getattr(config, key) not in choices:
             raise wrong(path, key, getattr(config, key), f"one of {', '.join(choices)}")

@@ -15,7 +15,7 @@ from covered_call.runtime.drift import drift_of
 from covered_call.runtime.fusion import Fused
 from covered_call.runtime.journal import ABANDONED, Journal, read
 from covered_call.runtime.paper import (
-    UNFILLED,
+    FILLED,
     Begun,
     Event,
     Execution,
@@ -172,6 +172,10 @@ class Venue(Protocol):
         self, intention: Intention, position: Position, state: MarketState
     ) -> tuple[Execution, list[Event]]: ...
 
+    def found(self, line: dict, number: int) -> tuple[Execution, list[Event]] | None:
+        """What became of an order of a cycle's line that has no completion; None if it never got here."""
+        ...
+
     def recall(self, last: Marked) -> None:
         """What was known when the log ended."""
         ...
@@ -217,14 +221,19 @@ class Agent:
             self.go_on(journal, begins)
 
     def go_on(self, journal: Journal, begins: Begun) -> None:
-        """From where the log ends. Orders that were under way are abandoned: this venue never saw them.
+        """From where the log ends. Orders that were under way are abandoned, but those that the venue knows.
 
         Raises:
             CandidatesError: if the log began with another portfolio.
         """
-        for (decision_id, order), _ in list(journal.pending.items()):
-            logger.warning("%s: its order %d was not sent before the agent ended.", decision_id, order)
-            journal.complete(decision_id, order, execution=Execution(ABANDONED, "the agent ended before")._asdict())
+        for (decision_id, order), line in list(journal.pending.items()):
+            found = self.venue.found(line, order) if self.venue else None
+            what = (
+                "was not sent before the agent ended" if found is None else f"is {found[0].status}: {found[0].reason}"
+            )
+            logger.warning("%s: its order %d %s.", decision_id, order, what)
+            execution, events = found or (Execution(ABANDONED, "the agent ended before"), [])
+            journal.complete(decision_id, order, execution=execution, events=[line_of(one) for one in events])
         first = next((event for line in read(journal.folder) for event in line.get("events", ())), None)
         if first is None:
             return
@@ -338,4 +347,4 @@ class Agent:
         if position is None:
             return Execution(NOT_SENT, f"{intention.instrument} is not held"), [], None
         execution, events = self.venue.buy_back(intention, position, state)
-        return execution, events, position if execution.status != UNFILLED else None
+        return execution, events, position if execution.status == FILLED else None

@@ -114,6 +114,9 @@ class Recorded:
     def buy_back(self, intention: Intention, position: Position, state: MarketState) -> tuple[Execution, list[Event]]:
         return Execution(UNFILLED, "of a backtest outcomes are known to their end alone"), []
 
+    def found(self, line: dict, number: int) -> tuple[Execution, list[Event]] | None:
+        return None
+
     def recall(self, last: Marked) -> None:
         """What is open is known to its venue alone."""
         raise CandidatesError(f"The log has a replay until {last.time}. One is made anew: give another folder.")

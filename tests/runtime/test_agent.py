@@ -248,8 +248,8 @@ def test_the_help_has_each_mode_with_an_example(capsys):
     assert all(f"covered-call agent {mode}" in said for mode in ("replay", "shadow", "paper "))
 
 
-def test_without_a_language_model_torch_is_not_imported(here):
-    check = "import sys, covered_call.runtime.agent; assert not {'torch', 'transformers'} & set(sys.modules)"
+def test_without_a_language_model_and_an_exchange_neither_torch_nor_ccxt_is_imported(here):
+    check = "import sys, covered_call.runtime.agent; assert not {'torch', 'transformers', 'ccxt'} & set(sys.modules)"
     assert python("-c", check, cwd=here, PYTHONPATH=str(ROOT)).returncode == 0
 
 
