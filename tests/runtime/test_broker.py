@@ -188,7 +188,8 @@ def test_wrong_credentials_halt_and_no_message_has_them(exchange, tmp_path, capl
         '"testnet": true}', status=400)  # fmt: skip
     with pytest.raises(Halt) as quoted:
         Account.ask(account_of_now(exchange), "privateGetGetPositions", currency="BTC")
-    for text in (str(error.value), repr(error.value.__cause__), str(quoted.value), caplog.text):
+    causes = repr((error.value.__cause__, quoted.value.__cause__))
+    for text in (str(error.value), str(quoted.value), causes, caplog.text):
         assert KEY not in text and SECRET not in text and "another secret" not in text
     assert UNAUTHORISED == 13009
 
