@@ -54,7 +54,8 @@ from covered_call.candidates.options import OUTCOMES, CoveredCallCandidatesConfi
 from covered_call.candidates.preferences import at, best_places  # noqa: E402
 from covered_call.candidates.schema import CandidatesError, LoggedDecision  # noqa: E402
 from covered_call.candidates.splits import split_places  # noqa: E402
-from covered_call.evaluation import luck, resampling  # noqa: E402
+from covered_call import resampling  # noqa: E402
+from covered_call.evaluation import luck  # noqa: E402
 from covered_call.evaluation.baselines import Rule, fit_threshold, highest, score_rule, scores  # noqa: E402
 from covered_call.evaluation.cases import Cases, make_cases, outcome  # noqa: E402
 from covered_call.evaluation.slices import TREND, regimes  # noqa: E402

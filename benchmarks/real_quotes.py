@@ -32,7 +32,7 @@ from covered_call.candidates.pricing import (  # noqa: E402
 )
 from covered_call.candidates.schema import named_call  # noqa: E402
 from covered_call.candidates.vols import UNDERLYING, Vols, read_vols  # noqa: E402
-from covered_call.evaluation import resampling  # noqa: E402
+from covered_call import resampling  # noqa: E402
 from covered_call.market.backtest import Settings, files_of, replay  # noqa: E402
 from covered_call.market.book import DERIBIT, STYLES  # noqa: E402
 from covered_call.market.replay import ChainReplay, Log  # noqa: E402

@@ -28,7 +28,7 @@ from covered_call.candidates.outcomes import as_recorded
 from covered_call.candidates.schema import CandidatesError, iso_time, utc
 from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.evaluation import resampling
+from covered_call import resampling
 from covered_call.evaluation.cases import (
     Market,
     make_cases,

@@ -232,7 +232,8 @@ def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:
 
 
 def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> dict:
-    return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
+    its = {"config_hash": config.sha, "config": dataclasses.asdict(config)}
+    return {"mode": args.mode, **its, "versions": policies.versions}
 
 
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:

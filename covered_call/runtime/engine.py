@@ -228,6 +228,9 @@ class Agent:
                 f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
                 f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
             )
+        mode, before = self.about.get("mode"), journal.last and journal.last.get("mode")
+        if before and before != mode:
+            raise CandidatesError(f"{journal.folder} has the log of {before}, and this is {mode}: give another folder.")
         if journal.last and journal.last.get("config_hash") != self.about.get("config_hash"):
             logger.warning("%s: its last decision was taken with another configuration.", journal.folder)
         portfolio, last = rebuilt(read(journal.folder))
