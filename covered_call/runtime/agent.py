@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import heapq
+import importlib
 import itertools
 import os
 import signal
@@ -49,12 +50,23 @@ one stands in for another that fails. No mode sends an order to an exchange.
   shadow   over snapshots of chains: decides and logs, and sells nothing
   paper    over snapshots: sells at the bid, pays Deribit's fees, settles at expiry, on paper
 
+and of a log that one of them wrote, each with a --help of its own:
+
+  report   what it did, and what that was worth once it is settled: Markdown, JSON, a picture
+  settle   what each candidate would have brought, as far as that is known by now
+  export   the log and its outcomes as the CSV that q-scorer, train and prefer learn from
+  diff     two configurations on one window
+
 Each decision is a line of decisions_YYYYMMDD.jsonl, on the disk before anything is done."""
 EXAMPLES = """\
 examples:
   covered-call agent replay --config agent.yaml --data_files 'runs/*.csv'
   covered-call agent shadow --config agent.yaml --snapshot 'chains/*.parquet'
   covered-call agent paper  --config agent.yaml --snapshot 'chains/*.parquet'
+  covered-call agent settle out/agent/shadow --snapshot 'chains/*.parquet'
+  covered-call agent report out/agent/shadow
+  covered-call agent export out/agent/shadow --to_csv runs/
+  covered-call agent diff   out/agent/one out/agent/other
 
 agent.yaml, with its defaults:
   policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP
@@ -69,11 +81,16 @@ agent.yaml, with its defaults:
   state_dir: out/agent                 # where the logs are
 """
 MODES = ("replay", "shadow", "paper")
+# What is made of a log: each in a module of its own, which is imported only when it is asked for.
+OF_A_LOG = {"report": "report", "settle": "settle", "export": "log_export", "diff": "diff"}
 # Rules of risk that would stop everything, for what they look at is not known there.
 UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
 
 
 def main(arguments: list[str]) -> None:
+    if arguments and arguments[0] in OF_A_LOG:
+        importlib.import_module(f"covered_call.runtime.{OF_A_LOG[arguments[0]]}").main(arguments[1:])
+        return
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
