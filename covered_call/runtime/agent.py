@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from covered_call import __version__, atomic
 from covered_call.candidates.builder import Backtest, find_csvs
@@ -88,14 +88,18 @@ UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_eq
 
 
 def main(arguments: list[str]) -> None:
-    if arguments and arguments[0] in OF_A_LOG:
-        importlib.import_module(f"covered_call.runtime.{OF_A_LOG[arguments[0]]}").main(arguments[1:])
+    if arguments[:1] and arguments[0] in OF_A_LOG:
+        module_of(arguments[0]).main(arguments[1:])
         return
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
     with plain_errors(args, *errors):
         run(args)
+
+
+def module_of(name: str) -> Any:
+    return importlib.import_module(f"covered_call.runtime.{OF_A_LOG[name]}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -393,10 +397,12 @@ def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.date
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    if arguments[:1] and arguments[0] in OF_A_LOG:
+        return module_of(arguments[0]).parse_arguments(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="covered-call agent", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=Help, allow_abbrev=False
     )
-    parser.add_argument("mode", choices=MODES, help="what to do")
+    parser.add_argument("mode", choices=MODES, help=f"what to do; or {', '.join(OF_A_LOG)}")
     parser.add_argument("--config", metavar="YAML", required=True, help="what the agent is made of: see below")
     parser.add_argument("--log", metavar="DIR", help="the folder of the log; default: one for the mode in state_dir, "
         "of a replay a new one each time")  # fmt: skip

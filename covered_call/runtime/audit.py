@@ -1,4 +1,4 @@
-"""What an agent's decisions were worth, by what became of each candidate: the money that tells whether it chooses well.
+"""What an agent's decisions were worth, by what became of each candidate: whether it chooses well.
 
 Money is P&L vs HODL of one coin's worth of calls, net of fees, in USD and in % of spot at the decision. Whatever the
 agent's size was, each candidate counts once. Only settled candidates count, and how many these are is said.
@@ -143,13 +143,16 @@ def difference_of(audit: Audit, one: np.ndarray, other: np.ndarray) -> dict[str,
 def why_no_interval(audit: Audit, one: np.ndarray, other: np.ndarray) -> str:
     if min(one.sum(), other.sum()) < FEW:
         return f"{one.sum():,} taken and {other.sum():,} rejected are settled, and {FEW} of each are the least"
-    return (f"{len(audit.times):,} decision times are fewer than {MIN_BLOCKS} blocks of {audit.block:,}, over which "
-        "outcomes overlap")  # fmt: skip
+    return too_short(len(audit.times), audit.block)
+
+
+def too_short(times: int, block: int) -> str:
+    return f"{times:,} decision times are fewer than {MIN_BLOCKS} blocks of {block:,}, over which outcomes overlap"
 
 
 def missed(entries: Sequence[Entry], cases: Cases) -> dict[str, Any]:
-    """The decisions at which some candidate's outcome is above 0, and those of them at which nothing was taken, by what
-    became of the sale that was meant."""
+    """The decisions at which some candidate's outcome is above 0, and those of them at which nothing was taken, by
+    what became of the sale that was meant."""
     positive = np.unique(cases.decision[cases.usd > 0]).tolist()
     lost: dict[str, int] = {}
     for number in positive:
@@ -190,8 +193,8 @@ def pnl_of(one: Entry, instrument: str | None, outcomes: Outcomes) -> float | No
 
 
 def confidences(entries: Sequence[Entry], outcomes: Outcomes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By policy how sure it was, and whether it was right: a sale that brought more than 0; no trade where the call that
-    it liked best brought no more. No trade of a policy that names no best call is left out."""
+    """By policy how sure it was, and whether it was right: a sale that brought more than 0; no trade where the call
+    that it liked best brought no more. No trade of a policy that names no best call is left out."""
     found: dict[str, list[tuple[float, bool]]] = {}
     for one, proposal in answered(entries):
         sells = proposal["instrument"] is not None

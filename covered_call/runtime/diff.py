@@ -20,7 +20,8 @@ from covered_call.candidates.columns import microseconds
 from covered_call.candidates.data_options import Help
 from covered_call.candidates.schema import NO_TRADE
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.resampling import MIN_BLOCKS, block_length, draw, interval
+from covered_call.resampling import block_length, draw, interval
+from covered_call.runtime.audit import too_short
 from covered_call.runtime.journal import JournalError, plain
 from covered_call.runtime.logged import TAKEN, Entry, Log, read_log
 from covered_call.runtime.outcomes_log import Outcomes, read_outcomes
@@ -149,8 +150,7 @@ def sides_of(pairs: list[Pair], gains: np.ndarray, outcomes: list[Outcomes]) -> 
     block = block_length(times, ends) if len(times) else 0
     draws = draw(len(times), block) if block else None
     if draws is None:
-        why = f"{len(times):,} decision times are fewer than {MIN_BLOCKS} blocks of {block:,}, over which outcomes overlap"
-        return {"interval_usd": None, "why_no_interval": why}
+        return {"interval_usd": None, "why_no_interval": too_short(len(times), block)}
     sums = [np.bincount(place, weights, len(times)) for weights in (gains, np.ones(len(gains)))]
     total, count = draws.sums(np.stack(sums, 1)).T
     return {"interval_usd": interval(total / count, total / count), "why_no_interval": None}
@@ -167,7 +167,7 @@ def page_of(found: dict[str, Any]) -> str:
         f"First: {one}", f"Second: {other}", "",
         *(f"  {name}: {before!r} -> {after!r}" for name, (before, after) in found["configuration"].items()),
         "" if found["configuration"] else "  The configurations of both are the same.",
-        f"{both['both']:,} decisions in both; {both['one']:,} in the first alone, {both['other']:,} in the second alone.",
+        f"{both['both']:,} decisions are in both, {both['one']:,} in the first alone, {both['other']:,} in the other.",
         *([f"At {found['other_market']:,} of them spot or candidates differ: their input is not the same."]
             if found["other_market"] else []),
         f"The same was taken at {percent(found['agreement'])} of them: {counts(found['kinds'])}.",

@@ -167,10 +167,11 @@ def latencies(entries: list[Entry]) -> dict[str, dict]:
             for part, seconds in its.get("latencies", {}).items():
                 if part not in idle and seconds is not None:
                     found.setdefault(part, []).append(seconds)
+    quantiles = {"p50": 0.5, "p95": 0.95, "max": 1.0}
     return {
-        part: {"n": len(its), **dict(zip(("p50", "p95", "max"), np.quantile(its, (0.5, 0.95, 1)).tolist(), strict=True))}
+        part: {"n": len(its)} | {name: float(np.quantile(its, at)) for name, at in quantiles.items()}
         for part, its in found.items()
-    }  # fmt: skip
+    }
 
 
 def drift_of(lines: list[dict]) -> dict[str, dict]:

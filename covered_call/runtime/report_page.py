@@ -23,12 +23,12 @@ def head(found: dict[str, Any]) -> str:
         f"# Agent report: {found['mode']}, {found['from']:%Y-%m-%d %H:%M} to {found['to']:%Y-%m-%d %H:%M} UTC",
         f"Log: {found['log']}. Decisions: {names}. Configurations: {counts(found['configurations'])}.",
         markdown(fates),
-        f"Fusion: {counts(found['fusion'])}. Orders: {counts(found['orders'])}. Exits: {counts(found['exits']['meant'])}"
-        f"; vetoed: {counts(found['exits']['vetoes'])}.",
+        f"Fusion: {counts(found['fusion'])}. Orders: {counts(found['orders'])}. Exits: "
+        f"{counts(found['exits']['meant'])}; vetoed: {counts(found['exits']['vetoes'])}.",
     ]  # fmt: skip
     closed = found["closed"]
     if closed["trades"]:
-        lines.append(f"The portfolio closed {closed['trades']:,} trade(s), which brought {closed['pnl_usd']:+,.2f} USD "
+        lines.append(f"The portfolio closed {closed['trades']:,} trade(s), which brought {usd(closed['pnl_usd'])} USD "
             "net of fees, at its own units and exits.")  # fmt: skip
     if found["taken_anew"]:
         lines.append(f"{found['taken_anew']:,} decision(s) were abandoned and taken anew: the last one counts.")
@@ -141,7 +141,10 @@ def difference(its: dict[str, Any]) -> str:
 
 def missed(its: dict[str, Any]) -> str:
     by = f": {counts(its['by'])}" if its["by"] else ""
-    return f"Missed positives: at {its['positive']:,} decisions some candidate brought more than 0; at {its['missed']:,} of them nothing was taken{by}."
+    return (
+        f"Missed positives: at {its['positive']:,} decisions some candidate brought more than 0; at {its['missed']:,} "
+        f"of them nothing was taken{by}."
+    )
 
 
 def stopped(vetoes: dict[str, dict]) -> str:
@@ -151,13 +154,14 @@ def stopped(vetoes: dict[str, dict]) -> str:
     for code, its in vetoes.items():
         alone = its["alone"]
         rows.append([code, f"{its['stopped']:,}", *money(its), f"{alone['known']:,}", signed(alone["mean_percent"])])
-    return f"What each veto stopped; below 0 it saved money. A sale that several stopped counts for each.\n\n{markdown(rows)}"
+    said = "What each veto stopped; below 0 it saved money. A sale that several stopped counts for each."
+    return f"{said}\n\n{markdown(rows)}"
 
 
 def sureness(source: str, its: dict[str, Any]) -> str:
     rows = [["confidence", "n", "mean", "right"]]
-    rows += [[f"{one['from']:.1f} to {one['to']:.1f}", f"{one['n']:,}", number(one["confidence"]), number(one["right"])]
-        for one in its["bins"]]  # fmt: skip
+    rows += [[f"{one['from']:.1f} to {one['to']:.1f}", f"{one['n']:,}", number(one["confidence"]),
+        number(one["right"])] for one in its["bins"]]  # fmt: skip
     return (
         f"Confidence of {source}: on average {number(its['confidence'])}, and right {number(its['right'])} of "
         f"{its['n']:,} times (a sale that brought more than 0; no trade where its best call did not); Brier score "

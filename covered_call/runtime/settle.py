@@ -256,8 +256,8 @@ def by_files(log: Log, known: Outcomes, args: argparse.Namespace, why: collectio
             if entry:
                 yield from of_backtest(entry, logged, config, known, why)
         if len(left) == len(entries):
-            raise JournalError(f"{log.folder}: none of its decisions is in {', '.join(args.data_files)}. Give the files "
-                "that it was replayed on.")  # fmt: skip
+            given = ", ".join(args.data_files)
+            raise JournalError(f"{log.folder}: none of its decisions is in {given}. Give the files of its backtest.")
         if left:
             why["their decision is not in the files"] += sum(len(one.decision.candidates) for one in left.values())
 
@@ -272,14 +272,15 @@ def of_backtest(
         raise JournalError(f"{decision.decision_id}: the files have another spot, or other candidates, than the log. "
             "Give the files that it was replayed on.")  # fmt: skip
     its = zip(names, net_outcomes(logged, options), logged.counterfactuals, logged.outcomes, strict=True)
-    for name, net, counterfactual, recorded in its:
+    for place, (name, net, counterfactual, recorded) in enumerate(its):
         if (decision.decision_id, name) in known:
             continue
         if net.value is None:
             why["what it brings is not in the files"] += 1
             continue
-        yield Settled(decision.decision_id, name, net.value, recorded.max_drawdown_pct if recorded.pnl_vs_hodl else None,
-            counterfactual.label_end, "files")  # fmt: skip
+        says = place == logged.chosen or recorded.outcome_days is not None
+        drawdown = recorded.max_drawdown_pct if says else None
+        yield Settled(decision.decision_id, name, net.value, drawdown, counterfactual.label_end, "files")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,8 +296,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--spots", metavar="CSV", help="times and prices to settle at; a date alone is 08:00 UTC; "
         "{underlying} stands for each name; default: those of the agent's configuration, else the snapshots' index, "
         "else the spots of the log's decisions")  # fmt: skip
-    parser.add_argument(*flags("data_files"), nargs="+", metavar="CSV", help="files of the backtest that was replayed, "
-        "or quoted globs")  # fmt: skip
+    parser.add_argument(*flags("data_files"), nargs="+", metavar="CSV", help="files of the backtest that was "
+        "replayed, or quoted globs")  # fmt: skip
     parser.add_argument("--tolerance", metavar="HOURS", type=hours, default=Settings().tolerance,
         help="from an expiry to the price that stands for it, at most; default: 6")  # fmt: skip
     parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
