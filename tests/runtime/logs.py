@@ -12,7 +12,6 @@ from covered_call.runtime.state import MarketState, Proposal, Veto
 from runtime.markets import BEGUN, DAY, FREELY, START, quoted_state
 
 SPOT = 100_000.0  # so that 1,000 USD are 1 % of it
-LOW, HIGH = (state.instrument for state in quoted_state(spot=SPOT).decision.candidates)
 
 
 class Says:
@@ -65,7 +64,9 @@ def write_log(
     return list(states)
 
 
-def settle(folder: Path, states: Sequence[MarketState], pnl: Sequence[Sequence[float | None]], hours: float = 12) -> None:
+def settle(
+    folder: Path, states: Sequence[MarketState], pnl: Sequence[Sequence[float | None]], hours: float = 12
+) -> None:
     """Outcomes by the day and the candidate, USD a coin; None is not settled."""
     add_outcomes(folder, [
         Settled(state.decision.decision_id, candidate.instrument, usd, None,

@@ -76,7 +76,11 @@ def test_confidence_beside_what_came(small):
     assert (found["n"], found["confidence"], found["right"]) == (3, pytest.approx(2.3 / 3), pytest.approx(1 / 3))
     assert found["brier"] == pytest.approx((0.04 + 0.36 + 0.81) / 3)
     assert found["calibration_error"] == pytest.approx((0.2 + 0.6 + 0.9) / 3)
-    assert [(one["from"], one["n"], one["right"]) for one in found["bins"]] == [(0.6, 1, 0.0), (0.8, 1, 1.0), (0.9, 1, 0.0)]
+    assert [(one["from"], one["n"], one["right"]) for one in found["bins"]] == [
+        (0.6, 1, 0.0),
+        (0.8, 1, 1.0),
+        (0.9, 1, 0.0),
+    ]
 
 
 def test_what_was_predicted_beside_what_came_by_threshold(small):
