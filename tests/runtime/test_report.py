@@ -43,7 +43,7 @@ FAILED = say(None, 0.0, error="no answer")
 
 @pytest.fixture
 def two(tmp_path):
-    """A language model and a rule over six days: agreed, on nothing too; another call each; one alone, twice; failed."""
+    """A model and a rule over six days: agreed, on nothing too; another call each; one alone, twice; failed."""
     llm = [say(0), say(None), say(0), say(1), say(None), FAILED]
     rule = [say(0, 0.9, "rule"), say(None, 0.9, "rule"), say(1, 0.9, "rule"), say(None, 0.9, "rule"),
         say(0, 0.9, "rule"), say(0, 0.9, "rule")]  # fmt: skip
@@ -155,7 +155,8 @@ def test_a_page_its_numbers_and_a_picture(two, capsys):
     page = capsys.readouterr().out
     assert page.startswith("# Agent report: shadow, 2025-01-03 08:00 to 2025-01-08 08:00 UTC\n")
     for part in ("| 6 | 2 | 0 | 2 | 1 | 1 | 33.3 % |", "| llm | 5 | 66.7 % | 1 | 1 | 20.0 % | 3 | 0.800 |",
-            "| 2 (33.3 %) | 1 (16.7 %) | 1 (16.7 %) | 1 (16.7 %) | 1 (16.7 %) |", "| spread | 2 |", "## Audit: BTC"):  # fmt: skip
+            "| 2 (33.3 %) | 1 (16.7 %) | 1 (16.7 %) | 1 (16.7 %) | 1 (16.7 %) |", "| spread | 2 |",
+            "## Audit: BTC"):  # fmt: skip
         assert part in page
     assert (two / "report.md").read_text() + "\n" == page
     assert json.loads((two / "report.json").read_text())["version"] == 1

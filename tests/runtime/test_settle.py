@@ -1,4 +1,4 @@
-"""What candidates of a log would have brought: the same as covered-call backtest, paper and replay say, to the cent."""
+"""What candidates of a log would have brought: the same as covered-call backtest, paper and replay have it."""
 
 import csv
 import datetime
