@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from datasets.utils import tqdm
 
-from covered_call import atomic
+from covered_call import atomic, resampling
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.columns import Columns, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
@@ -28,7 +28,6 @@ from covered_call.candidates.outcomes import as_recorded
 from covered_call.candidates.schema import CandidatesError, iso_time, utc
 from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.evaluation import resampling
 from covered_call.evaluation.cases import (
     Market,
     make_cases,

@@ -58,7 +58,14 @@ Chains are snapshots in files (--snapshot), or Deribit's of now, one of each und
 
   doctor   looks at all that a configuration names, and says what to do
   kill     stops every order of its agents, and --lift lets them go on
-  explain  one logged decision on a screen
+
+and of a log that one of them wrote, each with a --help of its own:
+
+  explain  one decision on a screen
+  report   what it did, and what that was worth once it is settled: Markdown, JSON, a picture
+  settle   what each candidate would have brought, as far as that is known by now
+  export   the log and its outcomes as the CSV that q-scorer, train and prefer learn from
+  diff     two configurations on one window
 
 Each decision is a line of decisions_YYYYMMDD.jsonl, on the disk before anything is done."""
 EXAMPLES = """\
@@ -69,6 +76,10 @@ examples:
   covered-call agent paper  --config agent.yaml --live
   covered-call agent paper  --config agent.yaml --live --cycles 1     from cron; it goes on where it ended
   covered-call agent testnet --config agent.yaml --live
+  covered-call agent settle out/agent/shadow --snapshot 'chains/*.parquet'
+  covered-call agent report out/agent/shadow
+  covered-call agent export out/agent/shadow --to_csv runs/
+  covered-call agent diff   out/agent/one out/agent/other
 
 agent.yaml, with its defaults:
   policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP, openai: {base_url: URL, model: NAME}
@@ -86,7 +97,15 @@ agent.yaml, with its defaults:
   broker: {price: mid, fill_timeout: 60, reprices: 3, on_difference: halt}   # of the testnet
 """
 MODES = ("replay", "shadow", "paper", "testnet")
-ASIDE = ("doctor", "kill", "explain")  # modules of their own, each with a main and a parse_arguments
+ASIDE = (
+    "doctor",
+    "kill",
+    "explain",
+    "report",
+    "settle",
+    "export",
+    "diff",
+)  # modules of their own, each with a main and a parse_arguments
 # Rules of risk that would stop everything, for what they look at is not known there.
 UNKNOWN_IN = {
     "replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",), "paper": (),
@@ -203,7 +222,8 @@ def agent_of(
     begins: datetime.datetime, clock: Callable[[], datetime.datetime] | None = None,
 ) -> Agent:  # fmt: skip
     """Args: begins: of a new log. clock: None: each state is decided at its time."""
-    about = {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
+    its = {"config_hash": config.sha, "config": dataclasses.asdict(config)}
+    about = {"mode": args.mode, **its, "versions": policies.versions}
     begun = Begun(begins, dict(config.holdings), float(config.cash_usd))
     steps = steps_of(config, args.mode, journal.folder, policies.ranges, journal.decided)
     return Agent(policies.sources, steps, venue, begun, journal, about, clock, policies.ranges)

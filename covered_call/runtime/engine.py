@@ -242,6 +242,11 @@ class Agent:
                 f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
                 f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
             )
+        mode, before = self.about.get("mode"), journal.last and journal.last.get("mode")
+        if before and before != mode:
+            raise CandidatesError(
+                f"{journal.folder} has the log of {before}, and this is {mode}: give another folder."
+            )
         if journal.last and journal.last.get("config_hash") != self.about.get("config_hash"):
             logger.warning("%s: its last decision was taken with another configuration.", journal.folder)
         portfolio, last = rebuilt(read(journal.folder))
@@ -305,7 +310,8 @@ class Agent:
         self.journal.write({
             "decision_id": decision.decision_id, "time": now, **self.about,
             "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": owned, "events": events,
-            "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source},
+            "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source,
+                "instrument": plan.fused.proposal.instrument},
             "sizing": plan.sized, "exits": plan.exits, "intention": plan.entry.intention,
             "vetoes": plan.entry.vetoes, "notes": plan.entry.notes, "latencies": latencies, "drift": self.drift(state),
             "errors": [f"{one.source}: {one.error}" for one in plan.proposals if one.error],

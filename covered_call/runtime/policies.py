@@ -70,7 +70,8 @@ class Rule:
         confidence = rule_confidence(best.score, self.threshold)
         sold = best.score >= self.threshold
         reason = f"best score {best.score:.4f}, {'at least' if sold else 'below'} {self.threshold:g}"
-        return Proposal(self.name, best.instrument if sold else None, confidence, reason=reason)
+        its = best.instrument if sold else None
+        return Proposal(self.name, its, confidence, reason=reason, best=best.instrument)
 
 
 class Q:
@@ -89,8 +90,9 @@ class Q:
             return Proposal(self.name, None, 1.0, reason=NO_CANDIDATE, latency_s=time.monotonic() - began)
         confidence = q_confidence(answer.confidence, answer.pick is not None)
         reason = answer.stopped_by or f"{answer.q_sell:+,.2f} USD expected"
+        best = state.decision.candidates[answer.best].instrument
         return Proposal(
-            self.name, answer.instrument, confidence, None, answer.q_sell, reason, time.monotonic() - began
+            self.name, answer.instrument, confidence, None, answer.q_sell, reason, time.monotonic() - began, best=best
         )
 
 
@@ -174,6 +176,7 @@ def used_again(memory: Memory, decision: Decision, rules: Querying) -> Proposal:
         latency_s=0.0,
         cached=True,
         probabilities=None,  # they were of another state
+        asked=False,
     )
 
 
@@ -253,7 +256,7 @@ class LanguageModel:
         if self.left_alone:
             self.left_alone -= 1
             why = f"left alone after {self.rules.max_errors} errors in a row, for {self.left_alone} more step(s)"
-            return failed(self.name, why, time.monotonic())
+            return failed(self.name, why, time.monotonic())._replace(asked=False)
         why = why_ask(memory, second, portfolio, underlying, self.rules)
         if memory and why is None:
             self.memory[underlying] = memory._replace(reuses=memory.reuses + 1)

@@ -25,6 +25,7 @@ from covered_call.value_model.scorer import picks_of
 logger = logging.getLogger(__name__)
 
 FOLDS = 5
+CALIBRATION_BINS = 10
 OFFSET_SHARE = 0.1  # of a fold's past, its latest part, is kept from the models to fit the offset on
 
 
@@ -136,6 +137,11 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return math.nan
     return float(np.corrcoef(one, other)[0, 1])
+
+
+def calibration_bin(probability: np.ndarray) -> np.ndarray:
+    """0 to CALIBRATION_BINS - 1: the bins of the expected calibration error (Naeini et al. 2015), of equal width."""
+    return np.minimum(np.nan_to_num(probability) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
 
 
 def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Plot:
