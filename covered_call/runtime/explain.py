@@ -106,7 +106,8 @@ def decision_lines(cycle: dict) -> list[str]:
     lines = [f"  drift, {name}: {'; '.join(found)}" for name, found in cycle.get("drift", {}).items()]
     lines.append(f"Fusion: {fusion['method']}, of {fusion['proposal']}" + (f"; weights {weights}" if weights else ""))
     if sizing:
-        numbers = (f"{name} {number(sizing[name])}" for name in ("wanted", "free", "at_risk", "kelly"))
+        known = [name for name in ("wanted", "free", "at_risk", "kelly") if sizing[name] is not None]  # else no limit
+        numbers = (f"{name} {number(sizing[name])}" for name in known)
         code = f", {sizing['code']}" if sizing["code"] else ""
         lines.append(f"Sizing: {number(sizing['units'])} coin(s){code}; {', '.join(numbers)}")
     lines.append("Vetoes:" if cycle["vetoes"] else "Vetoes: none")
