@@ -73,7 +73,7 @@ def test_the_whole_is_told_in_a_moment_for_nothing_heavy_is_imported(words):
 
 
 def test_the_verbs_are_those_that_the_documents_name():
-    verbs = "export train prefer q-scorer evaluate audit chain agent harvest backtest publish"
+    verbs = "export verify train prefer q-scorer evaluate audit chain agent harvest backtest merge publish"
     assert list(command.VERBS) == verbs.split()
 
 

@@ -163,14 +163,14 @@ def asked_of(backtest: Backtest, task: str) -> list[Decision]:
     if not decisions:
         raise CandidatesError("No decision of these files has a candidate to ask both models about: give others.")
     prompts = sum(len(one.candidates) if task == "per_candidate" else 1 for one in decisions)
-    return evenly(decisions, -(-len(decisions) * PROMPTS // prompts))
+    return evenly(decisions, 1 + 1.1 * len(decisions) * PROMPTS // prompts)  # some have fewer candidates than others
 
 
-def evenly(found: Sequence | np.ndarray, most: int):
+def evenly(found: Sequence | np.ndarray, most: float):
     """At most so many, evenly spaced."""
     if len(found) <= most:
         return found
-    places = np.linspace(0, len(found) - 1, most).round().astype(int)
+    places = np.linspace(0, len(found) - 1, int(most)).round().astype(int)
     return found[places] if isinstance(found, np.ndarray) else [found[place] for place in places]
 
 

@@ -28,7 +28,8 @@ STAGES = {"sft": sft, "dpo": dpo}
 SMALL = {
     "max_steps": STEPS, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "report_to": "none",
     "load_best_model_at_end": False, "use_cpu": True, "bf16": False, "fp16": False, "optim": "adamw_torch",
-    "gradient_checkpointing": False, "tiny_base_steps": 0, "dry_run": False, "push_to_hub": False,
+    "gradient_checkpointing": False, "disable_tqdm": True, "tiny_base_steps": 0, "dry_run": False,
+    "push_to_hub": False,
 }  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def rehearse(stage: str, command: Command, tuned: str | None = None) -> str:
             training.max_length = CONTEXT
         build_base(tokenizer, max(CONTEXT, training.max_length or 0), training.seed, Path(model.model_name_or_path))
         trainer: Any = trainer_of(stage, model, data, training)
-        trainer.train()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         size = sum(parameter.numel() for parameter in trainer.model.parameters())
     if not losses or not all(map(math.isfinite, losses)):
@@ -87,7 +89,7 @@ def trainer_of(stage: str, model, data, training) -> ScoringTrainer:
         sft.preflight(model, data, training, examples)
         return sft.make_trainer(model, data, training, examples)
     pairs = dpo.load(model, data, training, None)
-    dpo.preflight(model, training, pairs)
+    dpo.preflight(model, data, training, pairs)
     return dpo.make_trainer(model, data, training, pairs, None)
 
 

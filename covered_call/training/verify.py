@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.data_options import Help, config_of
+from covered_call.candidates.data_options import FILES, Help, config_of
 from covered_call.candidates.leaks import find_leaks, render_splits
 from covered_call.candidates.schema import CandidatesError
 from covered_call.command_line import plain_errors, start_logging
@@ -192,7 +192,7 @@ def gates_of_data(command: Command, manifest: dict | None, folder: Path | None =
     Args:
         manifest: of the run in ``folder``, whose data they are to be; None before a training.
     """
-    stage = stage_of(command)
+    command, stage = located(command), stage_of(command)
     task = RANKING if stage == "dpo" else read_keys(STAGES[stage].keys[1], command).dataset_config
     try:
         backtest = read_keys(STAGES[stage].keys[1], command).backtest()
@@ -209,6 +209,14 @@ def gates_of_data(command: Command, manifest: dict | None, folder: Path | None =
     yield ask("leaks", lambda: check_leaks(backtest, task))
     yield ask("preflight", lambda: check_preflight(stage, command))
     yield ask("dry training", lambda: check_training(stage, command, folder))
+
+
+def located(command: Command) -> Command:
+    """With the files that were typed in the place of the recipe's, which may be of another machine."""
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in command.words}
+    if not given & FILES.keys():
+        return command
+    return command._replace(recipe={key: value for key, value in command.recipe.items() if key not in FILES})
 
 
 def stage_of(command: Command) -> str:
@@ -230,8 +238,9 @@ def check_hashes(backtest: Backtest, then: dict[str, str]) -> str:
 def describe_data(backtest: Backtest) -> str:
     decisions = backtest.decisions
     found = [f"{os.path.basename(path)} {digest[:19]}" for path, digest in backtest.hashes.items()]
+    files = "file" if len(found) == 1 else "files"
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{len(decisions.place):,} decisions in {len(found)} files: {', '.join(found[:3])}{more}"
+    return f"{len(decisions.place):,} decisions of {len(found)} {files}: {', '.join(found[:3])}{more}"
 
 
 def check_counts(backtest: Backtest, stage: str, task: str, manifest: dict | None) -> str:
@@ -248,7 +257,7 @@ def check_counts(backtest: Backtest, stage: str, task: str, manifest: dict | Non
             raise CandidatesError(
                 f"In train the teacher {'always' if trades else 'never'} sold: there is no choice to learn."
             )
-    if manifest and stage == "sft":  # a training on pairs counts pairs
+    if manifest and stage == "sft" and not manifest.get("mix"):  # these count pairs, or several tasks
         then = {split: its["records"] for split, its in manifest["splits"].items()}
         differ = [
             f"{split} {found.get(split, 0):,}, then {then[split]:,}"
