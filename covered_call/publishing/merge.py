@@ -28,14 +28,14 @@ from covered_call.candidates.data_options import Help, add_data_options, backtes
 from covered_call.candidates.schema import CandidatesError, Decision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.loading import ADAPTER, encode, load_adapter, load_base, pinned_revision
-from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
+from covered_call.language_model.manifest import MANIFEST, PolicyError, hash_of, read_manifest
 from covered_call.language_model.policy import Policy
 from covered_call.publishing.dataset import CARD, fill, load_card, workplace
 from covered_call.publishing.hub import PublishError
+from covered_call.publishing.model import SAID, check_free
 
 PROMPTS = 256  # that both models are asked
 MIN_SAME = 0.98  # rounding to 16 bits turns near ties over, and the base without its 4 bits is another one by a little
-SAID = (CARD, RECIPE, CALIBRATION, "training.png")
 
 
 def main(arguments: list[str]) -> None:
@@ -72,11 +72,6 @@ def merge(args: argparse.Namespace) -> None:
     print(f"Saved in {target}. Is it as good?  covered-call evaluate --model {target}")
 
 
-def check_free(target: Path) -> None:
-    if target.is_symlink() or target.exists():
-        raise PublishError(f"{target} is there already, and is not overwritten: give another folder with --to.")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Merge
 
@@ -90,7 +85,7 @@ def write_model(folder: Path, manifest: dict, made: Path) -> None:
     merged.generation_config = greedy(merged, tokenizer)
     merged.save_pretrained(made)
     copied = [name for name in manifest["files"] if not name.startswith("adapter_")]
-    for name in (*copied, *(name for name in SAID if (folder / name).is_file())):
+    for name in (*copied, *(name for name in SAID if name != MANIFEST and (folder / name).is_file())):
         shutil.copyfile(folder / name, made / name)
     write_manifest(made, manifest)
 
@@ -109,8 +104,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Genera
 
 
 def write_manifest(made: Path, manifest: dict, **more) -> None:
-    said = {*SAID, MANIFEST}
-    files = {path.name: hash_of(path) for path in sorted(made.iterdir()) if path.name not in said}
+    files = {path.name: hash_of(path) for path in sorted(made.iterdir()) if path.name not in SAID}
     whole = {**manifest, "adapter": False, "quantization": "none", "files": files, **more}
     atomic.write(made / MANIFEST, json.dumps(whole, indent=2))
 
