@@ -77,7 +77,8 @@ def deploy(fitted: Fitted, path: Path, force: bool) -> None:
         said = f"{mean:+,.2f} USD a decision over {walked['decisions']:,}, {where}, and never selling 0"
     if not force and not (mean is not None and mean > 0):
         raise QScorerError(
-            f"Not deployed to {path}: walked forward, such scorers brought {said}. Give other data or options, or --force."
+            f"Not deployed to {path}: walked forward, such scorers brought {said}. Give other data or "
+            "options, or --force."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     save(fitted, path)
