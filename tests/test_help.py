@@ -78,7 +78,9 @@ def test_the_verbs_are_those_that_the_documents_name():
 
 
 def test_a_word_that_is_no_verb_is_refused_with_the_verbs(capsys):
-    with pytest.raises(SystemExit, match=r"error: 'tarin' is no verb: choose one of export, train, .*, publish\. See"):
+    with pytest.raises(
+        SystemExit, match=r"error: 'tarin' is no verb: choose one of export, verify, train, .*, publish\. See"
+    ):
         command.main(["tarin"])
 
 
