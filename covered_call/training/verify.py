@@ -97,6 +97,8 @@ def gates_of(folder: Path, run: bool, config: str | None, words: list[str]) -> I
     if run:
         yield from gates_of_run(folder, config, words)
         return
+    if not folder.is_dir():
+        raise RecipeError(f"There is no folder {folder}: give it before the keys, a run's, or one of CSVs.")
     if not any(folder.glob("*.csv")) and not any(folder.glob("*.csv.gz")):
         raise RecipeError(f"{folder} holds neither a {MANIFEST} nor a CSV: give a run's folder, or one of CSVs.")
     command = read_command(["--config", config or "ranking", *words, "--data_dir", str(folder)], BOTH)
@@ -127,7 +129,7 @@ def gates_of_run(folder: Path, config: str | None, words: list[str]) -> Iterator
     command = read_command(["--config", str(folder / RECIPE), *words], BOTH) if (folder / RECIPE).is_file() else None
     yield ask("recipe", lambda: check_recipe(folder, manifest))
     yield ask("base", lambda: check_its_base(folder, manifest))
-    yield ask("versions", lambda: check_versions(manifest["versions"]))
+    yield ask("versions", lambda: check_versions(manifest.get("versions", {})))
     if command:
         yield from gates_of_data(command, manifest, folder)
 
@@ -170,7 +172,7 @@ def check_its_base(folder: Path, manifest: dict) -> str:
 
 
 def check_versions(then: dict[str, str]) -> str:
-    differ = []
+    differ = [] if then else ["libraries that its manifest does not name"]
     for name, version in then.items():
         try:
             now = importlib.metadata.version(name)
@@ -248,25 +250,25 @@ def check_counts(backtest: Backtest, stage: str, task: str, manifest: dict | Non
     for split in ("train", "validation"):
         if not len(backtest.numbers.get(split, ())):
             raise CandidatesError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
-    found = {}
-    for split, numbers in backtest.numbers.items():
-        columns = backtest.decisions.columns(numbers)
-        found[split] = len(columns) if task == RANKING else len(columns.instrument)
-        trades = int((columns.chosen >= 0).sum())
-        if split == "train" and trades in (0, len(columns)):
-            raise CandidatesError(
-                f"In train the teacher {'always' if trades else 'never'} sold: there is no choice to learn."
-            )
+    splits = {split: backtest.decisions.columns(numbers) for split, numbers in backtest.numbers.items()}
+    train = splits["train"]
+    trades = int((train.chosen >= 0).sum())
+    if trades in (0, len(train.instrument)):
+        what = "sold every candidate" if trades else "never sold"
+        raise CandidatesError(f"In train the teacher {what}: there is no choice to learn.")
+    found = {split: len(its) if task == RANKING else len(its.instrument) for split, its in splits.items()}
     if manifest and stage == "sft" and not manifest.get("mix"):  # these count pairs, or several tasks
-        then = {split: its["records"] for split, its in manifest["splits"].items()}
-        differ = [
-            f"{split} {found.get(split, 0):,}, then {then[split]:,}"
-            for split in then
-            if found.get(split, 0) != then[split]
-        ]
-        if differ:
-            raise CandidatesError(f"Records differ: {'; '.join(differ)}. Give the options it was tuned with.")
-    return f"{task}: {', '.join(f'{name} {count:,}' for name, count in found.items())} records"
+        check_records(found, {split: its["records"] for split, its in manifest["splits"].items()})
+    never = "; NO_TRADE never occurs in train" if task == RANKING and trades == len(train) else ""
+    return f"{task}: {', '.join(f'{name} {count:,}' for name, count in found.items())} records{never}"
+
+
+def check_records(found: dict[str, int], then: dict[str, int]) -> None:
+    differ = [
+        f"{split} {found.get(split, 0):,}, then {then[split]:,}" for split in then if found.get(split) != then[split]
+    ]
+    if differ:
+        raise CandidatesError(f"Records differ: {'; '.join(differ)}. Give the options it was tuned with.")
 
 
 def check_leaks(backtest: Backtest, task: str) -> str:

@@ -44,6 +44,12 @@ def gates(tmp_path, capsys):
     return asked
 
 
+@pytest.fixture
+def no_steps(monkeypatch):
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: "as it would")
+    monkeypatch.setattr(rehearsal, "preflight_of", lambda *_: "tokens    few")
+
+
 def test_csvs_pass_all_gates_with_the_recipe_of_a_base_that_is_here(gates, data, corpus_base):
     found, status = gates(
         data, "--config", "tiny", "--model_name_or_path", corpus_base, "--tiny_base_steps", 0, *QUICK
@@ -86,6 +92,11 @@ SPOILT = {
         lambda rows: [{**one, "trade_executed": "0", "chosen": "0", "action": "SKIP"} for one in rows],
         "never sold",
     ),
+    "a teacher that sold whatever there was": (
+        "counts",
+        lambda rows: [one for one in rows if one["trade_executed"] == "1" and one["chosen"] == "1"],
+        "sold every candidate",
+    ),
     "too few": ("counts", lambda rows: rows[:3], "split is empty"),
 }
 
@@ -104,11 +115,26 @@ def test_data_that_cannot_be_trained_on_fail_at_their_gate(gates, tmp_path, spoi
 
 
 @on_the_default_stack
+def test_a_teacher_that_always_sold_is_no_failure_of_a_ranking_and_is_said(gates, tmp_path, no_steps):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    write_csv(folder / "a.csv", [one for day in range(40) for one in decision(day, sold=day % 3, dte=1.0)])
+    found, status = gates(folder)
+    assert status == 0 and found["counts"][1].endswith("records; NO_TRADE never occurs in train")
+
+
+@on_the_default_stack
 def test_a_recipe_that_diverges_fails(gates, data, monkeypatch):
     monkeypatch.setitem(rehearsal.SMALL, "max_steps", 4)
     found, status = gates(data, "--config", "ranking", "--learning_rate", "1e30", "--warmup_steps", 0)
     assert status == 1 and found["dry training"][0] == "FAIL"
     assert "The loss is nan at step" in found["dry training"][1] and "Lower learning_rate" in found["dry training"][1]
+
+
+@on_the_default_stack
+def test_a_folder_that_is_not_there_is_one_line():
+    with pytest.raises(SystemExit, match="error: There is no folder tp_and_roll: give it before the keys"):
+        verify.main(["--exit_style", "tp_and_roll", "runs"])
 
 
 @on_the_default_stack
@@ -131,12 +157,6 @@ def test_a_run_that_was_moved_passes_with_the_data_it_was_tuned_on(gates, own_fi
     assert status == 0 and {one for one, _ in found.values()} == {"ok"}
     names = ["run folder", "recipe", "base", "versions", "data files", "data", "counts", "leaks", "preflight"]
     assert list(found) == [*names, "dry training"]
-
-
-@pytest.fixture
-def no_steps(monkeypatch):
-    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: "as it would")
-    monkeypatch.setattr(rehearsal, "preflight_of", lambda *_: "tokens    few")
 
 
 @on_the_default_stack
