@@ -134,7 +134,7 @@ def train(balance: str, backtest: Backtest, words: list[str]) -> Measured:
     pairs.sampler = EpochSampler([True] * len(drawn), "none", training.seed)  # all alike
     test = pairs.judged.pop("test")
     pairs.judged["validation"] = thin_out(pairs.judged["validation"], data.max_eval_records)
-    dpo.preflight(model, training, pairs)
+    dpo.preflight(model, data, training, pairs)
     trainer = dpo.make_trainer(model, data, training, pairs, None)
     picks = {START: picks_of(test, trainer.score(test))}
     trainer.train()

@@ -37,6 +37,7 @@ from covered_call.training.preference_trainer import PreferenceTrainer, pair_met
 from covered_call.training.preflight import (
     check_lengths,
     check_records,
+    cost_of,
     count_labels,
     describe_answers,
     describe_model,
@@ -105,7 +106,7 @@ def tune(model: StartArguments, data: PairArguments, training: PreferenceArgumen
     revision = pinned_revision(model.adapter, start) if start and model.adapter else None
     with training.main_process_first():
         pairs = load(model, data, training, start)
-    ready = preflight(model, training, pairs)
+    ready = preflight(model, data, training, pairs)
     if training.is_first:
         print(ready)
     if training.dry_run:
@@ -234,7 +235,7 @@ def add_pairs(name: str, ranking: Dataset, pairs: Dataset) -> Dataset:
 # Check
 
 
-def preflight(model: StartArguments, training: PreferenceArguments, pairs: Pairs) -> str:
+def preflight(model: StartArguments, data: PairArguments, training: PreferenceArguments, pairs: Pairs) -> str:
     """Checks that this can be trained, and says what it is, on what, and how long.
 
     Raises:
@@ -260,11 +261,23 @@ def preflight(model: StartArguments, training: PreferenceArguments, pairs: Pairs
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
+        "cost": cost_of(training, len(sampler), costing(lengths), data),
         "checkpoint": settle_metric(training, pairs.doubt),
     }
     origin = f", from {model.adapter}" if model.adapter else ""
     what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"
     return lay_out_preflight(what, pairs.chosen, facts)
+
+
+def costing(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tokens of each pair, learnt and scored by the reference, and of each ranking that is judged."""
+    both = {
+        name: lengths[f"{name}, chosen"][0] + lengths[f"{name}, rejected"][0]
+        for name in ("train", "validation", "test")
+        if f"{name}, chosen" in lengths
+    }
+    asked = {name: lengths[f"{name}, asked"][0] for name in ("validation", "test") if f"{name}, asked" in lengths}
+    return {"reference": np.concatenate(list(both.values())), "train": both["train"], **asked}
 
 
 def describe_start(model: StartArguments, start: dict | None, manifest: dict) -> dict:

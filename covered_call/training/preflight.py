@@ -18,6 +18,7 @@ from covered_call.language_model.loading import (
     load_config,
 )
 from covered_call.language_model.scoring import ROW_TOKENS
+from covered_call.training.cost import describe_cost
 from covered_call.training.examples import IGNORE, Examples, is_trade
 from covered_call.training.keys import DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
@@ -54,6 +55,7 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
         "answers": describe_answers(tokenizer, answers),
         "balance": f"{data.balance}: an epoch takes {sampler}",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
+        "cost": cost_of(training, len(sampler), {name: total for name, (total, _) in lengths.items()}, data),
     }
     shown = {**splits, "train": splits["train"].select(range(sampler.records))}
     return lay_out_preflight(
@@ -187,6 +189,12 @@ def describe_work(
         "rows at once as memory allows" + compare(evaluation, there, training.awaits_gpu),
         "steps": f"{steps:,} of {global_batch(training)} records: {epochs:.1f} epochs; {describe_plan(plan)}",
     }
+
+
+def cost_of(training: RunArguments, records: int, lengths: dict[str, np.ndarray], data: DataArguments) -> str:
+    """What a run costs of which an epoch takes so many records; for ``lengths`` see describe_cost."""
+    steps, _ = count_steps(training, records)
+    return describe_cost(training, steps, global_batch(training), lengths, data.max_eval_records)
 
 
 def describe_plan(plan: Plan) -> str:

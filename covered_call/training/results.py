@@ -19,6 +19,7 @@ from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
 from covered_call.candidates.decisions import hashes_of
 from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.source import CODE_HASH
 from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
 from covered_call.language_model.policy import best_temperature
@@ -121,6 +122,7 @@ def save(
     best, why = best_step(trainer), why_saved(trainer)
     manifest = {
         **manifest,
+        "script": f"sha256:{CODE_HASH}",  # of what its loading script, too, is made of
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "steps": trainer.state.global_step,
         "best_step": best,

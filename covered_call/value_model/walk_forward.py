@@ -254,6 +254,18 @@ def walk_forward(
     return found
 
 
+def pooled(folds: Sequence[Fold], config: CoveredCallCandidatesConfig) -> dict:
+    """Over all decisions that were judged and of which it is known, the mean of what came, USD; None of none."""
+    came = []
+    for fold in folds:
+        columns = columns_of(fold.entries)
+        its = at(fold.picks, net_outcomes(columns, config), columns)
+        came.append(its[~np.isnan(its)])
+    known = np.concatenate([np.zeros(0), *came])
+    above = sum(mean(its) > 0 for its in came)
+    return {"mean_pnl": mean(known) if len(known) else None, "decisions": len(known), "above": above, "of": len(folds)}
+
+
 HEAD = ("fold", "learnt to", "outcomes", "judged from", "to", "decisions", "correlation", "trade rate",
         "predicted", "realised", "P&L a decision")  # fmt: skip
 
