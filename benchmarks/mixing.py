@@ -5,9 +5,10 @@
     python benchmarks/mixing.py --part models --seeds 0 --steps 20
 
 models: a tiny Phi-3 is trained whole, from next to random weights (no adapter, no 4 bits: they cost time and do not
-bear on the question), on at most 600 records a market of the sample, and answers decisions of the test split. A model
-of one task takes half of the steps of a model of both, so that each has seen as many records of its task; with formulas,
-a fifth of the same steps goes to these. A run that has finished is not repeated: delete --output_dir to measure again.
+bear on the question), and answers decisions of the test split. That it learns something in minutes, of each decision
+of the sample only the two candidates of the highest score are kept. A model of one task takes half of the steps of a
+model of both, so that each has seen as many records of its task; with formulas, a fifth of the same steps goes to
+these. A run that has finished is not repeated: delete --output_dir to measure again.
 
 speed: forward and backward of the first steps of an epoch, with a mix and without one, in turns. The mix is of one
 config, so that both read records of the same kind, and differ by the mixing alone.
@@ -22,6 +23,8 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
+import pandas as pd
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from covered_call import atomic  # noqa: E402
@@ -32,10 +35,11 @@ from covered_call.training.keys import RANKING, SHORT_NAMES  # noqa: E402
 from covered_call.training.mixture import thin_out_each  # noqa: E402
 from covered_call.training.preflight import preflight  # noqa: E402
 from covered_call.training.recipe import parse_recipe  # noqa: E402
-from covered_call.training.trainers import AnswerTrainer, balanced_accuracy, predictions  # noqa: E402
+from covered_call.training.trainers import AnswerTrainer, answer_metrics  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = str(ROOT / "data" / "sample" / "*.csv")
+SAMPLE = sorted((ROOT / "data" / "sample").glob("*.csv"))
+KEPT = 2  # candidates of a decision
 FORMULAS = "corpora/formulas.jsonl"
 CANDIDATE = "per_candidate"
 BOTH = f"[{{config: {RANKING}, share: 0.5}}, {{config: {CANDIDATE}, share: 0.5}}]"
@@ -51,6 +55,7 @@ MODELS = {
 }
 WHOLE = ["--config", "tiny", "--quantization", "none", "--lora_r", "0", "--eval_strategy", "no"]
 WHOLE += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--report_to", "none"]
+METRICS = {"balanced_accuracy": "balanced accuracy", "loss": "loss, nats"}
 JUDGED = 300  # test records of each task, evenly spaced
 
 
@@ -65,8 +70,8 @@ def trainer_of(words: list[str]) -> tuple[AnswerTrainer, sft.Examples]:
     return sft.make_trainer(model, data, training, examples), examples
 
 
-def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Balanced accuracy of each task's test records, from its file if the run has finished."""
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The metrics of each task's test records, from their file if the run has finished."""
     path = args.output_dir / f"{name}-{seed}.json"
     if not path.is_file():
         _, keys, share = MODELS[name]
@@ -75,9 +80,9 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         trainer, examples = trainer_of([*words, "--max_steps", str(steps)])
         trainer.train()
         split = thin_out_each(examples.splits["test"], JUDGED)
-        given, labels = predictions(split, trainer.score(split)), split["label"]
+        scored = trainer.score(split)
         found = {
-            SHORT_NAMES[task]: balanced_accuracy([labels[p] for p in places], [given[p] for p in places])
+            SHORT_NAMES[task]: answer_metrics(split.select(places), [scored[place] for place in places])
             for task, places in tasks_in(split).items()
         }
         atomic.write(path, json.dumps(found))
@@ -85,17 +90,28 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def thinned(folder: Path) -> str:
+    """The sample with the first candidates of each decision alone, whose rows are sorted by score."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for source in SAMPLE:
+        rows = pd.read_csv(source, dtype=str, keep_default_na=False)
+        kept = rows.groupby("decision_time", sort=False).head(KEPT)
+        atomic.write(folder / "data" / source.name, kept.to_csv(index=False))
+    return str(folder / "data" / "*.csv")
+
+
 def words_of(args: argparse.Namespace) -> list[str]:
     base = ["--model_name_or_path", str(args.output_dir / "tiny-phi3"), "--tiny_base_steps", "1"]
-    data = ["--data_files", SAMPLE, "--balance", "none", "--max_records_per_market", "600"]
+    data = ["--data_files", args.data, "--balance", "downsample", "--max_records_per_market", "1500"]
     return [*WHOLE, *base, *data, "--per_device_train_batch_size", "16", "--learning_rate", "3e-3"]
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    rows = [["model", *(f"{task}, balanced accuracy on test" for task in SHORT_NAMES.values())]]
+    columns = [(task, metric) for task in SHORT_NAMES.values() for metric in METRICS]
+    rows = [["model", *(f"{task}s: {METRICS[metric]}" for task, metric in columns)]]
     for name, (what, _, _) in MODELS.items():
         found = [measure(name, seed, args) for seed in args.seeds]
-        rows.append([what, *(cell([one[task] for one in found if task in one]) for task in SHORT_NAMES.values())])
+        rows.append([what, *(cell([one[t][metric] for one in found if t in one]) for t, metric in columns)])
     print(f"\nMean (min to max) of seeds {args.seeds}, {args.steps} steps of 16 records\n\n{markdown(rows)}")
 
 
@@ -146,7 +162,7 @@ def main() -> None:
     parts = {"models": compare_models, "speed": compare_speed}
     parser.add_argument("--part", choices=parts, nargs="+", default=list(parts), help="default: both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=240, help="of a model of both tasks; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=500, help="of a model of both tasks; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed; default: %(default)s")
     parser.add_argument(
         "--steps_of_a_round", type=int, default=30, metavar="N", help="steps that are timed; default: %(default)s"
@@ -154,7 +170,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("out/mixing"), help="default: %(default)s")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args.data = thinned(args.output_dir)
     for part in args.part:
         parts[part](args)
 

@@ -48,6 +48,7 @@ class Examples:
         splits: as encode_split makes them; of a shuffled training split a copy for each epoch, one after another.
         tokenizer: of the model.
         answers: the tokens of each answer.
+        labels: the answers that a decision admits.
         sampler: of the training records.
         commonest: of each task the answer that the teacher gave most often in the training split.
         seen: of each task; see tuned_on.
@@ -58,6 +59,7 @@ class Examples:
     splits: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     answers: dict[str, tuple[int, ...]]
+    labels: list[str]
     sampler: "EpochOrder"
     commonest: dict[str, str]
     seen: dict[str, dict]

@@ -85,8 +85,12 @@ def draw(sampler: EpochSampler, start: int, count: int) -> np.ndarray:
     return np.concatenate(found)[start - first * len(sampler) :][:count]
 
 
-def foreign_sampler(foreign: Foreign, seed: int) -> EpochSampler:
-    return EpochSampler([True] * len(foreign.records), "none", seed)  # all alike
+def mixture_of(
+    sources: Sequence[Source], ours: dict[str, EpochSampler], files: dict[str, Foreign], seed: int
+) -> MixtureSampler:
+    """Of the backtest's samplers by config, and of files, whose records are all alike."""
+    samplers = ours | {path: EpochSampler([True] * len(its.records), "none", seed) for path, its in files.items()}
+    return MixtureSampler(sources, [samplers[source.name] for source in sources], seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,17 +98,17 @@ def foreign_sampler(foreign: Foreign, seed: int) -> EpochSampler:
 
 
 class Read(NamedTuple):
-    """The sources of a training: each task's splits, each file's chats, and the samplers of all of them."""
+    """The sources of a training: each task's splits and sampler, each file's chats, and the sampler of an epoch."""
 
+    sources: Sequence[Source]
     asked: dict[str, DatasetDict]
     files: dict[str, Foreign]
     samplers: dict[str, EpochSampler]
-    sampler: EpochOrder
+    mixture: MixtureSampler | None
 
     @property
-    def trained(self) -> list[Dataset | Foreign]:
-        """What is trained on, in the order of the sources."""
-        return [self.files[name] if name in self.files else self.asked[name]["train"] for name in self.samplers]
+    def sampler(self) -> EpochOrder:
+        return self.mixture or self.samplers[self.sources[0].name]
 
 
 def read_sources(data: DataArguments, backtest: Backtest, seed: int) -> Read:
@@ -112,13 +116,11 @@ def read_sources(data: DataArguments, backtest: Backtest, seed: int) -> Read:
     files = {source.name: read_chats(source.name) for source in data.sources if source.is_file}
     check_apart(files.values(), judged_prompts(asked) if files else {})
     samplers = {
-        source.name: foreign_sampler(files[source.name], seed)
-        if source.is_file
-        else EpochSampler([is_trade(label) for label in asked[source.name]["train"]["label"]], data.balance, seed)
-        for source in data.sources
+        task: EpochSampler([is_trade(label) for label in splits["train"]["label"]], data.balance, seed)
+        for task, splits in asked.items()
     }
-    mixed = MixtureSampler(data.sources, list(samplers.values()), seed) if data.mix else None
-    return Read(asked, files, samplers, mixed or samplers[data.dataset_config])
+    mixture = mixture_of(data.sources, samplers, files, seed) if data.mix else None
+    return Read(data.sources, asked, files, samplers, mixture)
 
 
 def judged_prompts(asked: dict[str, DatasetDict]) -> dict[str, list[list[dict]]]:
@@ -129,16 +131,16 @@ def judged_prompts(asked: dict[str, DatasetDict]) -> dict[str, list[list[dict]]]
     }
 
 
-def encode_sources(data: DataArguments, read: Read, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+def encode_sources(read: Read, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """The training records of all sources one after another, and of each other split those of all tasks."""
     encoded = {
         task: DatasetDict({name: encode_split(split, tokenizer, task) for name, split in splits.items()})
         for task, splits in read.asked.items()
     }
-    like = encoded[data.dataset_config]["train"].features
+    like = next(iter(encoded.values()))["train"].features
     trained = [
-        encode_chats(read.files[name], tokenizer, like) if name in read.files else encoded[name]["train"]
-        for name in read.samplers
+        encode_chats(read.files[source.name], tokenizer, like) if source.is_file else encoded[source.name]["train"]
+        for source in read.sources
     ]
     others = {
         name: join([splits[name] for splits in encoded.values() if name in splits])
@@ -155,26 +157,30 @@ def encode_chats(foreign: Foreign, tokenizer: PreTrainedTokenizerBase, like: Fea
     )
 
 
-def chats_of(parts: list[Dataset | Foreign], sampler: EpochOrder) -> Dataset:
-    """The chats of an epoch, from which a tiny base learns to read; of one source all of them."""
-    ours = [part.select_columns(["messages"]) for part in parts if isinstance(part, Dataset)]
-    if len(parts) == 1:
-        return ours[0]
-    features = ours[0].features
+def chats_of(read: Read) -> Dataset:
+    """What a tiny base learns to read from: the chats of an epoch of a mixture, else all of them."""
+    features = next(iter(read.asked.values()))["train"].select_columns(["messages"]).features
     whole = [
-        Dataset.from_list(part.records, features=features)
-        if isinstance(part, Foreign)
-        else part.select_columns(["messages"]).cast(features)
-        for part in parts
+        Dataset.from_list(read.files[source.name].records, features=features)
+        if source.is_file
+        else read.asked[source.name]["train"].select_columns(["messages"])
+        for source in read.sources
     ]
-    return concatenate_datasets(whole).select(list(sampler))
+    return join(whole).select(list(read.mixture)) if read.mixture else whole[0]
 
 
 def encode_foreign(
-    foreign: Foreign, prompts: list[list[dict]], answers: list[str], tokenizer: PreTrainedTokenizerBase, like: Features
+    foreign: Foreign,
+    prompts: list[list[dict]],
+    answers: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    like: Features,
+    choices: list[list[str]] | None = None,
 ) -> Dataset:
-    """Token ids of each prompt with its answer as encode_split has them; such records are of no decision, and admit no
-    answers to choose from.
+    """Token ids of each prompt with its answer as encode_split has them, of no decision.
+
+    Args:
+        choices: the answers that each admits; None: none to choose from.
 
     Raises:
         RecipeError: naming the line of a record that the tokenizer or the chat template refuses.
@@ -188,10 +194,14 @@ def encode_foreign(
             except PolicyError as error:
                 raise RecipeError(f"{foreign.where(place)}: {error} Correct the line.") from error
         raise
-    filler = {"decision_time": [None], "answers": [[]], "task": [foreign.path]}
-    columns = {name: filler[name] * len(answers) for name in filler if name in like}
-    names = [foreign.where(place) for place in range(len(answers))]
-    return Dataset.from_dict({**encoded, **columns, "label": answers, "decision_id": names}, features=like)
+    own = {
+        "label": answers,
+        "decision_id": [foreign.where(place) for place in range(len(answers))],
+        "decision_time": [None] * len(answers),
+        "answers": choices or [[]] * len(answers),
+        "task": [foreign.path] * len(answers),
+    }
+    return Dataset.from_dict({**encoded, **own}, features=like)
 
 
 def like(part: Dataset, first: Dataset) -> Dataset:
@@ -201,6 +211,34 @@ def like(part: Dataset, first: Dataset) -> Dataset:
 
 def join(parts: list[Dataset]) -> Dataset:
     return parts[0] if len(parts) == 1 else concatenate_datasets([like(part, parts[0]) for part in parts])
+
+
+def add_files(
+    sources: Sequence[Source],
+    files: dict[str, Foreign],
+    chosen: DatasetDict,
+    rejected: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, tuple[int, ...]]:
+    """Puts the pairs of files among those to train on, in the order of the sources; the tokens of their answers.
+
+    What a text's tokens are is taken from where it stands first; the preflight checks that they are so everywhere.
+    """
+    tokens: dict[str, tuple[int, ...]] = {}
+    for side, pairs in (("chosen", chosen), ("rejected", rejected)):
+        ours = pairs["train"]
+        encoded = {path: encode_side(foreign, side, tokenizer, ours.features) for path, foreign in files.items()}
+        for part in encoded.values():
+            for text, labels in zip(part["label"], part["labels"], strict=True):
+                tokens.setdefault(text, tuple(token for token in labels if token != IGNORE))
+        pairs["train"] = join([encoded.get(source.name, ours) for source in sources])
+    return tokens
+
+
+def encode_side(foreign: Foreign, side: str, tokenizer: PreTrainedTokenizerBase, like: Features) -> Dataset:
+    prompts, own = ([record[key] for record in foreign.records] for key in ("prompt", side))
+    both = [[record["chosen"], record["rejected"]] for record in foreign.records]
+    return encode_foreign(foreign, prompts, own, tokenizer, like, both)
 
 
 def thin_out_each(split: Dataset, limit: int | None) -> Dataset:
@@ -222,27 +260,28 @@ def mean_answer(train: Dataset, sampler: EpochOrder) -> float:
 # In words
 
 
-def describe_sources(sources: list[Source], read: Read, seen: dict[str, dict], hashes: dict) -> list[dict]:
+def describe_sources(
+    sources: list[Source], sampler: MixtureSampler, files: dict[str, Foreign], seen: dict[str, dict], hashes: dict
+) -> list[dict]:
     """Of each source its share, its records, how many of them an epoch takes, and a hash: of a file, or of the hashes
     of the CSVs."""
-    takes = read.sampler.takes if isinstance(read.sampler, MixtureSampler) else []
     ours = f"sha256:{hashlib.sha256(''.join(sorted(hashes.values())).encode()).hexdigest()}"
     return [
         {
             "source": source.name,
             "share": source.share,
-            "records": read.samplers[source.name].records,
+            "records": its.records,
             "in_an_epoch": take,
-            "sha256": read.files[source.name].sha256 if source.is_file else ours,
+            "sha256": files[source.name].sha256 if source.is_file else ours,
             "tuned_on": seen.get(source.name),
         }
-        for source, take in zip(sources, takes, strict=True)
+        for source, its, take in zip(sources, sampler.samplers, sampler.takes, strict=True)
     ]
 
 
 def lay_out_sources(examples: Examples, epochs: float) -> list[str]:
     """A line a source for the preflight; none without a mix."""
-    if not examples.mix or not isinstance(examples.sampler, MixtureSampler):
+    if not (examples.mix and isinstance(examples.sampler, MixtureSampler)):
         return []
     head = ["source", "share", "records", "an epoch takes", "run goes through it", "sha256"]
     passes = examples.sampler.passes(epochs)

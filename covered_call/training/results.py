@@ -60,7 +60,7 @@ def describe_run(
         "adapter": bool(model.lora_r),
         "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
         "prompt_version": PROMPT_VERSION,
-        "labels": list(examples.answers),
+        "labels": examples.labels,
         "splits": {
             name: {
                 "records": sampler.records if name == "train" else len(split),

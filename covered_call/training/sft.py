@@ -23,7 +23,6 @@ from covered_call.training.examples import (
 )
 from covered_call.training.keys import RANKING, DataArguments, ModelArguments
 from covered_call.training.mixture import (
-    MixtureSampler,
     Read,
     chats_of,
     describe_sources,
@@ -80,31 +79,33 @@ def load(model: ModelArguments, data: DataArguments, training: TrainingArguments
     """The splits in the tokens of the model, which is built here if it is the tiny one."""
     backtest = data.backtest()
     read = read_sources(data, backtest, training.seed)
-    build_base_if_tiny(model, chats_of(read.trained, read.sampler), training)
+    build_base_if_tiny(model, chats_of(read), training)
     tokenizer = load_tokenizer(model.model_name_or_path)
     train = {task: splits["train"] for task, splits in read.asked.items()}
     if data.candidate_order == "shuffle" and RANKING in train:
         shuffle_rankings(read, training)
-    splits = encode_sources(data, read, tokenizer)
-    read.sampler.mean_answer = mean_answer(splits["train"], read.sampler) if data.weight_by == "record" else None
+    splits, sampler = encode_sources(read, tokenizer), read.sampler
+    sampler.mean_answer = mean_answer(splits["train"], sampler) if data.weight_by == "record" else None
+    answers = answer_tokens(tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits))
     seen = {task: tuned_on(split) for task, split in train.items()}
     return Examples(
         splits=splits,
         tokenizer=tokenizer,
-        answers=answer_tokens(tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits)),
-        sampler=read.sampler,
+        answers=answers,
+        labels=list(answers),
+        sampler=sampler,
         commonest={task: Counter(split["label"]).most_common(1)[0][0] for task, split in train.items()},
         seen=seen,
         hashes=backtest.hashes,
-        mix=describe_sources(data.sources, read, seen, backtest.hashes) if data.mix else None,
+        mix=describe_sources(data.sources, read.mixture, read.files, seen, backtest.hashes) if read.mixture else None,
     )
 
 
 def shuffle_rankings(read: Read, training: TrainingArguments) -> None:
     """The candidates of each training ranking in another order, each time that the rankings are gone through."""
-    own, epochs = read.samplers[RANKING], count_steps(training, len(read.sampler))[1]
-    mixed = isinstance(read.sampler, MixtureSampler)
-    own.copies = math.ceil(read.sampler.passes(epochs)[RANKING] if mixed else epochs)
+    epochs = count_steps(training, len(read.sampler))[1]
+    own = read.samplers[RANKING]
+    own.copies = math.ceil(read.mixture.passes(epochs)[RANKING] if read.mixture else epochs)
     read.asked[RANKING]["train"] = shuffle_epochs(read.asked[RANKING]["train"], training.seed, own.copies)
 
 

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -192,7 +192,7 @@ def json_rows(path: str, content: bytes) -> list[tuple[int, Any]]:
     return rows
 
 
-def is_chat(chat: Any, end: tuple[str, ...]) -> bool:
+def is_chat(chat: Any, end: tuple[str, ...]) -> TypeGuard[list[dict]]:
     """Whether these are messages with text, of which the last are of these roles."""
     return (
         isinstance(chat, list)
@@ -233,7 +233,7 @@ def question_of(prompt: list[dict]) -> str:
     return " ".join(prompt[-1]["content"].split())
 
 
-def check_apart(files: Iterable[Foreign], judged: dict[str, Iterable[list[dict]]]) -> None:
+def check_apart(files: Iterable[Foreign], judged: dict[str, list[list[dict]]]) -> None:
     """Raises RecipeError if a record of a file asks what a decision asks that is judged.
 
     Args:
