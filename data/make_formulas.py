@@ -470,9 +470,10 @@ def write(path: Path, lines: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("corpora/formulas.jsonl"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("corpora/formulas.jsonl"), metavar="FILE",
+        help="where those to train on go, with the others beside it; default: %(default)s")  # fmt: skip
     parser.add_argument("--count", type=int, default=100, help="questions of each template; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     args = parser.parse_args()
     held_out = args.out.with_name(f"{args.out.stem}_held_out{args.out.suffix}")
     for path, templates, seed in ((args.out, TRAINED, args.seed), (held_out, HELD_OUT, args.seed + 1_000_000)):

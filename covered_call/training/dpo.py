@@ -348,7 +348,7 @@ def make_trainer(
 def finish(trainer: PreferenceTrainer, pairs: Pairs, manifest: dict, adapter: str | None) -> None:
     """Judges what was tuned, saves it, and says what it is."""
     scored = {name: trainer.score(split) for name, split in pairs.judged.items()}
-    results = report(trainer, pairs.judged, scored, adapter, pairs.commonest[RANKING])
+    results = report(trainer, pairs.judged, scored, adapter, pairs.commonest)
     calibration = calibrate_on(pairs.judged["validation"], scored["validation"])
     save(trainer, manifest, results, calibration, PANELS, model_card)
     if trainer.args.is_first:
@@ -357,7 +357,7 @@ def finish(trainer: PreferenceTrainer, pairs: Pairs, manifest: dict, adapter: st
         print(what_next(trainer))
 
 
-def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: str) -> list[dict]:
+def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: dict) -> list[dict]:
     """The tuned model beside its start, its base, a random one if it is tiny, and always the commonest answer, on each
     split."""
     results, base, untrained = [], name_of_base(trainer), random_base(trainer)
@@ -373,7 +373,8 @@ def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str 
             given = predictions(split, found)
             more = mean_money(split, given) | pair_metrics(split, found, start, trainer.beta)
             results.append({**judge(name, split, who, given), **more})
-        results.append(judge(name, split, f"always {commonest}", [commonest] * len(split)))
+        always = commonest[RANKING]
+        results.append(judge(name, split, f"always {always}", [always] * len(split)))
     return results
 
 

@@ -34,7 +34,7 @@ from covered_call.training.sources import check_files
 logger = logging.getLogger(__name__)
 
 RECIPES = HOME / "configs"
-SFT_RECIPES, DPO_RECIPES = ("per_candidate", "ranking", "mixed", "tiny", "tiny_mixed"), ("preference", "tiny_dpo")
+SFT_RECIPES, DPO_RECIPES = ("per_candidate", "ranking", "mixed", "tiny_mixed", "tiny"), ("preference", "tiny_dpo")
 HELP = ("-h", "--help", "--help_all", "--help-all")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DEADLINE = 3.0  # seconds that the Hub has to answer

@@ -87,8 +87,9 @@ def check_records(
     control = control_tokens(tokenizer)
     [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
     template = control_in(prompt + answer, control)
-    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id"])):
-        if strange := control_beside(template, row["input_ids"], control):
+    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id", "task"])):
+        ours = row["task"] in SHORT_NAMES  # the chats of files, of other roles perhaps, were looked at when encoded
+        if ours and (strange := control_beside(template, row["input_ids"], control)):
             raise RecipeError(
                 f"{name}, {row['decision_id']}: a name holds the text {strange}, which is a control token of the "
                 "model. Correct the file."
