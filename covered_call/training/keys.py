@@ -133,8 +133,9 @@ class DataArguments(recipe_keys(DATA, SPLITS)):
             raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
         if self.weight_by not in get_args(WeightBy):
             raise RecipeError(f"weight_by: {self.weight_by!r} is none of {', '.join(get_args(WeightBy))}.")
-        if self.max_records_per_market is not None and self.max_records_per_market < 1:
-            raise RecipeError(f"max_records_per_market: {self.max_records_per_market} leaves nothing: give 1 or more.")
+        most = self.max_records_per_market
+        if most is not None and (not isinstance(most, int) or most < 1):
+            raise RecipeError(f"max_records_per_market: {most!r} is no number of records: give 1 or more.")
         self.mix = read_mix(self.mix, self.mixed)
         if self.mix and self.dataset_config not in self.configs:
             raise RecipeError(

@@ -65,7 +65,7 @@ def read_mix(value: Any, configs: tuple[str, ...]) -> list[dict] | None:
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the second of what looks like a date, and is none
             raise RecipeError(f"mix: {shown(value)} is no YAML: give a list such as {EXAMPLE}.") from None
     if value is None:
         return None

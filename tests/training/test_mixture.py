@@ -101,7 +101,7 @@ def test_a_cap_keeps_so_many_of_each_market_evenly_spaced(tmp_path):
     ]
     gaps = {later - earlier for earlier, later in zip(days, days[1:], strict=False)}
     assert max(gaps) - min(gaps) <= 1 and days == sorted(days)
-    with pytest.raises(RecipeError, match="max_records_per_market: 0 leaves nothing"):
+    with pytest.raises(RecipeError, match="max_records_per_market: 0 is no number of records"):
         DataArguments(dataset_config=RANKING, max_records_per_market=0)
 
 

@@ -58,6 +58,7 @@ def test_a_mix_reads_the_same_from_a_recipe_and_from_the_command_line():
     "mix, message",
     [
         ("[", "is no YAML"),
+        ("2024-13-01", "is no YAML"),
         ("tiny", "is no list of sources"),
         ([], "is no list of sources"),
         ([{"config": "per_candidate"}], "is no source: give config or data, and share"),
