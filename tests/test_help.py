@@ -20,6 +20,7 @@ from covered_call.training.recipe import DPO, SFT, RunArguments
 
 ROOT = SCRIPT.parent
 SCRIPTS = [
+    "data/make_formulas.py",
     "data/simulate_backtest.py",
     *(
         path.relative_to(ROOT).as_posix()

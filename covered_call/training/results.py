@@ -27,7 +27,7 @@ from covered_call.language_model.scoring import Scored
 from covered_call.language_model.tiny_phi3 import made_tiny, random_phi3
 from covered_call.tables import align
 from covered_call.training.card import Panel, plot_course
-from covered_call.training.examples import Examples
+from covered_call.training.examples import Examples, tasks_in, times_in
 from covered_call.training.keys import DataArguments, ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import RecipeError, of_the_run, open_run
@@ -54,23 +54,25 @@ def describe_run(
             raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")
     return {
         "task": data.dataset_config,
+        "tasks": data.configs,
         "base_model": model.model_name_or_path,
         "base_revision": base_revision(model.model_name_or_path),
         "quantization": model.quantization,
         "adapter": bool(model.lora_r),
         "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
         "prompt_version": PROMPT_VERSION,
-        "labels": list(examples.answers),
+        "labels": examples.labels,
         "splits": {
             name: {
                 "records": sampler.records if name == "train" else len(split),
-                "from": min(split["decision_time"]).isoformat(),
-                "to": max(split["decision_time"]).isoformat(),
+                "from": min(times_in(split)).isoformat(),
+                "to": max(times_in(split)).isoformat(),
             }
             for name, split in splits.items()
         },
+        "mix": examples.mix,
         "recipe": of_the_run({**keys_of(model), **keys_of(data), **given, **training.settled()}),
-        "tuned_on": examples.seen,
+        "tuned_on": examples.seen[data.dataset_config],
         "processes": training.world_size,
         "micro_batch": training.per_device_train_batch_size,
         "seed": training.seed,
@@ -180,6 +182,15 @@ def random_base(trainer: ScoringTrainer) -> PreTrainedModel | None:
     """What the tiny base was before its steps, in full precision; None of another base."""
     made = made_tiny(trainer.model.config)
     return random_phi3(trainer.processing_class, made["seed"]).to(trainer.args.device) if made else None
+
+
+def calibrate_each(split: Dataset, scored: list[Scored], tasks: list[str]) -> dict:
+    """The temperature of the first task and, where there are several, that of each under "tasks"."""
+    fitted = {
+        task: calibrate_on(split.select(places), [scored[place] for place in places])
+        for task, places in tasks_in(split).items()
+    }
+    return {**fitted[tasks[0]], **({"tasks": fitted} if len(fitted) > 1 else {})}
 
 
 def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:
