@@ -58,6 +58,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
@@ -69,11 +70,11 @@ from scipy.special import ndtr
 logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
-    "schema", "columns", "options", "number_texts", "prompts", "csv_rows", "strays", "csv_blocks", "columnar",
-    "reading", "pricing", "series", "spots", "settlement", "chains", "vols", "outcomes", "splits", "terms",
-    "spool", "decisions", "preferences", "records", "builder",
+    "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
+    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains",
+    "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "4027fe40e473eb9b44631f3433cbd95cd750064588a4a4b03ce326561a6e3138"  # their SHA-256
+MADE_FROM = "9e7ff0a7acd436e33a46d08aa8cc699b67e8b6a1501547162da2f0e0dd3fb6cc"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -112,6 +113,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 # Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
+# Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
+CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -134,6 +137,9 @@ class Candidate(NamedTuple):
     ivrv_ratio: float | None
 
 
+Context = Mapping[str, float | str | None]  # words as words; None where unknown
+
+
 class Decision(NamedTuple):
     """All that a policy may know at one decision: the time (UTC), the market, and its candidates."""
 
@@ -142,6 +148,7 @@ class Decision(NamedTuple):
     exit_style: str
     spot: float
     candidates: tuple[Candidate, ...]
+    context: Context | None = None  # of the market, by name, where a policy is asked with one
 
     @classmethod
     def from_dict(cls, state: dict, max_iv: float | None = None) -> "Decision":
@@ -171,7 +178,10 @@ class Decision(NamedTuple):
     def to_dict(self) -> dict:
         """What from_dict takes, and json.dumps too."""
         candidates = [candidate._asdict() for candidate in self.candidates]
-        return self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
+        state = self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
+        if self.context is None:
+            del state["context"]
+        return state
 
     @property
     def decision_id(self) -> str:
@@ -247,6 +257,7 @@ NUMBERS = {
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
+MAY_BE_LEFT_OUT = (*MAY_LACK, "context")
 NO_TIME = "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00"
 # Every special token of the common chat formats has one of these: <|end|>, <s>, [INST], {{, <｜User｜>. The bar also
 # divides the parts of a decision's id, and a quote is one that a CSV lost.
@@ -341,6 +352,7 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
         raise CandidatesError(f"decision_time: {shown(time)} is not a datetime with a time zone.")
     for name in ("underlying", "exit_style"):
         check_name(name, getattr(decision, name), "the decision")
+    check_context(decision.context)
     if not isinstance(decision.candidates, tuple) or not all(isinstance(c, Candidate) for c in decision.candidates):
         raise CandidatesError(f"candidates: {shown(decision.candidates)} is not a tuple of Candidate.")
     if decision.candidates:
@@ -354,6 +366,17 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise CandidatesError(f"{decision.decision_id}: the instrument {shown(twice[0])} stands there twice.")
+
+
+def check_context(context: Context | None) -> None:
+    if context is not None and not isinstance(context, Mapping):
+        raise CandidatesError(f"context: {shown(context)} is no dict of numbers by name.")
+    for name, value in (context or {}).items():
+        check_name("context", name, "the decision")
+        if isinstance(value, str):
+            check_name(f"context {name}", value, "the decision")
+        elif value is not None:
+            check_number(f"context {name}", value, "the decision", MAX_IV)
 
 
 def checked_decision(state: Decision | dict, max_iv: float | None) -> Decision:
@@ -396,7 +419,7 @@ def fields_of(kind: type[Candidate] | type[Decision], state, where: str) -> dict
     if not isinstance(state, dict):
         raise CandidatesError(f"{where}: {shown(state)} is no dict of {', '.join(kind._fields)}.")
     for name in kind._fields:
-        if name not in state and name not in MAY_LACK:
+        if name not in state and name not in MAY_BE_LEFT_OUT:
             raise CandidatesError(f"{where} has no {name}: give {', '.join(kind._fields)}.")
     strange = [name for name in state if name not in kind._fields]
     if strange:
@@ -448,6 +471,7 @@ class Columns:
     instrument: pa.StringArray  # (R,)
     numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
+    context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
 
     def __len__(self) -> int:
         return len(self.time)
@@ -474,7 +498,8 @@ class Columns:
         sizes = np.diff(self.offsets)[places]
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         rows = np.repeat(self.offsets[places] - offsets[:-1], sizes) + np.arange(offsets[-1])
-        by_decision = {name: getattr(self, name)[places] for name in BY_DECISION}
+        by_decision: dict = {name: getattr(self, name)[places] for name in BY_DECISION}
+        by_decision["context"] = {name: values[places] for name, values in self.context.items()}
         return dataclasses.replace(self, **by_decision, offsets=offsets).with_rows(rows, self)
 
     def with_rows(self, rows: np.ndarray, of: "Columns") -> "Columns":
@@ -512,6 +537,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         instrument=pa.concat_arrays([part.instrument for part in parts]),
         numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
         label_end=np.concatenate([part.label_end for part in parts]),
+        context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
     )
 
 
@@ -557,7 +583,56 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
         pa.array([candidate.instrument for candidate in candidates], pa.string()),
         numbers,
         np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
+        contexts_in([decision.context for decision in decisions]),
     )
+
+
+def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
+    """(D,) each: what contexts say, by name, words as numbers; NaN where one does not say it."""
+    names = dict.fromkeys(name for context in contexts for name in context or ())
+    return {name: floats(number_of_word(name, (context or {}).get(name)) for context in contexts) for name in names}
+
+
+# What the words of a context are kept as: their places, the middle one of which is 0. So they have an order, which
+# trees and regressions can use.
+CONTEXT_WORDS = {
+    "regime": ("bear", "sideways", "bull"),
+    "trend_5d": ("down", "slight_down", "sideways", "slight_up", "up"),
+    "volume_class": ("very_low", "low", "normal", "high", "very_high"),
+    "spread_class": ("narrow", "normal", "wide"),
+    "wick": ("lower", "none", "upper"),
+    "effort": ("anomaly", "neutral", "validation"),
+    "longer_trend": ("down", "slight_down", "sideways", "slight_up", "up"),
+}
+
+
+def word_of(name: str, value: float | None) -> str | None:
+    """The word that a number of CONTEXT_WORDS stands for."""
+    words = CONTEXT_WORDS[name]
+    return None if value is None else words[int(value) + len(words) // 2]
+
+
+def number_of_word(name: str, value: float | str | None) -> float | None:
+    """The same backwards; of another name the value itself."""
+    if not isinstance(value, str):
+        return value
+    words = CONTEXT_WORDS.get(name, ())
+    if value not in words:
+        raise CandidatesError(f"context {name}: {shown(value)} is none of {', '.join(words) or 'its numbers'}.")
+    return words.index(value) - len(words) // 2
+
+
+def words_of(name: str, values: np.ndarray) -> list[float | str | None]:
+    """Numbers as Python has them, those of CONTEXT_WORDS as words."""
+    return [word_of(name, value) for value in known(values)] if name in CONTEXT_WORDS else known(values)
+
+
+def contexts_of(columns: Columns) -> list[Context | None]:
+    """Of each decision its own, words as words."""
+    if not columns.context:
+        return [None] * len(columns)
+    said = [words_of(name, values) for name, values in columns.context.items()]
+    return [dict(zip(columns.context, row, strict=True)) for row in zip(*said, strict=True)]
 
 
 def logged_of(columns: Columns) -> list[LoggedDecision]:
@@ -570,10 +645,12 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
+    contexts = contexts_of(columns)
     logged = []
-    for place, (underlying, exit_style, time, spot, chosen) in enumerate(zip(*fields, strict=True)):
+    of_each = zip(*fields, contexts, strict=True)
+    for place, (underlying, exit_style, time, spot, chosen, context) in enumerate(of_each):
         its = slice(offsets[place], offsets[place + 1])
-        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]))
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]), context)
         sold = None if chosen < 0 else chosen
         logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
     return logged
@@ -620,11 +697,13 @@ def time_of(time: int) -> datetime.datetime:
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
-PATHS = ("iv_file",)  # options whose value says where something lies on this machine: no word of that is shared
+# Options whose value says where something lies on this machine: no word of that is shared.
+PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
-DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
+DATA, CONTEXT, PROMPTS, SPLITS = "data", "market context", "prompts", "splits"
+OUTCOMES, PAIRS = "outcomes and costs", "pairs"
 
 
 def option(default, group: str, placeholder: str, text: str, *, otherwise="", choices=(), most=None, least=0.0):
@@ -677,6 +756,48 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "VOL",
         "an implied vol above this (1 is 100 % a year) is taken for a percentage, and is an error",
         most=math.inf,
+    )
+    context: str = option(
+        "none",
+        CONTEXT,
+        "LEVEL",
+        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its "
+        "vols; or ohlcv, which is that and volume, patterns, VWAP, ADX and the last bars of ohlcv_files",
+        choices=("none", "spot", "ohlcv"),
+    )
+    context_columns: list[str] | tuple[str, ...] = option(
+        (),
+        CONTEXT,
+        "COLUMN",
+        "numeric columns of the files to be told as they are; that they were known at the decision is for you to "
+        "vouch for",
+        otherwise="none",
+    )
+    context_vols: str | None = option(
+        None,
+        CONTEXT,
+        "CSV",
+        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
+        otherwise="none",
+    )
+    ohlcv_files: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "bars for context ohlcv: a CSV or Parquet file with time (at which a bar begins), open, high, low, close and "
+        "volume, and underlying, or {underlying} in its name for one each",
+        otherwise="none",
+    )
+    bar: str = option("1d", CONTEXT, "LENGTH", "of the bars in ohlcv_files: 1d or 1h", choices=("1d", "1h"))
+    label_offset_hours: float = option(
+        0.0,
+        CONTEXT,
+        "HOURS",
+        "from a decision's time, as the files label it, to that of its price: bars that had ended by then are seen; 8 "
+        "for the teacher's files",
+        most=24,
+        least=-24,
     )
     hindsight: bool = option(
         False,
@@ -801,7 +922,11 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         otherwise="the files' iv",
     )
     iv_lag: float = option(
-        24.0, OUTCOMES, "HOURS", "after its time at which a vol of iv_file is known; a day's close: 24", most=24 * 365
+        24.0,
+        OUTCOMES,
+        "HOURS",
+        "after its time at which a vol of iv_file or context_vols is known; a day's close: 24",
+        most=24 * 365,
     )
     iv_shift: float = option(0.0, OUTCOMES, "VOL", "added to the vol of premiums and buy-backs", most=5, least=-5)
 
@@ -821,15 +946,35 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 f"pricing_iv={shown(self.pricing_iv)}: give a vol above 0 and up to {MAX_IV:g} (0.7 is 70 % a year), "
                 f"or {FIT}."
             )
-        if self.iv_file is not None and (not isinstance(self.iv_file, str) or not self.iv_file.strip()):
-            raise CandidatesError(f"iv_file={shown(self.iv_file)}: give the path of a CSV, or leave it out.")
+        for name in PATHS:
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path.strip()):
+                raise CandidatesError(f"{name}={shown(path)}: give the path of a file, or leave it out.")
         if self.iv_file is not None and self.pricing_iv is not None:
             raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
             )
+        self.check_context()
         self.check_splits()
+
+    def check_context(self) -> None:
+        named = self.context_columns
+        texts = isinstance(named, (list, tuple)) and all(isinstance(one, str) for one in named)
+        if not texts or len(set(named)) < len(named) or any(wrong_name(one) for one in named):
+            raise CandidatesError(f"context_columns={shown(named)}: give a list of different names of columns.")
+        told = [one for one in named if one in (*COLUMNS, *QUOTED_COLUMNS)]
+        if told:
+            raise CandidatesError(
+                f"context_columns={shown(told[0])}: this column is told already, or is of the outcome, which a prompt "
+                "must not tell. Give columns of your own."
+            )
+        for name in ("context_columns", "context_vols"):
+            if getattr(self, name) and self.context == "none":
+                raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
+        if (self.context == "ohlcv") != (self.ohlcv_files is not None):
+            raise CandidatesError("context='ohlcv' and ohlcv_files go together: give both.")
 
     def check_splits(self) -> None:
         default = CoveredCallCandidatesConfig.splits
@@ -1030,6 +1175,140 @@ def rows_as_texts(characters: np.ndarray) -> pa.StringArray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# context_lines
+#
+# The market's context of a decision: what its numbers are called, and the lines in which prompts say them.
+
+
+# Of prices alone. Returns and distances are fractions of the price then, or of spot; vols are fractions a year.
+OF_PRICES = (
+    "ret_1d", "ret_7d", "ret_30d", "rv_7d", "rv_30d", "dist_ma50", "regime", "trend_5d", "drawdown_90d",
+    "range_pos_30d", "rsi_14", "support", "resistance",
+)  # fmt: skip
+OF_CHAIN = ("iv_rank_180", "iv_skew", "iv_term")  # of the candidates' own vols
+SPOT = (*OF_PRICES, *OF_CHAIN)  # what the level spot has
+MARKET = ("dvol", "dvol_rank_180", "dvol_rv")  # beside it, of a file of the market's vols
+CANDLES = 10
+CANDLE_RETURNS = tuple(f"candle_ret_{place}" for place in range(1, CANDLES + 1))  # the last bar first
+CANDLE_VOLUMES = tuple(f"candle_volume_{place}" for place in range(1, CANDLES + 1))
+PATTERNS = ("accumulation", "distribution", "testing", "buying_climax", "selling_climax")
+OF_BARS = (  # what the level ohlcv has beside it
+    "volume_ratio", "volume_class", "spread_ratio", "spread_class", "wick", "effort", *PATTERNS, "vwap_distance",
+    "adx_14", "longer_ret", "longer_volume", "longer_trend", *CANDLE_RETURNS, *CANDLE_VOLUMES,
+)  # fmt: skip
+PERCENT = (
+    "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance", "vwap_distance", "longer_ret",
+    *CANDLE_RETURNS,
+)  # fmt: skip
+Texts = pa.StringArray | str  # many, or one for all
+HEADING = "Market context (known at decision time):\n"
+LINES = (
+    "  - Returns: 1d {ret_1d}, 7d {ret_7d}, 30d {ret_30d}\n",
+    "  - Realised vol: 7d {rv_7d}, 30d {rv_30d}\n",
+    "  - Trend: {regime}, 5d {trend_5d}, from 50-day mean {dist_ma50}\n",
+    "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
+    "  - Levels from spot: support {support}, resistance {resistance}\n",
+    "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
+    "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
+    "{spread_class}; wick {wick}; move and volume: {effort}\n",
+    "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
+    "climax {buying_climax}, selling climax {selling_climax}\n",
+    "  - From 20-bar VWAP {vwap_distance}, ADX 14 {adx_14}\n",
+    "  - Longer frame: {longer_ret}, {longer_trend}, volume {longer_volume} of 50-bar mean\n",
+    "  - Last bars, the newest first (move, volume): "
+    + ", ".join(f"{{{move}}} {{{volume}}}" for move, volume in zip(CANDLE_RETURNS, CANDLE_VOLUMES, strict=True))
+    + "\n",
+)
+# Of files whose vols are all alike these say nothing, so that they are left out where they are unknown.
+WHERE_KNOWN = (
+    "  - IV rank of 180: {iv_rank_180}\n",
+    "  - IV skew: {iv_skew}\n",
+    "  - IV term slope: {iv_term}\n",
+)
+OWN = "  - {name}: {value}\n"  # of the user's own columns
+
+
+def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
+    """Of what a decision's context is made, in this order: the user's own columns last."""
+    if options.context == "none":
+        return []
+    bars = OF_BARS if options.context == "ohlcv" else ()
+    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *options.context_columns]
+
+
+def names_in(line: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(line) if name]
+
+
+SAID = frozenset(name for line in (*LINES, *WHERE_KNOWN) for name in names_in(line))
+
+
+def percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:+.2f}%"
+
+
+def own(value: float | None) -> str:
+    return UNKNOWN if value is None else exact(value)
+
+
+def text_of(name: str, value: float | None) -> str:
+    """A number of a context as prompts say it."""
+    if name in CONTEXT_WORDS:
+        return word_of(name, value) or UNKNOWN
+    if name in PERCENT:
+        return percent(value)
+    return ratio(value) if name in SAID and name not in PATTERNS else own(value)
+
+
+def context_block(context: Context | None) -> str:
+    """What a prompt says of one decision's context; nothing where it has none."""
+    if context is None:
+        return ""
+    numbers = {name: number_of_word(name, value) for name, value in context.items()}
+    texts = {name: text_of(name, value) for name, value in numbers.items()}
+    lines = [line.format(**texts) for line in LINES if set(names_in(line)) <= texts.keys()]
+    for line in WHERE_KNOWN:
+        (name,) = names_in(line)
+        lines += [line.format(**texts)] if numbers.get(name) is not None else []
+    lines += [OWN.format(name=name, value=text) for name, text in texts.items() if name not in SAID]
+    return HEADING + "".join(lines)
+
+
+def context_blocks(context: Mapping[str, np.ndarray]) -> pa.StringArray | str:
+    """(D,) the same of many, whose contexts have the same names."""
+    if not context:
+        return ""
+    texts = {
+        name: each_distinct(values, lambda value, name=name: text_of(name, value)) for name, values in context.items()
+    }
+    lines = [filled(line, texts) for line in LINES if set(names_in(line)) <= texts.keys()]
+    for line in WHERE_KNOWN:
+        (name,) = names_in(line)
+        if name in texts:
+            lines.append(pc.if_else(pa.array(np.isnan(context[name])), "", filled(line, texts)))
+    lines += [
+        pc.binary_join_element_wise(f"  - {name}: ", text, "\n", "")
+        for name, text in texts.items()
+        if name not in SAID
+    ]
+    return pc.binary_join_element_wise(HEADING, *lines, "")
+
+
+def filled(template: str, fields: Mapping[str, Texts]) -> pa.StringArray:
+    """(K,) the template's texts.
+
+    Args:
+        fields: K texts each, or one for all.
+    """
+    pieces = [
+        piece
+        for literal, name, _, _ in string.Formatter().parse(template)
+        for piece in ([literal] if name is None else [literal, fields[name]])
+    ]
+    return pc.binary_join_element_wise(*pieces, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # prompts
 #
 # Prompts and answers: of one live decision, or of many in columns, from the same templates.
@@ -1045,7 +1324,7 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot price: {spot}
 Teacher policy (exit_style): {exit_style}
-"""
+{context}"""
 CANDIDATE_STATE = """\
 Candidate option: {instrument}
   - Strike: {strike}
@@ -1067,11 +1346,12 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot: {spot}
 Teacher policy (exit_style): {exit_style}
-Candidates:
+{context}Candidates:
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}\n"
+RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}\n"
+RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.
 CANDIDATE_HINDSIGHT = """\
@@ -1100,8 +1380,9 @@ def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str 
 
 def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
+    vols = "" if decision.context is None else RANKING_VOLS
     lines = [
-        RANKING_LINE.format(index=index, **fields_of_state(candidate))
+        RANKING_LINE.format(index=index, vols=vols.format(**fields_of_state(candidate)), **fields_of_state(candidate))
         for index, candidate in enumerate(decision.candidates, start=1)
     ]
     fields = {"lines": "".join(lines) or NO_LINES, "count": len(decision.candidates), "hindsight": hindsight}
@@ -1115,6 +1396,7 @@ def fields_of_market(decision: Decision) -> dict[str, str]:
         "underlying": decision.underlying,
         "spot": money(decision.spot),
         "exit_style": decision.exit_style,
+        "context": context_block(decision.context),
     }
 
 
@@ -1210,13 +1492,13 @@ def shuffled_places(columns: Columns, seed: int) -> np.ndarray:
     return np.array(shuffled, np.int64)
 
 
-def decision_ids(market: dict[str, pa.StringArray]) -> pa.StringArray:
+def decision_ids(market: dict[str, Texts]) -> pa.StringArray:
     """What Decision.decision_id is, of each."""
     return filled("{underlying}|{decision_time}|{exit_style}", market)
 
 
 def candidate_chats(
-    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray, hindsight: bool
+    columns: Columns, market: dict[str, Texts], answers: pa.StringArray, hindsight: bool
 ) -> pa.ListArray:
     """(R,) the messages of candidate_messages, and the answer to each."""
     rows = pa.array(columns.decision_of)
@@ -1229,10 +1511,15 @@ def candidate_chats(
 
 
 def ranking_chats(
-    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray | None, hindsight: bool = False
+    columns: Columns,
+    market: dict[str, Texts],
+    answers: pa.StringArray | None,
+    hindsight: bool = False,
 ) -> pa.ListArray:
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
-    lines = filled(RANKING_LINE, texts_of_state(columns, "delta", "score") | {"index": answers_of(columns.place)})
+    states = texts_of_state(columns, *(RATIOS if columns.context else RATIOS[:2]))
+    vols = filled(RANKING_VOLS, states) if columns.context else ""
+    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
@@ -1258,7 +1545,7 @@ def ranking_blocks(columns: Columns) -> pa.StringArray:
     return pc.replace_with_mask(pa.array([""] * len(columns), pa.string()), traded, blocks)
 
 
-def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
+def texts_of_market(columns: Columns) -> dict[str, Texts]:
     """(D,) each: what fields_of_market gives for one."""
     names = pa.array(columns.names, pa.string())
     return {
@@ -1266,6 +1553,7 @@ def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
         "underlying": names.take(pa.array(columns.underlying)),
         "spot": each_distinct(columns.spot, money),
         "exit_style": names.take(pa.array(columns.exit_style)),
+        "context": context_blocks(columns.context),
     }
 
 
@@ -1281,20 +1569,6 @@ def texts_of_outcomes(numbers: dict[str, np.ndarray]) -> dict[str, pa.StringArra
     texts = {name: each_distinct(numbers[name], money) for name in ("reward", "pnl_vs_hodl")}
     percent = functools.partial(money, unit="%")
     return texts | {"max_drawdown_pct": each_distinct(numbers["max_drawdown_pct"], percent)}
-
-
-def filled(template: str, fields: Mapping[str, pa.StringArray | str]) -> pa.StringArray:
-    """(K,) the template's texts.
-
-    Args:
-        fields: K texts each, or one for all.
-    """
-    pieces = [
-        piece
-        for literal, name, _, _ in string.Formatter().parse(template)
-        for piece in ([literal] if name is None else [literal, fields[name]])
-    ]
-    return pc.binary_join_element_wise(*pieces, "")
 
 
 def lengths(texts: pa.StringArray) -> np.ndarray:
@@ -1329,20 +1603,44 @@ def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
-def prompt_version() -> str:
+def prompt_version(context: Context | None = None) -> str:
     """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
     time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
     candidates = (
         Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
         Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
     )
-    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates)
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context)
     chats = [candidate_messages(decision, candidate) for candidate in candidates]
     chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
     return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
 
 
 PROMPT_VERSION = prompt_version()
+
+
+def version_with(names: Sequence[str]) -> str:
+    """That of prompts with a context of these names; PROMPT_VERSION without any."""
+    if not names:
+        return PROMPT_VERSION
+    words = {name: said[-1] for name, said in CONTEXT_WORDS.items()}
+    return prompt_version({name: words.get(name, 0.125) for name in names})
+
+
+def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
+    """The decision with the context that a policy was fitted with, and nothing beside it.
+
+    Raises:
+        CandidatesError: if the decision does not have it.
+    """
+    context = decision.context or {}
+    missing = [name for name in names if name not in context]
+    if missing:
+        raise CandidatesError(
+            f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
+            "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
+        )
+    return decision._replace(context={name: context[name] for name in names} or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1401,7 +1699,7 @@ def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | 
     try:
         with Hashed(path) as content, io.BufferedReader(content, MAX_LINE) as raw:
             text = decoded(path, raw)  # named, for it closes the file when it goes
-            yield from cells_of(path, csv.reader(lines(path, text), strict=True))
+            yield from cells_of(path, csv.reader(lines(path, text), strict=True), options)
             while raw.read(MAX_LINE):  # what follows the end of a gzip archive counts too
                 pass
             if expected not in (None, content.sha256.hexdigest()):
@@ -1447,10 +1745,10 @@ def first_undecodable_line(path: str) -> int:
     return number
 
 
-def cells_of(path: str, reader) -> Iterator[Cells]:
+def cells_of(path: str, reader, options: CoveredCallCandidatesConfig) -> Iterator[Cells]:
     rows = 0
     try:
-        header = check_header(path, next(reader, None))
+        header = check_header(path, next(reader, None), options.context_columns)
         for line, values in numbered(reader):
             if not values:  # a blank line holds nothing to lose
                 continue
@@ -1492,7 +1790,7 @@ def check_quotes(path: str, line: int, header: list[str], values: list[str]) -> 
             line += len(value.splitlines()) - 1
 
 
-def check_header(path: str, header: list[str] | None) -> list[str]:
+def check_header(path: str, header: list[str] | None, own: Sequence[str] = ()) -> list[str]:
     if not header:
         raise CandidatesError(f"{path} is empty. Leave it out, or run the backtest again.")
     header = [name.strip() for name in header]
@@ -1502,7 +1800,13 @@ def check_header(path: str, header: list[str] | None) -> list[str]:
             f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
             f"A candidate file has the columns {','.join(COLUMNS)}."
         )
-    known = (*COLUMNS, *QUOTED_COLUMNS)
+    missing = [name for name in own if name not in header]
+    if missing:
+        raise CandidatesError(
+            f"{path}, line 1: there is no column {missing[0]!r}, which context_columns names; the header is "
+            f"{','.join(header)[:300]!r}."
+        )
+    known = (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS, *own)
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")
@@ -1831,13 +2135,13 @@ def whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def header_of(line: bytes) -> list[str]:
+def header_of(line: bytes, own: Sequence[str] = ()) -> list[str]:
     if not line.endswith(b"\n"):
         raise Doubt("the header")
     certain_lines(line.removeprefix(codecs.BOM_UTF8))
     text = line.decode("utf-8-sig")
     header = [name.strip() for name in next(csv.reader([text]))]
-    needed = [*KEY, *WORDS, *READ_NUMBERS]
+    needed = [*KEY, *WORDS, *READ_NUMBERS, *own]
     missing = [name for name in needed if name not in (*header, *OPTIONAL_COLUMNS, *QUOTED_COLUMNS)]
     if len(set(header)) < len(header) or missing:
         raise Doubt("the header")
@@ -1857,11 +2161,15 @@ def certain_lines(block: bytes) -> None:
         raise Doubt("a long line")
 
 
-def parse(block: bytes, header: list[str]) -> pa.Table:
-    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
+def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none.
+
+    Args:
+        own: numeric columns of the user's, which are read too.
+    """
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
-    read = [name for name in READ_NUMBERS if name in header]
+    read = [name for name in (*READ_NUMBERS, *own) if name in header]
     with pacsv.open_csv(  # which reads here, where read_csv waits for a thread: longer than a small file takes
         pa.BufferReader(block),
         pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
@@ -1876,7 +2184,7 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
 
 
 def rows_of(table: pa.Table) -> Rows:
-    read = [name for name in READ_NUMBERS if name in table.column_names]
+    read = [name for name in table.column_names if name not in WORDS]
     columns = {name: table.column(name).combine_chunks() for name in (*WORDS, *read)}
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
@@ -1994,7 +2302,7 @@ def scan(
     """
     with doubted():
         blocks = blocks_of(path, expected)
-        state, left = State(options, header_of(next(blocks))), b""
+        state, left = State(options, header_of(next(blocks), options.context_columns)), b""
         for block, following in itertools.pairwise(itertools.chain(whole_lines(blocks), [b""])):
             left = state.take_in(left + block, take, last=not following)
         state.check_whole_file()
@@ -2012,10 +2320,10 @@ def scan_in_pieces(
     """
     with doubted():
         blocks = blocks_of(path, expected)
-        state, tables = State(options, header_of(next(blocks))), []
+        state, tables = State(options, header_of(next(blocks), options.context_columns)), []
         for block in whole_lines(blocks):
             if block and not block.isspace():
-                tables.append(parse(block, state.header))
+                tables.append(parse(block, state.header, options.context_columns))
                 state.look_at_offsets(block, rows_of(tables[-1]))
             state.lines += lines_in(block)
         if not tables:
@@ -2057,7 +2365,7 @@ class State:
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""
-        rows, left = rows_of(parse(block, self.header)), b""
+        rows, left = rows_of(parse(block, self.header, self.options.context_columns)), b""
         if not last:
             if len(block) > 8 * BLOCK:
                 raise Doubt("a decision of very many rows")
@@ -2136,9 +2444,21 @@ class State:
             tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
             np.concatenate([[0], np.cumsum(sizes)]),
             pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
-            {name: values[left] for name, values in rows.numbers.items()},
+            {name: rows.numbers[name][left] for name in READ_NUMBERS},
             np.zeros(left.sum(), np.int64),
+            self.own_of(rows),
         )  # fmt: skip
+
+    def own_of(self, rows: Rows) -> dict[str, np.ndarray]:
+        """(D,) each: the user's own columns, which have one number a decision."""
+        found, sizes = {}, np.diff(rows.starts, append=len(rows.time))
+        for name in self.options.context_columns:
+            values = rows.numbers[name]
+            found[name] = values[rows.starts]
+            same = np.array_equal(values, np.repeat(found[name], sizes), equal_nan=True)
+            if np.isinf(values).any() or not same:
+                raise Doubt(f"{name}: not finite, or two in a decision")
+        return found
 
     def check_names(self, rows: Rows, placeholder: np.ndarray) -> None:
         used = np.unique(rows.codes["instrument"][~placeholder])
@@ -2215,8 +2535,8 @@ def together(rows: Rows) -> Rows:
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
 
 
-EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), np.zeros(1, np.int64), pa.array([], pa.string()), {},
-    np.zeros(0, np.int64))  # fmt: skip
+EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), offsets=np.zeros(1, np.int64),
+    instrument=pa.array([], pa.string()), numbers={}, label_end=np.zeros(0, np.int64))  # fmt: skip
 
 
 def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandidatesConfig) -> None:
@@ -2287,6 +2607,7 @@ class Row(NamedTuple):
     outcome: Outcome
     trade_executed: int
     chosen: int
+    own: dict[str, float | None] = {}  # the columns of context_columns
 
 
 def read_file(
@@ -2403,15 +2724,16 @@ def parse_row(cells: Cells, options: CoveredCallCandidatesConfig) -> Row:
     if chosen != (cells.values["action"] == SELL_CALL):
         raise cells.bad("action", f"disagrees with chosen={chosen}")
     outcome = Outcome(*(parse_number(cells, name, options, blank=True) for name in Outcome._fields))
+    own = {name: parse_number(cells, name, options, blank=True) for name in options.context_columns}
     if parse_name(cells, "instrument") != NO_CANDIDATES:
         spot, candidate = parse_number(cells, "spot", options), parse_candidate(cells, options)
-        return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
+        return Row(cells.line, spot, candidate, outcome, trade_executed, chosen, own)
     if trade_executed:
         raise cells.bad("trade_executed", f"on a {NO_CANDIDATES} row, where nothing can be sold")
     strike, *_ = (parse_number(cells, name, options, blank=True, zero=True) for name in Candidate._fields[1:])
     if strike:
         raise cells.bad("instrument", "stands for no option, and the row has a strike")
-    return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
+    return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen, own)
 
 
 def parse_candidate(cells: Cells, options: CoveredCallCandidatesConfig) -> Candidate:
@@ -2481,8 +2803,8 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
     """One decision from its rows; raises BadRow where they contradict each other."""
     first, chosen, lines = rows[0], None, {}
     for index, row in enumerate(rows):
-        for name in ("spot", "trade_executed"):
-            value, expected = getattr(row, name), getattr(first, name)
+        both = [(name, getattr(row, name), getattr(first, name)) for name in ("spot", "trade_executed")]
+        for name, value, expected in [*both, *((name, value, first.own[name]) for name, value in row.own.items())]:
             if value != expected:
                 reason = f"differs from {expected!r} on line {first.line} of the same decision"
                 raise BadRow(path, row.line, name, value, reason)
@@ -2501,7 +2823,7 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
         raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
     candidates = tuple(row.candidate for row in rows if row.candidate)
     outcomes = tuple(row.outcome for row in rows if row.candidate)
-    return LoggedDecision(Decision(*key, first.spot, candidates), chosen, outcomes)
+    return LoggedDecision(Decision(*key, first.spot, candidates, first.own or None), chosen, outcomes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2629,6 +2951,592 @@ def number_of(path: str, line: int, row: list[str], what: str, day_begins: float
     if not 0 < number < math.inf:
         raise CandidatesError(f"{path}, line {line}, second column: {shown(row[1])} is no {what} above 0.")
     return microseconds(utc(time)) + round(day_begins * HOUR) * (len(text) <= len("2024-01-01")), number, line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# context_ohlcv
+#
+# What bars of price and volume say of the market at a decision: read from a file, and seen up to then.
+
+
+BARS = {"1d": DAY, "1h": HOUR}  # microseconds
+LONGER = {"1d": 7, "1h": 24}  # bars of the longer frame
+OF_BAR = ("open", "high", "low", "close", "volume")
+SEEN = 250  # bars that are looked at
+VOLUME_BARS, SPREAD_BARS, PATTERN_BARS = 50, 20, 20  # of the means, and of what a pattern is looked for in
+VERY_HIGH, HIGH, LOW, VERY_LOW = 2.0, 1.3, 0.6, 0.3  # of a volume over its mean
+WIDE, NARROW = 1.3, 0.6  # of a bar's range over its mean
+LONG_WICK = 1.5  # over the body
+MOVED = 0.10  # a change of volume that counts
+TIGHT = 0.08  # highest over lowest, less 1, of a market without a trend
+NEAR_HIGH, NEAR_LOW = 0.97, 1.07  # of the highest, and of the lowest
+END_OF_BAR = 0.25
+
+
+class Bars(NamedTuple):
+    """The bars of one underlying, each of OF_BAR (N,) by its place in an even grid of time; NaN where none is."""
+
+    values: dict[str, np.ndarray]
+    begin: int  # of the first bar, microseconds since 1970
+    bar: str  # of BARS
+    offset: int  # microseconds from the time that a decision is labelled with to that of its price
+
+
+def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars:
+    """Bars of a CSV or Parquet file with the columns time (at which a bar begins), open, high, low, close and volume;
+    of one with a column underlying those of this one.
+
+    Raises:
+        CandidatesError: for a file that cannot be read, or a row that is no bar; it names row and column.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(f"ohlcv_files={shown(path)} is no file. Give a CSV or Parquet file of bars.")
+    try:
+        table = pq.read_table(path) if path.endswith(".parquet") else pacsv.read_csv(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CandidatesError(f"ohlcv_files={shown(path)} cannot be read: {error}.") from error
+    missing = [name for name in ("time", *OF_BAR) if name not in table.column_names]
+    if missing:
+        raise CandidatesError(f"{path}: there is no column {missing[0]}. Bars have time, {', '.join(OF_BAR)}.")
+    rows = np.arange(len(table))
+    if "underlying" in table.column_names:
+        rows = rows[np.array([str(one) == underlying for one in table["underlying"].to_pylist()], bool)]
+    if not len(rows):
+        raise CandidatesError(f"{path}: there is no bar of {underlying}.")
+    time = times_of_bars(path, table["time"], rows)
+    values = {name: floats_of_bars(path, table[name], name, rows) for name in OF_BAR}
+    check_bars(path, values, rows)
+    return in_grid(path, time, values, bar, round(offset_hours * HOUR))
+
+
+def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """(N,) microseconds since 1970, UTC."""
+    if pa.types.is_timestamp(column.type):
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
+    found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
+    wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]
+    if wrong:
+        said = shown(column[wrong[0]].as_py())
+        raise CandidatesError(f"{path}, row {wrong[0] + 1}, column time: {said} is no time such as 2024-01-01.")
+    return np.array([microseconds(utc(time)) for time in found if time is not None], np.int64)
+
+
+def floats_of_bars(path: str, column: pa.ChunkedArray, name: str, rows: np.ndarray) -> np.ndarray:
+    try:
+        return column.cast(pa.float64()).to_numpy()[rows]
+    except pa.ArrowException as error:
+        raise CandidatesError(f"{path}, column {name}: {error}.") from error
+
+
+def check_bars(path: str, values: dict[str, np.ndarray], rows: np.ndarray) -> None:
+    inside = [(values["low"] <= values[name]) & (values[name] <= values["high"]) for name in ("open", "close")]
+    good = {"low": values["low"] > 0, "high": np.isfinite(values["high"]) & inside[0] & inside[1]}
+    good["volume"] = (values["volume"] >= 0) & np.isfinite(values["volume"])
+    for name, right in good.items():
+        if not right.all():
+            place = int(np.argmin(right))
+            raise CandidatesError(
+                f"{path}, row {rows[place] + 1}, column {name}: {values[name][place]:g} is that of no bar: prices are "
+                "above 0 and between low and high, and volumes 0 or more."
+            )
+
+
+def in_grid(path: str, time: np.ndarray, values: dict[str, np.ndarray], bar: str, offset: int) -> Bars:
+    width, begin = BARS[bar], int(time.min())
+    places, rest = np.divmod(time - begin, width)
+    if rest.any():
+        raise CandidatesError(f"{path}: bars do not begin {bar} apart from each other. Is bar={bar!r} their length?")
+    if len(np.unique(places)) < len(places):
+        raise CandidatesError(f"{path}: two bars begin at one time. Leave one of them out.")
+    grid = {name: np.full(int(places.max()) + 1, np.nan) for name in values}
+    for name, its in values.items():
+        grid[name][places] = its
+    return Bars(grid, begin, bar, offset)
+
+
+def seen_at(bars: Bars, time: np.ndarray) -> dict[str, np.ndarray]:
+    """(D, SEEN) of OF_BAR each, the last bar that had ended by the time of the price at the end; NaN before the
+    first."""
+    last = (time + bars.offset - bars.begin) // BARS[bars.bar] - 1
+    count = len(bars.values["close"])
+    places = last[:, None] - np.arange(SEEN - 1, -1, -1)
+    outside = (places < 0) | (places >= count)
+    places = np.clip(places, 0, count - 1)
+    return {name: np.where(outside, np.nan, values[places]) for name, values in bars.values.items()}
+
+
+def context_of_bars(bars: Bars, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each, by the names of OF_BARS; NaN where a bar that it needs is missing.
+
+    Args:
+        time: (D,) microseconds since 1970, as decisions are labelled.
+        spot: (D,) USD, at that label's price.
+    """
+    seen = seen_at(bars, time)
+    close, volume, spread = seen["close"], seen["volume"], seen["high"] - seen["low"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        volumes = volume / np.mean(volume[:, -VOLUME_BARS:], axis=1)[:, None]
+        spreads = spread / np.mean(spread[:, -SPREAD_BARS:], axis=1)[:, None]
+        returns = close[:, 1:] / close[:, :-1] - 1
+        changed = volume[:, -1] / volume[:, -2] - 1
+        frame = LONGER[bars.bar]
+        longer = close[:, -1] / close[:, -frame - 1] - 1
+        middle = (seen["high"] + seen["low"] + close)[:, -SPREAD_BARS:] / 3
+        weight = volume[:, -SPREAD_BARS:]
+        vwap = (middle * weight).sum(axis=1) / weight.sum(axis=1)
+    return {
+        "volume_ratio": finite(volumes[:, -1]),
+        "volume_class": classes(volumes[:, -1], (HIGH, VERY_HIGH), (LOW, VERY_LOW)),
+        "spread_ratio": finite(spreads[:, -1]),
+        "spread_class": classes(spreads[:, -1], (WIDE,), (NARROW,)),
+        "wick": wicks(*(seen[name][:, -1] for name in OF_BAR[:-1])),
+        "effort": np.where(returns[:, -1] == 0, 0 * changed, classes(changed, (MOVED,), (-MOVED,))),
+        **patterns(seen, volumes, spreads),
+        "vwap_distance": finite(np.where(spot > 0, spot, np.nan) / vwap - 1),
+        "adx_14": directional_index(seen["high"], seen["low"], close),
+        "longer_ret": finite(longer),
+        "longer_volume": finite(np.mean(volumes[:, -frame:], axis=1)),
+        "longer_trend": classes(longer, (0.02, 0.05), (-0.02, -0.05)),
+        **{f"candle_ret_{place}": finite(returns[:, -place]) for place in range(1, CANDLES + 1)},
+        **{f"candle_volume_{place}": finite(volumes[:, -place]) for place in range(1, CANDLES + 1)},
+    }
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Without what was divided by 0."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def classes(values: np.ndarray, highs: tuple[float, ...], lows: tuple[float, ...]) -> np.ndarray:
+    """(D,) how many of the highs it reaches, or of the lows below 0."""
+    above = np.sum([values >= edge for edge in highs], axis=0, dtype=float)
+    steps = above - np.sum([values <= edge for edge in lows], axis=0)
+    return np.where(np.isfinite(values), steps, np.nan)
+
+
+def wicks(begin: np.ndarray, high: np.ndarray, low: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """(D,) 1 for a long upper wick, -1 for a long lower one, 0 for none: the longer one, if it is 1.5 times the
+    body."""
+    upper, lower = high - np.maximum(begin, end), np.minimum(begin, end) - low
+    long = np.maximum(upper, lower) > LONG_WICK * abs(end - begin)
+    return np.where(np.isnan(end), np.nan, long * np.sign(upper - lower))
+
+
+def patterns(seen: dict[str, np.ndarray], volumes: np.ndarray, spreads: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each: how many of its signs a pattern shows, 0 for fewer than two. A climax takes three, of
+    which the last, that the bar has turned, has to be one."""
+    high, low, close = (seen[name][:, -PATTERN_BARS:] for name in ("high", "low", "close"))
+    width = high - low
+    # Where in its bar a close is, from 0 to 1; of a bar without a range in the middle.
+    place = np.divide(close - low, width, out=np.full(width.shape, 0.5), where=width > 0)
+    top, bottom = high.max(axis=1)[:, None], low.min(axis=1)[:, None]
+    near_high, near_low = close >= NEAR_HIGH * top, close <= NEAR_LOW * bottom
+    busy, quiet = volumes[:, -PATTERN_BARS:] >= HIGH, volumes[:, -PATTERN_BARS:] <= LOW
+    wick = wicks(*(seen[name][:, -1] for name in OF_BAR[:-1]))
+    tight = (top / bottom - 1 <= TIGHT)[:, 0]
+    climax = [volumes[:, -1] >= VERY_HIGH, spreads[:, -1] >= WIDE]
+    low_end, high_end = place[:, -1] <= END_OF_BAR, place[:, -1] >= 1 - END_OF_BAR
+    bought, sold = (busy & (place > 0.5)).sum(axis=1) >= 2, (busy & (place < 0.5)).sum(axis=1) >= 2
+    turned = {"buying_climax": low_end | (wick == 1), "selling_climax": high_end | (wick == -1)}
+    signs = {
+        "accumulation": (2, tight, bought, (quiet & near_low).any(axis=1)),
+        "distribution": (2, tight, sold, (quiet & near_high).any(axis=1)),
+        "testing": (2, quiet[:, -1], spreads[:, -1] <= NARROW, near_low[:, -1]),
+        "buying_climax": (3, *climax, near_high[:, -1], turned["buying_climax"]),
+        "selling_climax": (3, *climax, near_low[:, -1], turned["selling_climax"]),
+    }
+    known = ~np.isnan(volumes[:, -VOLUME_BARS:]).any(axis=1)
+    found = {}
+    for name, (least, *its) in signs.items():
+        strength = np.sum(its, axis=0, dtype=float)
+        is_one = (strength >= least) & turned.get(name, True)  # both ends are near in a market without a trend
+        found[name] = np.where(known, np.where(is_one, strength, 0), np.nan)
+    return found
+
+
+def directional_index(high: np.ndarray, low: np.ndarray, close: np.ndarray, bars: int = 14) -> np.ndarray:
+    """(D,) 0 to 100: Wilder's ADX (New Concepts in Technical Trading Systems, 1978), of the bars since the last that
+    is missing; 0 where none has moved."""
+    rise, fall = np.diff(high), -np.diff(low)
+    before = close[:, :-1]
+    moves = (
+        np.where((rise > fall) & (rise > 0), rise, 0.0),
+        np.where((fall > rise) & (fall > 0), fall, 0.0),
+        np.maximum(high[:, 1:], before) - np.minimum(low[:, 1:], before),
+    )
+    means, index, count = [np.zeros(len(close)) for _ in moves], np.zeros(len(close)), np.zeros(len(close))
+    for place in range(rise.shape[1]):
+        there = ~np.isnan(moves[2][:, place])
+        count = np.where(there, count + 1, 0)
+        weight = 1 / np.clip(count, 1, bars)  # a plain mean of the first, Wilder's then
+        for mean, moved in zip(means, moves, strict=True):
+            mean += weight * (np.where(there, moved[:, place], 0) - mean)
+            mean[~there] = 0
+        both = means[0] + means[1]
+        strength = np.divide(100 * abs(means[0] - means[1]), both, out=np.zeros(len(both)), where=both > 0)
+        smoothed = index + (strength - index) / np.clip(count - bars + 1, 1, bars)
+        index = np.where(count >= bars, smoothed, 0)
+    return np.where(count >= 2 * bars - 1, index, np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# context
+#
+# What is known of the market at a decision: from prices up to then, and the vols of its candidates.
+#
+# What a number needs and does not have leaves it unknown, which is NaN. Nothing here looks past the time that it is
+# asked of: no number changes when anything later does.
+
+
+NEAR = 12 * HOUR  # a price some days back is taken from this far away at most
+PRICE_STALE = 36 * HOUR  # of the last price: beyond it the past is unknown
+MARKET_STALE = 72 * HOUR  # of the market's
+CLOSES = 250  # that are looked at: of those before, Wilder's mean of 14 holds a 40-millionth
+MEAN_DAYS = 50
+AT_ONCE = 1_024  # decisions whose closes are in memory together: with their levels some 20 MB
+TARGET_DELTA = 0.25
+RANKED, LEAST_RANKED = 180, 30  # decisions among which a vol is ranked
+
+
+class Prices(NamedTuple):
+    """Prices (N,), or other numbers, and the times (N,) from which they are known, ascending, in microseconds since
+    1970."""
+
+    time: np.ndarray
+    number: np.ndarray
+
+
+class Known(NamedTuple):
+    """What there is to know, by the place of each underlying among the names: prices, the vols of its decisions (see
+    vols_at_target), and the market's vols and bars, if files of them are given."""
+
+    prices: dict[int, Prices]
+    vols: dict[int, Prices]
+    market: dict[int, Prices] | None = None
+    bars: dict[int, Bars] | None = None
+
+
+def known_of(underlying: np.ndarray, time: np.ndarray, spot: np.ndarray, vol: np.ndarray) -> tuple[dict, dict]:
+    """Prices and vols of (D,) decisions, by underlying."""
+    prices, vols = {}, {}
+    for code in np.unique(underlying).tolist():
+        its = underlying == code
+        prices[code], vols[code] = (prices_of(time[its], values[its]) for values in (spot, vol))
+    return prices, vols
+
+
+def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
+    """(D,) each, by the names of SPOT, and of MARKET if there are its vols; NaN where unknown."""
+    found: dict[str, np.ndarray] = {}
+    vols = vols_at_target(columns)
+    for code in np.unique(columns.underlying).tolist():
+        its = columns.underlying == code
+        time, spot = columns.time[its], columns.spot[its]
+        of_its = context_of_prices(known.prices.get(code, NOTHING), time, spot)
+        of_its["iv_rank_180"] = ranks_of(known.vols.get(code, NOTHING), time, vols[its])
+        if known.market is not None:
+            of_its |= market_vols(known.market.get(code, NOTHING), time)
+        if known.bars is not None:
+            of_its |= in_parts(context_of_bars, known.bars[code], time, spot)
+        for name, values in of_its.items():
+            found.setdefault(name, np.full(len(columns), np.nan))[its] = values
+    names = (*SPOT, *(() if known.market is None else MARKET), *(() if known.bars is None else OF_BARS))
+    if not found:
+        return dict.fromkeys(names, np.zeros(0))
+    found["rv_30d"] = np.where(np.isnan(found["rv_30d"]), realised_vol_of(columns), found["rv_30d"])
+    found |= shapes_of(columns)
+    if known.market is not None:
+        found["dvol_rv"] = found["dvol"] / found["rv_30d"]
+    return {name: found[name] for name in names}
+
+
+NOTHING = Prices(np.zeros(0, np.int64), np.zeros(0))
+
+
+def prices_of(time: np.ndarray, spot: np.ndarray) -> Prices:
+    """Of (D,) decisions of one underlying in any order; of several at one time the highest, whatever their order."""
+    order = np.lexsort((spot, time))
+    order = order[spot[order] > 0]  # a decision without candidates may have none
+    last = np.append(np.diff(time[order]) != 0, True)[: len(order)]
+    return Prices(time[order][last], spot[order][last])
+
+
+def context_of_prices(known: Prices, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each, by the names of OF_PRICES.
+
+    Args:
+        known: of one underlying; a day's close is the last of a UTC day, and today's the last one so far.
+        time: (D,) microseconds since 1970.
+        spot: (D,) USD, at that time.
+    """
+    return in_parts(part_of, known, time, spot)
+
+
+def in_parts(make: Callable, known: Any, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """What it makes of (D,) decisions, of no more than AT_ONCE at a time."""
+    starts = range(0, max(len(time), 1), AT_ONCE)
+    parts = [make(known, time[start : start + AT_ONCE], spot[start : start + AT_ONCE]) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def part_of(known: Prices, time: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    spot = np.where(spot > 0, spot, np.nan)
+    closes = closes_until(known, time, CLOSES)
+    returns = returns_of(known, time, spot, (1, 7, 30))
+    distance = distance_of(closes, spot)
+    return {
+        **dict(zip(("ret_1d", "ret_7d", "ret_30d"), returns.T, strict=True)),
+        "rv_7d": vols_of_closes(closes, 7),
+        "rv_30d": vols_of_closes(closes, 30),
+        "dist_ma50": distance,
+        "regime": regimes(distance, returns[:, 2]),
+        "trend_5d": trends(spot / closes[:, -6] - 1),
+        "drawdown_90d": 1 - spot / np.maximum(top_of(closes), spot),
+        "range_pos_30d": place_in_range(closes, spot),
+        "rsi_14": relative_strength(closes),
+        **levels_of(closes, spot),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of prices
+
+
+def closes_until(known: Prices, time: np.ndarray, days: int) -> np.ndarray:
+    """(D, days) USD: the closes of each day until a time, the last price by then at the end; NaN for a day without
+    one, and for all where the last is PRICE_STALE."""
+    if not len(known.time):
+        return np.full((len(time), days), np.nan)
+    last = np.searchsorted(known.time, time, "right") - 1
+    day = known.time // DAY
+    ends = np.append(day[1:] != day[:-1], True)
+    by_day = np.full(day[-1] - day[0] + 1 + days, np.nan)
+    by_day[day[ends] - day[0] + days] = known.number[ends]
+    places = day[last] - day[0] + days
+    closes = by_day[places[:, None] - np.arange(days - 1, -1, -1)]
+    closes[:, -1] = known.number[last]  # of this day the last so far, and not its close
+    closes[(last < 0) | (time - known.time[last] > PRICE_STALE)] = np.nan
+    return closes
+
+
+def returns_of(known: Prices, time: np.ndarray, spot: np.ndarray, days: tuple[int, ...]) -> np.ndarray:
+    """(D, K) of spot over the price nearest to so many days before, as fractions."""
+    found = np.full((len(time), len(days)), np.nan)
+    last = np.searchsorted(known.time, time, "right") - 1
+    fresh = np.flatnonzero(last >= 0)
+    fresh = fresh[time[fresh] - known.time[last[fresh]] <= PRICE_STALE]
+    for place, count in enumerate(days):
+        found[fresh, place] = spot[fresh] / closes_at(known, time[fresh] - count * DAY, last[fresh]) - 1
+    return found
+
+
+def closes_at(known: Prices, times: np.ndarray, last: np.ndarray | int) -> np.ndarray:
+    """(K,) USD: the prices nearest to these times, of those up to the place ``last`` of each; NaN where none is
+    near."""
+    after = np.clip(np.searchsorted(known.time, times), 1, np.maximum(last, 1))
+    late = np.minimum(after, last)
+    early = times - known.time[after - 1] <= abs(known.time[late] - times)
+    nearest = np.where(early, after - 1, late)
+    return np.where(abs(known.time[nearest] - times) <= NEAR, known.number[nearest], np.nan)
+
+
+def vols_of_closes(closes: np.ndarray, days: int) -> np.ndarray:
+    """(D,) a year: that of Deribit's index of realised volatility, the standard deviation of daily log returns times
+    the root of 365."""
+    return np.std(np.diff(np.log(closes[:, -days - 1 :])), axis=1, ddof=1) * np.sqrt(DAYS_PER_YEAR)
+
+
+def distance_of(closes: np.ndarray, spot: np.ndarray) -> np.ndarray:
+    return spot / np.mean(closes[:, -MEAN_DAYS:], axis=1) - 1
+
+
+def regimes(distance: np.ndarray, month: np.ndarray) -> np.ndarray:
+    """(D,) 1 for bull, -1 for bear, 0 for sideways: the teacher's own, from spot's distance from its mean of 50 days
+    and its return over 30, as fractions."""
+    bull, bear = (distance > 0.05) & (month > 0.10), (distance < -0.05) & (month < -0.10)
+    return np.where(np.isnan(distance) | np.isnan(month), np.nan, bull.astype(float) - bear)
+
+
+def trends(returns: np.ndarray) -> np.ndarray:
+    """(D,) from -2 for down to 2 for up."""
+    steps = sum((returns > edge).astype(float) - (returns < -edge) for edge in (0.02, 0.05))
+    return np.where(np.isnan(returns), np.nan, steps)
+
+
+def top_of(closes: np.ndarray) -> np.ndarray:
+    """(D,) the highest of the last 90 closes, as far as there are any; the last 30 have to be there."""
+    top = np.fmax.reduce(closes[:, -90:], axis=1)
+    return np.where(np.isnan(closes[:, -30:]).any(axis=1), np.nan, top)
+
+
+def place_in_range(closes: np.ndarray, spot: np.ndarray) -> np.ndarray:
+    """(D,) from 0 at the lowest of 30 closes and spot to 1 at the highest; NaN where all are one."""
+    low = np.minimum(closes[:, -30:].min(axis=1), spot)
+    width = np.maximum(closes[:, -30:].max(axis=1), spot) - low
+    return np.divide(spot - low, width, out=np.full(len(spot), np.nan), where=width > 0)
+
+
+def relative_strength(closes: np.ndarray, days: int = 14) -> np.ndarray:
+    """(D,) 0 to 100: Wilder's index (New Concepts in Technical Trading Systems, 1978), of the closes since the last
+    that is missing; 50 where none has changed."""
+    up, down, count = (np.zeros(len(closes)) for _ in range(3))
+    for change in np.diff(closes).T:
+        there = ~np.isnan(change)
+        count = np.where(there, count + 1, 0)
+        weight = 1 / np.clip(count, 1, days)  # a plain mean of the first, Wilder's then
+        for mean, moved in ((up, np.maximum(change, 0)), (down, np.maximum(-change, 0))):
+            mean += weight * (np.where(there, moved, 0) - mean)
+            mean[~there] = 0
+    whole = up + down
+    strength = np.divide(100 * up, whole, out=np.full(len(up), 50.0), where=whole > 0)
+    return np.where(count >= days, strength, np.nan)
+
+
+def levels_of(closes: np.ndarray, spot: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each: how far the nearest level below and above spot is from it, as a fraction.
+
+    A level is where closes have turned: the mean of those of the last 50 that are above, or below, two on either side,
+    no further than 1 % apart. Of all the five that most closes came within 0.5 % of count, of equals the nearer.
+    """
+    window = closes[:, -50:]
+    levels = merged(turns_of(window))
+    tests = (abs(window[:, None, :] / levels[:, :, None] - 1) <= 0.005).sum(axis=2)
+    distance = levels / spot[:, None] - 1
+    order = np.lexsort((abs(distance), np.where(np.isnan(levels), 0, -tests)))[:, :5]
+    kept = np.take_along_axis(distance, order, axis=1)
+    known = ~np.isnan(closes[:, -10:]).any(axis=1)
+    below = np.fmax.reduce(np.where(kept < 0, kept, np.nan), axis=1)
+    above = np.fmin.reduce(np.where(kept > 0, kept, np.nan), axis=1)
+    return {name: np.where(known, one, np.nan) for name, one in (("support", below), ("resistance", above))}
+
+
+def turns_of(window: np.ndarray) -> np.ndarray:
+    """(D, K) the closes that are above, or below, two on either side, ascending; NaN after the last."""
+    middle, days = window[:, 2:-2], window.shape[1]
+    beside = [window[:, start : days - 4 + start] for start in (0, 1, 3, 4)]
+    high = np.logical_and.reduce([middle > one for one in beside])
+    low = np.logical_and.reduce([middle < one for one in beside])
+    return np.sort(np.where(high | low, middle, np.nan), axis=1)
+
+
+def merged(prices: np.ndarray) -> np.ndarray:
+    """(D, K) the means of those prices (D, K), which ascend, that are no more than 1 % above the first of them."""
+    rows, first = np.arange(len(prices)), np.zeros(len(prices))
+    level = np.full(len(prices), -1)
+    total, count = np.zeros(prices.shape), np.zeros(prices.shape)
+    for price in prices.T:
+        new = price > 1.01 * first
+        first, level = np.where(new, price, first), level + new
+        its = rows[~np.isnan(price)]
+        total[its, level[its]] += price[its]
+        count[its, level[its]] += 1
+    return np.divide(total, count, out=np.full(prices.shape, np.nan), where=count > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the candidates' own vols
+
+
+def realised_vol_of(columns: Columns) -> np.ndarray:
+    """(D,) what the candidates' IV and IV/RV say of it; NaN where they do not."""
+    iv, over = columns.numbers["iv"], columns.numbers["ivrv_ratio"]
+    # The teacher writes exactly 1 where it knows no realised vol.
+    return lowest(columns, np.divide(iv, over, out=np.full(len(iv), np.nan), where=(over > 0) & (over != 1)))
+
+
+def lowest(columns: Columns, values: np.ndarray) -> np.ndarray:
+    """(D,) of (R,) numbers the lowest that is known of each decision."""
+    found, offered = np.full(len(columns), np.nan), np.diff(columns.offsets) > 0
+    if offered.any():
+        found[offered] = np.fmin.reduceat(values, columns.offsets[:-1][offered])
+    return found
+
+
+def vols_at_target(columns: Columns) -> np.ndarray:
+    """(D,) the IV of the candidate whose delta is nearest to 0.25, of equals that of the sooner expiry."""
+    nearest = first_of(columns, known_vols(columns), off_target(columns), columns.numbers["dte"])
+    return vol_at(columns, nearest)
+
+
+def shapes_of(columns: Columns) -> dict[str, np.ndarray]:
+    """(D,) each: iv_skew, the IV at the lowest delta less that at the highest, of the expiry of the candidate nearest
+    to a delta of 0.25; iv_term, the IV nearest to that delta at the last expiry less that at the first. NaN where
+    there is one alone, or all vols are alike."""
+    dte, delta, off = columns.numbers["dte"], columns.numbers["delta"], off_target(columns)
+    has = known_vols(columns)
+    iv = np.where(has, columns.numbers["iv"], np.nan)
+    alike = ~(-lowest(columns, -iv) > lowest(columns, iv))
+    target = first_of(columns, has, off, dte)
+    of_target = has & (dte == np.append(dte, np.nan)[target][columns.decision_of])
+    ends = [first_of(columns, of_target, delta), first_of(columns, of_target, -delta)]
+    soon = lowest(columns, np.where(has, dte, np.nan))[columns.decision_of]
+    late = -lowest(columns, np.where(has, -dte, np.nan))[columns.decision_of]
+    terms = [first_of(columns, has & (dte == late), off), first_of(columns, has & (dte == soon), off)]
+    found = {}
+    for name, by, (one, other) in (("iv_skew", delta, ends), ("iv_term", dte, terms)):
+        same = np.append(by, np.nan)[one] == np.append(by, np.nan)[other]
+        found[name] = np.where(alike | same, np.nan, vol_at(columns, one) - vol_at(columns, other))
+    return found
+
+
+def known_vols(columns: Columns) -> np.ndarray:
+    """(R,) bool"""
+    return ~np.isnan(columns.numbers["iv"])
+
+
+def off_target(columns: Columns) -> np.ndarray:
+    return abs(columns.numbers["delta"] - TARGET_DELTA)
+
+
+def first_of(columns: Columns, mask: np.ndarray, *by: np.ndarray) -> np.ndarray:
+    """(D,) the row of each decision that comes first of those of a mask (R,) by these numbers, and then by strike; -1
+    where there is none."""
+    rows = np.flatnonzero(mask)
+    keys = [*by, columns.numbers["strike"]]
+    rows = rows[np.lexsort([*(key[rows] for key in reversed(keys)), columns.decision_of[rows]])][::-1]
+    found = np.full(len(columns), -1)
+    found[columns.decision_of[rows]] = rows  # backwards, so that the first is written last
+    return found
+
+
+def vol_at(columns: Columns, rows: np.ndarray) -> np.ndarray:
+    """(D,) the IV of these rows, NaN of -1."""
+    return np.append(columns.numbers["iv"], np.nan)[rows]
+
+
+def ranks_of(known: Prices, time: np.ndarray, vol: np.ndarray) -> np.ndarray:
+    """(D,) 0 to 1: the share of the past 180 decisions whose vol was lower, equal ones by half; NaN for fewer than 30,
+    or where all of them are alike.
+
+    Args:
+        known: the vols of all decisions of one underlying, by time.
+    """
+    found = np.full(len(time), np.nan)
+    if not len(known.time):
+        return found
+    before = np.concatenate([np.full(RANKED, np.nan), known.number])
+    for start in range(0, len(time), AT_ONCE):
+        its = slice(start, start + AT_ONCE)
+        now = np.searchsorted(known.time, time[its])  # as many are earlier
+        past, own = before[now[:, None] + np.arange(RANKED)], vol[its][:, None]
+        count = (~np.isnan(past)).sum(axis=1)
+        rank = ((past < own) + 0.5 * (past == own)).sum(axis=1) / np.maximum(count, 1)
+        varied = ((past != own) & ~np.isnan(past)).any(axis=1)
+        found[its] = np.where((count >= LEAST_RANKED) & varied & ~np.isnan(own[:, 0]), rank, np.nan)
+    return found
+
+
+def market_vols(known: Prices, time: np.ndarray) -> dict[str, np.ndarray]:
+    """(D,) each: the market's vol as it was known, a fraction a year, and its rank among the 180 before; dvol_rv, what
+    it is beside the realised one, is left to the caller."""
+    last = np.searchsorted(known.time, time, "right") - 1
+    vol = np.append(known.number, np.nan)[last]
+    fresh = last >= 0
+    fresh[fresh] = time[fresh] - known.time[last[fresh]] <= MARKET_STALE
+    vol = np.where(fresh, vol, np.nan)
+    since = np.append(known.time, 0)[last]  # the ranked are those before the one that is known
+    return {"dvol": vol, "dvol_rank_180": ranks_of(known, since, vol)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3109,24 +4017,28 @@ def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     Raises:
         CandidatesError: for an iv_file that cannot be read or used.
     """
-    series = None
-    if options.iv_file is not None:
-        if len(underlyings) > 1 and UNDERLYING not in options.iv_file:
-            several = ", ".join(sorted(names[code] for code in underlyings))
-            raise CandidatesError(
-                f"iv_file={shown(options.iv_file)}: the files hold {several}, each with a vol of its own. Name the "
-                f"files with {UNDERLYING} in the place of the name."
-            )
-        series = {
-            code: read_vols(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
-            for code in sorted(underlyings)
-        }
+    series = series_of("iv_file", options.iv_file, options.iv_lag, names, underlyings)
     return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
 
 
-def read_vols(path: str, lag: float) -> Series:
+def series_of(
+    option: str, path: str | None, lag: float, names: list[str], underlyings: set[int]
+) -> dict[int, Series] | None:
+    """By the place of each underlying among the names, the vols of the file that an option names for it."""
+    if path is None:
+        return None
+    if len(underlyings) > 1 and UNDERLYING not in path:
+        several = ", ".join(sorted(names[code] for code in underlyings))
+        raise CandidatesError(
+            f"{option}={shown(path)}: the files hold {several}, each with a vol of its own. Name the files with "
+            f"{UNDERLYING} in the place of the name."
+        )
+    return {code: read_vols(path.replace(UNDERLYING, names[code]), lag, option) for code in sorted(underlyings)}
+
+
+def read_vols(path: str, lag: float, option: str = "iv_file") -> Series:
     """Vols as fractions a year, of a CSV that has them so or in points; see read_series."""
-    series = read_series(path, "iv_file", "vol", lag)
+    series = read_series(path, option, "vol", lag)
     in_points = series.number > MAX_IV
     if len(set(in_points.tolist())) > 1:
         line = int(series.line[in_points != in_points[series.line.argmin()]].min())
@@ -3653,7 +4565,8 @@ class Spool:
     The place of a decision is its number, from 0, in the order in which they were added.
     """
 
-    def __init__(self):
+    def __init__(self, own: Iterable[str] = ()):
+        """own: the columns of the user's that decisions have as a context."""
         with writing():
             self.folder, self.lock = locked_folder()
             remove_those_of_the_killed(self.folder)
@@ -3661,6 +4574,8 @@ class Spool:
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
         self.starts = [0]  # the place of each block's first decision; at the end the number of all
+        self.schema = pa.schema([*SPOOLED, *((name, pa.float64()) for name in own)])
+        self.context = False  # whether there are files of what is computed of each decision, and
         self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
         self.recent = collections.OrderedDict()
 
@@ -3675,10 +4590,10 @@ class Spool:
         """Takes blocks in; if an error ends it, none of them is kept."""
         name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
         try:
-            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, SPOOLED) as writer:
+            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, self.schema) as writer:
 
                 def append(columns: Columns) -> None:
-                    writer.write_batch(self.batch_of(columns))
+                    writer.write_batch(self.batch_of(columns, self.schema))
                     self.keep(len(self.blocks), columns)
                     self.blocks.append((name, len(self.blocks) - before[0]))
                     self.starts.append(self.starts[-1] + len(columns))
@@ -3709,6 +4624,17 @@ class Spool:
                     self.keep(number, with_computed(block, names, computed))
         self.computed = schema
 
+    def describe(self, context: Callable[[Columns], dict[str, np.ndarray]]) -> None:
+        """Adds to each block the context that it makes of its decisions, before the user's own."""
+        for number in range(len(self.blocks)):
+            found = context(self.block(number))
+            with writing(), pa.OSFile(self.path(f"context-{number}.arrow"), "w") as file:
+                batch = pa.record_batch({name: pa.array(values) for name, values in found.items()})
+                with pa.ipc.new_file(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+        self.context = True
+        self.recent.clear()
+
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
         numbers = np.searchsorted(self.starts, places, side="right") - 1
@@ -3738,6 +4664,10 @@ class Spool:
 
     def read_block(self, number: int) -> Columns:
         columns = columns_in(self.read_batch(*self.blocks[number]), self.names)
+        if self.context:
+            found = self.read_batch(f"context-{number}.arrow", 0)
+            context = dict(zip(found.schema.names, (column.to_numpy() for column in found.columns), strict=True))
+            columns = dataclasses.replace(columns, context=context | columns.context)
         if not self.computed:
             return columns
         computed = self.read_batch("outcomes.arrow", number)
@@ -3748,14 +4678,15 @@ class Spool:
             return pa.ipc.open_file(file).get_batch(index)
 
     @staticmethod
-    def batch_of(columns: Columns) -> pa.RecordBatch:
-        """What was read of decisions, as SPOOLED has it."""
+    def batch_of(columns: Columns, schema: pa.Schema = SPOOLED) -> pa.RecordBatch:
+        """What was read of decisions, as SPOOLED has it, and their own context."""
         rows = pa.StructArray.from_arrays(
             [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
         )
         arrays = [pa.array(getattr(columns, name)) for name in BY_DECISION]
         lists = pa.ListArray.from_arrays(pa.array(columns.offsets.astype(np.int32)), rows)
-        return pa.record_batch([*arrays, lists], schema=SPOOLED)
+        own = [pa.array(columns.context[name]) for name in schema.names[len(SPOOLED) :]]
+        return pa.record_batch([*arrays, lists, *own], schema=schema)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -3768,8 +4699,9 @@ def columns_in(batch: pa.RecordBatch, names: Iterable[str]) -> Columns:
     numbers = {name: rows.field(name).to_numpy() for name in READ}
     by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
     offsets = candidates.offsets.to_numpy().astype(np.int64)
+    own = {name: batch.column(name).to_numpy() for name in batch.schema.names[len(SPOOLED) :]}
     return Columns(tuple(names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
-        numbers=numbers, label_end=np.zeros(len(rows), np.int64))  # fmt: skip
+        numbers=numbers, label_end=np.zeros(len(rows), np.int64), context=own)  # fmt: skip
 
 
 def with_computed(columns: Columns, names: Iterable[str], computed: Iterable[np.ndarray]) -> Columns:
@@ -3901,7 +4833,7 @@ class Reader:
     """Files, one after the other, into a spool."""
 
     def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
-        self.options, self.spool = options, Spool() if spool is None else spool
+        self.options, self.spool = options, Spool(options.context_columns) if spool is None else spool
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
@@ -3924,7 +4856,7 @@ class Reader:
                 with self.spool.part() as append:
                     self.keep(columns_of(logged), append)
         else:
-            check_header(path, said.header)
+            check_header(path, said.header, self.options.context_columns)
             if said.no_offset:
                 warn_of_no_offset(path, said.no_offset)
             for name, rows in said.rows.items():
@@ -4009,6 +4941,8 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
     """Computes the outcome of each candidate, at each of the horizons too, into the spool; see settled."""
+    if options.context != "none":
+        decisions.spool.describe(functools.partial(context_of, known=known_at(decisions, options)))
     decisions = settled(decisions, rolls, options)
     replay, ends, horizons = decisions.replay, [], horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
@@ -4020,6 +4954,25 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
 
     decisions.spool.compute(outcomes, horizons)
     return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+
+
+def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
+    """What the decisions themselves say of their markets, and the file of their vols."""
+    spool = decisions.spool
+    vols = [vols_at_target(spool.block(number)) for number in range(len(spool.blocks))]
+    of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
+    prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
+    market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
+    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
+    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+
+
+def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:
+    """By the place of each underlying among the names."""
+    if options.ohlcv_files is None:
+        return None
+    path, given = options.ohlcv_files, (options.bar, options.label_offset_hours)
+    return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
@@ -4224,12 +5177,14 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
     rows = pa.array(columns.decision_of)
     return table_of(
         "per_candidate",
+        options,
         {
             "messages": candidate_chats(columns, market, labels, options.hindsight),
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
             **candidate_columns(columns),
+            **{name: values.take(rows) for name, values in context_columns_of(columns).items()},
         },
     )
 
@@ -4239,6 +5194,7 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
     market, candidates = texts_of_market(columns), candidate_columns(columns)
     return table_of(
         "per_decision_ranking",
+        options,
         {
             "messages": ranking_chats(columns, market, labels, options.hindsight),
             **decision_columns(columns, market),
@@ -4249,6 +5205,7 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
                 pa.StructArray.from_arrays(list(candidates.values()), list(candidates)),
             ),
             "chosen_index": pa.array(columns.chosen + 1, pa.int32(), mask=untraded),
+            **context_columns_of(columns),
         },
     )
 
@@ -4261,6 +5218,7 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
     sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
     return table_of(
         "preference",
+        options,
         {
             "prompt": ranking_chats(columns, market, None),
             **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
@@ -4282,10 +5240,10 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
     market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
-    horizons = tuple(horizon_columns(options))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
+        options,
         {
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             **candidate_columns(columns),
@@ -4293,9 +5251,9 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
             "q_hold": pa.array(np.zeros(len(sold))),
             "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
             "source": pc.if_else(is_computed, "counterfactual", of_recorded),
-            **{name: nullable(columns.numbers[name]) for name in horizons},
+            **{name: values.take(rows) for name, values in context_columns_of(columns).items()},
+            **{name: nullable(columns.numbers[name]) for name in horizon_columns(options)},
         },
-        horizons,
     )
 
 
@@ -4304,7 +5262,7 @@ def is_sold(columns: Columns) -> np.ndarray:
     return columns.place == columns.chosen[columns.decision_of]
 
 
-def decision_columns(columns: Columns, market: dict[str, pa.StringArray]) -> dict[str, pa.Array]:
+def decision_columns(columns: Columns, market: dict[str, Any]) -> dict[str, pa.Array]:
     """(D,) each."""
     return {
         "decision_id": decision_ids(market),
@@ -4331,20 +5289,44 @@ def nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, from_pandas=True)
 
 
-def table_of(name: str, arrays: dict[str, pa.Array], horizons: tuple[str, ...] = ()) -> pa.Table:
+def context_columns_of(columns: Columns) -> dict[str, pa.Array]:
+    """(D,) each: what is known of the market."""
+    return {
+        name: pa.array(words_of(name, values), pa.string()) if name in CONTEXT_WORDS else nullable(values)
+        for name, values in columns.context.items()
+    }
+
+
+def table_of(name: str, options: CoveredCallCandidatesConfig, arrays: dict[str, pa.Array]) -> pa.Table:
     """The columns that a config's records have, of these."""
-    schema = schema_of(name, horizons)
+    schema = schema_of(name, more_columns(name, options))
     return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
 
 
+def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, ...]:
+    """Those that options add to a config's records: the context, but to preferences, and the horizons.
+
+    Raises:
+        CandidatesError: for a column of the user's whose name is taken.
+    """
+    context = [] if name == "preference" else context_names(options)
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in SAID]
+    if taken:
+        raise CandidatesError(
+            f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."
+        )
+    return (*context, *horizon_columns(options))
+
+
 @functools.cache
-def schema_of(name: str, horizons: tuple[str, ...]) -> pa.Schema:
-    return features_of(name, horizons).arrow_schema.remove_metadata()
+def schema_of(name: str, more: tuple[str, ...]) -> pa.Schema:
+    return features_of(name, more).arrow_schema.remove_metadata()
 
 
-def features_of(name: str, horizons: Iterable[str]) -> datasets.Features:
-    """Of a config's records, with the columns that the option horizons adds."""
-    return datasets.Features(FEATURES[name] | dict.fromkeys(horizons, datasets.Value("float64")))
+def features_of(name: str, more: Iterable[str]) -> datasets.Features:
+    """Of a config's records, with the columns that options add."""
+    kinds = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    return datasets.Features(FEATURES[name] | kinds)
 
 
 RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {
@@ -4513,7 +5495,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         # content, and the hash of this code, are what make an edited CSV or prompt give new rows; so is that of an
         # iv_file. Its own version is there because an older one cannot read what a newer one wrote: 3.6 knows
         # nothing of the features of 4.
-        vols = hash_of_vols(options.get("iv_file"))
+        vols = "".join(hash_of_vols(options.get(name)) for name in PATHS)
         super().__init__(
             *args,
             data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
@@ -4526,7 +5508,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
 
     def _info(self):
-        features = features_of(self.config.name, horizon_columns(self.config))
+        features = features_of(self.config.name, more_columns(self.config.name, self.config))
         return datasets.DatasetInfo(description=self.config.description or "", features=features)
 
     def _split_generators(self, dl_manager):
@@ -4571,14 +5553,14 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
 
 
-def hash_of_vols(iv_file: str | None) -> str:
+def hash_of_vols(path: str | None) -> str:
     """Of the content of all files that it may name; those that are missing are an error when they are read."""
-    if iv_file is None:
+    if path is None:
         return ""
     digest = hashlib.sha256()
-    pattern = "*".join(map(glob.escape, os.path.expanduser(iv_file).split(UNDERLYING)))
-    for path in sorted(filter(os.path.isfile, glob.glob(pattern))):
-        with open(path, "rb") as file:
+    pattern = "*".join(map(glob.escape, os.path.expanduser(path).split(UNDERLYING)))
+    for found in sorted(filter(os.path.isfile, glob.glob(pattern))):
+        with open(found, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"-{digest.hexdigest()[:16]}"
 

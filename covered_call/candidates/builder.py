@@ -20,17 +20,17 @@ from covered_call.candidates.columns import Columns, logged_of
 from covered_call.candidates.decisions import Decisions, hashes_of, read_decisions
 from covered_call.candidates.options import (
     OUTCOMES,
+    PATHS,
     CoveredCallCandidatesConfig,
     PreferenceConfig,
     QValuesConfig,
     check_options,
-    horizon_columns,
     kind_of,
     names_of,
     options_of,
 )
 from covered_call.candidates.preferences import preferred_pairs
-from covered_call.candidates.records import RECORDS, features_of
+from covered_call.candidates.records import RECORDS, features_of, more_columns
 from covered_call.candidates.schema import CandidatesError, LoggedDecision, printable, shown
 from covered_call.candidates.source import CODE_HASH, HOME, check_current
 from covered_call.candidates.splits import split_places
@@ -137,7 +137,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         # content, and the hash of this code, are what make an edited CSV or prompt give new rows; so is that of an
         # iv_file. Its own version is there because an older one cannot read what a newer one wrote: 3.6 knows
         # nothing of the features of 4.
-        vols = hash_of_vols(options.get("iv_file"))
+        vols = "".join(hash_of_vols(options.get(name)) for name in PATHS)
         super().__init__(
             *args,
             data_files=backtest.data_files if backtest else fingerprint(find_csvs(data_files, data_dir, base_path)),
@@ -150,7 +150,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return datasets.DatasetInfo()  # the library would look for it in README.md, and complain that there is none
 
     def _info(self):
-        features = features_of(self.config.name, horizon_columns(self.config))
+        features = features_of(self.config.name, more_columns(self.config.name, self.config))
         return datasets.DatasetInfo(description=self.config.description or "", features=features)
 
     def _split_generators(self, dl_manager):
@@ -195,14 +195,14 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         return TypedExamples(examples, self.info.features) if datasets.__version__ in STREAMS_TYPED else examples
 
 
-def hash_of_vols(iv_file: str | None) -> str:
+def hash_of_vols(path: str | None) -> str:
     """Of the content of all files that it may name; those that are missing are an error when they are read."""
-    if iv_file is None:
+    if path is None:
         return ""
     digest = hashlib.sha256()
-    pattern = "*".join(map(glob.escape, os.path.expanduser(iv_file).split(UNDERLYING)))
-    for path in sorted(filter(os.path.isfile, glob.glob(pattern))):
-        with open(path, "rb") as file:
+    pattern = "*".join(map(glob.escape, os.path.expanduser(path).split(UNDERLYING)))
+    for found in sorted(filter(os.path.isfile, glob.glob(pattern))):
+        with open(found, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"-{digest.hexdigest()[:16]}"
 

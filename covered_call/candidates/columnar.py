@@ -18,6 +18,7 @@ import pyarrow as pa
 from covered_call.candidates.columns import DAY, OUTCOME_DAYS, RECORDED, STATE, Columns, microseconds, timedelta_of
 from covered_call.candidates.csv_blocks import (
     BLOCK,
+    READ_NUMBERS,
     Doubt,
     Rows,
     blocks_of,
@@ -72,7 +73,7 @@ def scan(
     """
     with doubted():
         blocks = blocks_of(path, expected)
-        state, left = State(options, header_of(next(blocks))), b""
+        state, left = State(options, header_of(next(blocks), options.context_columns)), b""
         for block, following in itertools.pairwise(itertools.chain(whole_lines(blocks), [b""])):
             left = state.take_in(left + block, take, last=not following)
         state.check_whole_file()
@@ -90,10 +91,10 @@ def scan_in_pieces(
     """
     with doubted():
         blocks = blocks_of(path, expected)
-        state, tables = State(options, header_of(next(blocks))), []
+        state, tables = State(options, header_of(next(blocks), options.context_columns)), []
         for block in whole_lines(blocks):
             if block and not block.isspace():
-                tables.append(parse(block, state.header))
+                tables.append(parse(block, state.header, options.context_columns))
                 state.look_at_offsets(block, rows_of(tables[-1]))
             state.lines += lines_in(block)
         if not tables:
@@ -135,7 +136,7 @@ class State:
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""
-        rows, left = rows_of(parse(block, self.header)), b""
+        rows, left = rows_of(parse(block, self.header, self.options.context_columns)), b""
         if not last:
             if len(block) > 8 * BLOCK:
                 raise Doubt("a decision of very many rows")
@@ -214,9 +215,21 @@ class State:
             tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
             np.concatenate([[0], np.cumsum(sizes)]),
             pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
-            {name: values[left] for name, values in rows.numbers.items()},
+            {name: rows.numbers[name][left] for name in READ_NUMBERS},
             np.zeros(left.sum(), np.int64),
+            self.own_of(rows),
         )  # fmt: skip
+
+    def own_of(self, rows: Rows) -> dict[str, np.ndarray]:
+        """(D,) each: the user's own columns, which have one number a decision."""
+        found, sizes = {}, np.diff(rows.starts, append=len(rows.time))
+        for name in self.options.context_columns:
+            values = rows.numbers[name]
+            found[name] = values[rows.starts]
+            same = np.array_equal(values, np.repeat(found[name], sizes), equal_nan=True)
+            if np.isinf(values).any() or not same:
+                raise Doubt(f"{name}: not finite, or two in a decision")
+        return found
 
     def check_names(self, rows: Rows, placeholder: np.ndarray) -> None:
         used = np.unique(rows.codes["instrument"][~placeholder])
@@ -293,8 +306,8 @@ def together(rows: Rows) -> Rows:
     return chosen_rows(rows, np.argsort(its, kind="stable"), np.diff(starts, append=len(its)))
 
 
-EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), np.zeros(1, np.int64), pa.array([], pa.string()), {},
-    np.zeros(0, np.int64))  # fmt: skip
+EMPTY = Columns((), *(np.zeros(0, kind) for kind in "iiqdi"), offsets=np.zeros(1, np.int64),
+    instrument=pa.array([], pa.string()), numbers={}, label_end=np.zeros(0, np.int64))  # fmt: skip
 
 
 def check_numbers(rows: Rows, placeholder: np.ndarray, options: CoveredCallCandidatesConfig) -> None:

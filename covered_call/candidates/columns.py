@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from covered_call.candidates.schema import UTC, Candidate, Counterfactual, Decision, LoggedDecision, Outcome
+from covered_call.candidates.schema import (
+    UTC,
+    Candidate,
+    CandidatesError,
+    Context,
+    Counterfactual,
+    Decision,
+    LoggedDecision,
+    Outcome,
+    shown,
+)
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 STATE, LOGGED = Candidate._fields[1:], Outcome._fields
@@ -34,6 +44,7 @@ class Columns:
     instrument: pa.StringArray  # (R,)
     numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
+    context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
 
     def __len__(self) -> int:
         return len(self.time)
@@ -60,7 +71,8 @@ class Columns:
         sizes = np.diff(self.offsets)[places]
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         rows = np.repeat(self.offsets[places] - offsets[:-1], sizes) + np.arange(offsets[-1])
-        by_decision = {name: getattr(self, name)[places] for name in BY_DECISION}
+        by_decision: dict = {name: getattr(self, name)[places] for name in BY_DECISION}
+        by_decision["context"] = {name: values[places] for name, values in self.context.items()}
         return dataclasses.replace(self, **by_decision, offsets=offsets).with_rows(rows, self)
 
     def with_rows(self, rows: np.ndarray, of: "Columns") -> "Columns":
@@ -98,6 +110,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         instrument=pa.concat_arrays([part.instrument for part in parts]),
         numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
         label_end=np.concatenate([part.label_end for part in parts]),
+        context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
     )
 
 
@@ -143,7 +156,56 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
         pa.array([candidate.instrument for candidate in candidates], pa.string()),
         numbers,
         np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
+        contexts_in([decision.context for decision in decisions]),
     )
+
+
+def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
+    """(D,) each: what contexts say, by name, words as numbers; NaN where one does not say it."""
+    names = dict.fromkeys(name for context in contexts for name in context or ())
+    return {name: floats(number_of_word(name, (context or {}).get(name)) for context in contexts) for name in names}
+
+
+# What the words of a context are kept as: their places, the middle one of which is 0. So they have an order, which
+# trees and regressions can use.
+CONTEXT_WORDS = {
+    "regime": ("bear", "sideways", "bull"),
+    "trend_5d": ("down", "slight_down", "sideways", "slight_up", "up"),
+    "volume_class": ("very_low", "low", "normal", "high", "very_high"),
+    "spread_class": ("narrow", "normal", "wide"),
+    "wick": ("lower", "none", "upper"),
+    "effort": ("anomaly", "neutral", "validation"),
+    "longer_trend": ("down", "slight_down", "sideways", "slight_up", "up"),
+}
+
+
+def word_of(name: str, value: float | None) -> str | None:
+    """The word that a number of CONTEXT_WORDS stands for."""
+    words = CONTEXT_WORDS[name]
+    return None if value is None else words[int(value) + len(words) // 2]
+
+
+def number_of_word(name: str, value: float | str | None) -> float | None:
+    """The same backwards; of another name the value itself."""
+    if not isinstance(value, str):
+        return value
+    words = CONTEXT_WORDS.get(name, ())
+    if value not in words:
+        raise CandidatesError(f"context {name}: {shown(value)} is none of {', '.join(words) or 'its numbers'}.")
+    return words.index(value) - len(words) // 2
+
+
+def words_of(name: str, values: np.ndarray) -> list[float | str | None]:
+    """Numbers as Python has them, those of CONTEXT_WORDS as words."""
+    return [word_of(name, value) for value in known(values)] if name in CONTEXT_WORDS else known(values)
+
+
+def contexts_of(columns: Columns) -> list[Context | None]:
+    """Of each decision its own, words as words."""
+    if not columns.context:
+        return [None] * len(columns)
+    said = [words_of(name, values) for name, values in columns.context.items()]
+    return [dict(zip(columns.context, row, strict=True)) for row in zip(*said, strict=True)]
 
 
 def logged_of(columns: Columns) -> list[LoggedDecision]:
@@ -156,10 +218,12 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     counterfactuals = [Counterfactual(*row) for row in zip(*computed, strict=True)]
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
+    contexts = contexts_of(columns)
     logged = []
-    for place, (underlying, exit_style, time, spot, chosen) in enumerate(zip(*fields, strict=True)):
+    of_each = zip(*fields, contexts, strict=True)
+    for place, (underlying, exit_style, time, spot, chosen, context) in enumerate(of_each):
         its = slice(offsets[place], offsets[place + 1])
-        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]))
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]), context)
         sold = None if chosen < 0 else chosen
         logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
     return logged

@@ -8,7 +8,7 @@ import gzip
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,13 +77,13 @@ def whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def header_of(line: bytes) -> list[str]:
+def header_of(line: bytes, own: Sequence[str] = ()) -> list[str]:
     if not line.endswith(b"\n"):
         raise Doubt("the header")
     certain_lines(line.removeprefix(codecs.BOM_UTF8))
     text = line.decode("utf-8-sig")
     header = [name.strip() for name in next(csv.reader([text]))]
-    needed = [*KEY, *WORDS, *READ_NUMBERS]
+    needed = [*KEY, *WORDS, *READ_NUMBERS, *own]
     missing = [name for name in needed if name not in (*header, *OPTIONAL_COLUMNS, *QUOTED_COLUMNS)]
     if len(set(header)) < len(header) or missing:
         raise Doubt("the header")
@@ -103,11 +103,15 @@ def certain_lines(block: bytes) -> None:
         raise Doubt("a long line")
 
 
-def parse(block: bytes, header: list[str]) -> pa.Table:
-    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
+def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none.
+
+    Args:
+        own: numeric columns of the user's, which are read too.
+    """
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
-    read = [name for name in READ_NUMBERS if name in header]
+    read = [name for name in (*READ_NUMBERS, *own) if name in header]
     with pacsv.open_csv(  # which reads here, where read_csv waits for a thread: longer than a small file takes
         pa.BufferReader(block),
         pacsv.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=header),
@@ -122,7 +126,7 @@ def parse(block: bytes, header: list[str]) -> pa.Table:
 
 
 def rows_of(table: pa.Table) -> Rows:
-    read = [name for name in READ_NUMBERS if name in table.column_names]
+    read = [name for name in table.column_names if name not in WORDS]
     columns = {name: table.column(name).combine_chunks() for name in (*WORDS, *read)}
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}

@@ -7,11 +7,19 @@ import hashlib
 import io
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import COLUMNS, OPTIONAL_COLUMNS, QUOTED_COLUMNS, CandidatesError, printable, shown
+from covered_call.candidates.schema import (
+    CHAIN_COLUMNS,
+    COLUMNS,
+    OPTIONAL_COLUMNS,
+    QUOTED_COLUMNS,
+    CandidatesError,
+    printable,
+    shown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +73,7 @@ def read_cells(path: str, options: CoveredCallCandidatesConfig, expected: str | 
     try:
         with Hashed(path) as content, io.BufferedReader(content, MAX_LINE) as raw:
             text = decoded(path, raw)  # named, for it closes the file when it goes
-            yield from cells_of(path, csv.reader(lines(path, text), strict=True))
+            yield from cells_of(path, csv.reader(lines(path, text), strict=True), options)
             while raw.read(MAX_LINE):  # what follows the end of a gzip archive counts too
                 pass
             if expected not in (None, content.sha256.hexdigest()):
@@ -111,10 +119,10 @@ def first_undecodable_line(path: str) -> int:
     return number
 
 
-def cells_of(path: str, reader) -> Iterator[Cells]:
+def cells_of(path: str, reader, options: CoveredCallCandidatesConfig) -> Iterator[Cells]:
     rows = 0
     try:
-        header = check_header(path, next(reader, None))
+        header = check_header(path, next(reader, None), options.context_columns)
         for line, values in numbered(reader):
             if not values:  # a blank line holds nothing to lose
                 continue
@@ -156,7 +164,7 @@ def check_quotes(path: str, line: int, header: list[str], values: list[str]) -> 
             line += len(value.splitlines()) - 1
 
 
-def check_header(path: str, header: list[str] | None) -> list[str]:
+def check_header(path: str, header: list[str] | None, own: Sequence[str] = ()) -> list[str]:
     if not header:
         raise CandidatesError(f"{path} is empty. Leave it out, or run the backtest again.")
     header = [name.strip() for name in header]
@@ -166,7 +174,13 @@ def check_header(path: str, header: list[str] | None) -> list[str]:
             f"{path}, line 1: column {', '.join(missing)} is missing; the header is {','.join(header)[:300]!r}. "
             f"A candidate file has the columns {','.join(COLUMNS)}."
         )
-    known = (*COLUMNS, *QUOTED_COLUMNS)
+    missing = [name for name in own if name not in header]
+    if missing:
+        raise CandidatesError(
+            f"{path}, line 1: there is no column {missing[0]!r}, which context_columns names; the header is "
+            f"{','.join(header)[:300]!r}."
+        )
+    known = (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS, *own)
     twice = [name for name, count in collections.Counter(header).items() if count > 1 and name in known]
     if twice:
         raise CandidatesError(f"{path}, line 1: column {', '.join(twice)} stands twice. Remove one of the two.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from covered_call.candidates.builder import Backtest, find_csvs
 from covered_call.candidates.options import (
+    CONTEXT,
     DATA,
     OUTCOMES,
     SPLITS,
@@ -26,7 +27,7 @@ FILES = {  # beside the options: what they are read from
         "else the simulated sample"),
     "data_dir": ("DIR", "the folder of the CSVs, or of the files that --data_files names; default: the current one"),
 }  # fmt: skip
-SHARED = (DATA, SPLITS, OUTCOMES)  # the groups of options that all commands take
+SHARED = (DATA, CONTEXT, SPLITS, OUTCOMES)  # the groups of options that all commands take
 OUTCOME_OPTIONS = tuple(names_of(CoveredCallCandidatesConfig, OUTCOMES))
 DATA_OPTIONS = tuple(names_of(CoveredCallCandidatesConfig, *SHARED))
 
@@ -115,7 +116,7 @@ def key_field(placeholder: str, text: str) -> Any:
 
 def key_type(option: dataclasses.Field):
     if isinstance(option.default, tuple):
-        return list[float] | None
+        return (list[float] if option.default else list[str]) | None
     if option.metadata["most"] is not None:
         return float | None
     return (bool if isinstance(option.default, bool) else str) | None

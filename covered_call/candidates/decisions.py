@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -14,6 +15,8 @@ import numpy as np
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
+from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
@@ -24,6 +27,7 @@ from covered_call.candidates.schema import CandidatesError, Decision, printable,
 from covered_call.candidates.spool import Spool
 from covered_call.candidates.spots import Spots
 from covered_call.candidates.terms import Fit, Trades, settle
+from covered_call.candidates.vols import UNDERLYING, series_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +106,7 @@ class Reader:
     """Files, one after the other, into a spool."""
 
     def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
-        self.options, self.spool = options, Spool() if spool is None else spool
+        self.options, self.spool = options, Spool(options.context_columns) if spool is None else spool
         self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
@@ -125,7 +129,7 @@ class Reader:
                 with self.spool.part() as append:
                     self.keep(columns_of(logged), append)
         else:
-            check_header(path, said.header)
+            check_header(path, said.header, self.options.context_columns)
             if said.no_offset:
                 warn_of_no_offset(path, said.no_offset)
             for name, rows in said.rows.items():
@@ -210,6 +214,8 @@ def taken(decisions: Decisions, numbers: np.ndarray) -> Decisions:
 
 def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
     """Computes the outcome of each candidate, at each of the horizons too, into the spool; see settled."""
+    if options.context != "none":
+        decisions.spool.describe(functools.partial(context_of, known=known_at(decisions, options)))
     decisions = settled(decisions, rolls, options)
     replay, ends, horizons = decisions.replay, [], horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
@@ -221,6 +227,25 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
 
     decisions.spool.compute(outcomes, horizons)
     return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+
+
+def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
+    """What the decisions themselves say of their markets, and the file of their vols."""
+    spool = decisions.spool
+    vols = [vols_at_target(spool.block(number)) for number in range(len(spool.blocks))]
+    of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
+    prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
+    market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
+    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
+    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+
+
+def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:
+    """By the place of each underlying among the names."""
+    if options.ohlcv_files is None:
+        return None
+    path, given = options.ohlcv_files, (options.bar, options.label_offset_hours)
+    return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

@@ -20,6 +20,7 @@ from covered_call.candidates.data_options import Help, add_option, flags, typed
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import (
     CHATS,
+    CONTEXT,
     DATA,
     OUTCOMES,
     PAIRS,
@@ -39,7 +40,9 @@ from covered_call.command_line import plain_errors
 
 ENGINES = ("local", "ray")
 # Of a decision that stands in two files: each file is exported for itself.
-OPTIONS = [option for option in options_of(CoveredCallCandidatesConfig, DATA, PROMPTS) if option.name != "duplicates"]
+OPTIONS = [
+    option for option in options_of(CoveredCallCandidatesConfig, DATA, CONTEXT, PROMPTS) if option.name != "duplicates"
+]
 PAIRING = options_of(PreferenceConfig, PAIRS)
 LABELS = {"preference": "chosen_label", "q_values": "source"}  # what the summary counts, of chats the label
 # Of what the lines of a chat do not hold.

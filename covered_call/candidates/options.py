@@ -11,15 +11,28 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from covered_call.candidates.schema import MAX_DTE, MAX_IV, CandidatesError, is_number, iso_time, shown, utc
+from covered_call.candidates.schema import (
+    COLUMNS,
+    MAX_DTE,
+    MAX_IV,
+    QUOTED_COLUMNS,
+    CandidatesError,
+    is_number,
+    iso_time,
+    shown,
+    utc,
+    wrong_name,
+)
 
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
-PATHS = ("iv_file",)  # options whose value says where something lies on this machine: no word of that is shared
+# Options whose value says where something lies on this machine: no word of that is shared.
+PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
-DATA, PROMPTS, SPLITS, OUTCOMES, PAIRS = "data", "prompts", "splits", "outcomes and costs", "pairs"
+DATA, CONTEXT, PROMPTS, SPLITS = "data", "market context", "prompts", "splits"
+OUTCOMES, PAIRS = "outcomes and costs", "pairs"
 
 
 def option(default, group: str, placeholder: str, text: str, *, otherwise="", choices=(), most=None, least=0.0):
@@ -72,6 +85,48 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "VOL",
         "an implied vol above this (1 is 100 % a year) is taken for a percentage, and is an error",
         most=math.inf,
+    )
+    context: str = option(
+        "none",
+        CONTEXT,
+        "LEVEL",
+        "what prompts and features tell of the market beside the candidates: none, or spot, which is returns, "
+        "realised vols, trend, range and levels of the files' own spots up to the decision, and the shape of its "
+        "vols; or ohlcv, which is that and volume, patterns, VWAP, ADX and the last bars of ohlcv_files",
+        choices=("none", "spot", "ohlcv"),
+    )
+    context_columns: list[str] | tuple[str, ...] = option(
+        (),
+        CONTEXT,
+        "COLUMN",
+        "numeric columns of the files to be told as they are; that they were known at the decision is for you to "
+        "vouch for",
+        otherwise="none",
+    )
+    context_vols: str | None = option(
+        None,
+        CONTEXT,
+        "CSV",
+        "tell the market's vol, too, such as DVOL: a CSV of times and vols as for iv_file, known iv_lag after each",
+        otherwise="none",
+    )
+    ohlcv_files: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "bars for context ohlcv: a CSV or Parquet file with time (at which a bar begins), open, high, low, close and "
+        "volume, and underlying, or {underlying} in its name for one each",
+        otherwise="none",
+    )
+    bar: str = option("1d", CONTEXT, "LENGTH", "of the bars in ohlcv_files: 1d or 1h", choices=("1d", "1h"))
+    label_offset_hours: float = option(
+        0.0,
+        CONTEXT,
+        "HOURS",
+        "from a decision's time, as the files label it, to that of its price: bars that had ended by then are seen; 8 "
+        "for the teacher's files",
+        most=24,
+        least=-24,
     )
     hindsight: bool = option(
         False,
@@ -196,7 +251,11 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         otherwise="the files' iv",
     )
     iv_lag: float = option(
-        24.0, OUTCOMES, "HOURS", "after its time at which a vol of iv_file is known; a day's close: 24", most=24 * 365
+        24.0,
+        OUTCOMES,
+        "HOURS",
+        "after its time at which a vol of iv_file or context_vols is known; a day's close: 24",
+        most=24 * 365,
     )
     iv_shift: float = option(0.0, OUTCOMES, "VOL", "added to the vol of premiums and buy-backs", most=5, least=-5)
 
@@ -216,15 +275,35 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 f"pricing_iv={shown(self.pricing_iv)}: give a vol above 0 and up to {MAX_IV:g} (0.7 is 70 % a year), "
                 f"or {FIT}."
             )
-        if self.iv_file is not None and (not isinstance(self.iv_file, str) or not self.iv_file.strip()):
-            raise CandidatesError(f"iv_file={shown(self.iv_file)}: give the path of a CSV, or leave it out.")
+        for name in PATHS:
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path.strip()):
+                raise CandidatesError(f"{name}={shown(path)}: give the path of a file, or leave it out.")
         if self.iv_file is not None and self.pricing_iv is not None:
             raise CandidatesError("Give either pricing_iv or iv_file.")
         if self.hindsight and self.name in ("preference", "q_values"):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
             )
+        self.check_context()
         self.check_splits()
+
+    def check_context(self) -> None:
+        named = self.context_columns
+        texts = isinstance(named, (list, tuple)) and all(isinstance(one, str) for one in named)
+        if not texts or len(set(named)) < len(named) or any(wrong_name(one) for one in named):
+            raise CandidatesError(f"context_columns={shown(named)}: give a list of different names of columns.")
+        told = [one for one in named if one in (*COLUMNS, *QUOTED_COLUMNS)]
+        if told:
+            raise CandidatesError(
+                f"context_columns={shown(told[0])}: this column is told already, or is of the outcome, which a prompt "
+                "must not tell. Give columns of your own."
+            )
+        for name in ("context_columns", "context_vols"):
+            if getattr(self, name) and self.context == "none":
+                raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
+        if (self.context == "ohlcv") != (self.ohlcv_files is not None):
+            raise CandidatesError("context='ohlcv' and ohlcv_files go together: give both.")
 
     def check_splits(self) -> None:
         default = CoveredCallCandidatesConfig.splits

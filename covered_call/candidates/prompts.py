@@ -8,17 +8,26 @@ import itertools
 import json
 import random
 import re
-import string
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import RECORDED, Columns
+from covered_call.candidates.columns import CONTEXT_WORDS, RECORDED, Columns
+from covered_call.candidates.context_lines import Texts, context_block, context_blocks, filled
 from covered_call.candidates.number_texts import days, each_distinct, exact, iso_times, money, ratio, ratios
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, UTC, Candidate, Decision
+from covered_call.candidates.schema import (
+    NO_TRADE,
+    SELL_CALL,
+    SKIP,
+    UTC,
+    Candidate,
+    CandidatesError,
+    Context,
+    Decision,
+)
 
 ROLES = ("system", "user", "assistant")
 CANDIDATE_SYSTEM = (
@@ -30,7 +39,7 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot price: {spot}
 Teacher policy (exit_style): {exit_style}
-"""
+{context}"""
 CANDIDATE_STATE = """\
 Candidate option: {instrument}
   - Strike: {strike}
@@ -52,11 +61,12 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot: {spot}
 Teacher policy (exit_style): {exit_style}
-Candidates:
+{context}Candidates:
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}\n"
+RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}\n"
+RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.
 CANDIDATE_HINDSIGHT = """\
@@ -85,8 +95,9 @@ def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str 
 
 def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
+    vols = "" if decision.context is None else RANKING_VOLS
     lines = [
-        RANKING_LINE.format(index=index, **fields_of_state(candidate))
+        RANKING_LINE.format(index=index, vols=vols.format(**fields_of_state(candidate)), **fields_of_state(candidate))
         for index, candidate in enumerate(decision.candidates, start=1)
     ]
     fields = {"lines": "".join(lines) or NO_LINES, "count": len(decision.candidates), "hindsight": hindsight}
@@ -100,6 +111,7 @@ def fields_of_market(decision: Decision) -> dict[str, str]:
         "underlying": decision.underlying,
         "spot": money(decision.spot),
         "exit_style": decision.exit_style,
+        "context": context_block(decision.context),
     }
 
 
@@ -195,13 +207,13 @@ def shuffled_places(columns: Columns, seed: int) -> np.ndarray:
     return np.array(shuffled, np.int64)
 
 
-def decision_ids(market: dict[str, pa.StringArray]) -> pa.StringArray:
+def decision_ids(market: dict[str, Texts]) -> pa.StringArray:
     """What Decision.decision_id is, of each."""
     return filled("{underlying}|{decision_time}|{exit_style}", market)
 
 
 def candidate_chats(
-    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray, hindsight: bool
+    columns: Columns, market: dict[str, Texts], answers: pa.StringArray, hindsight: bool
 ) -> pa.ListArray:
     """(R,) the messages of candidate_messages, and the answer to each."""
     rows = pa.array(columns.decision_of)
@@ -214,10 +226,15 @@ def candidate_chats(
 
 
 def ranking_chats(
-    columns: Columns, market: dict[str, pa.StringArray], answers: pa.StringArray | None, hindsight: bool = False
+    columns: Columns,
+    market: dict[str, Texts],
+    answers: pa.StringArray | None,
+    hindsight: bool = False,
 ) -> pa.ListArray:
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
-    lines = filled(RANKING_LINE, texts_of_state(columns, "delta", "score") | {"index": answers_of(columns.place)})
+    states = texts_of_state(columns, *(RATIOS if columns.context else RATIOS[:2]))
+    vols = filled(RANKING_VOLS, states) if columns.context else ""
+    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
@@ -243,7 +260,7 @@ def ranking_blocks(columns: Columns) -> pa.StringArray:
     return pc.replace_with_mask(pa.array([""] * len(columns), pa.string()), traded, blocks)
 
 
-def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
+def texts_of_market(columns: Columns) -> dict[str, Texts]:
     """(D,) each: what fields_of_market gives for one."""
     names = pa.array(columns.names, pa.string())
     return {
@@ -251,6 +268,7 @@ def texts_of_market(columns: Columns) -> dict[str, pa.StringArray]:
         "underlying": names.take(pa.array(columns.underlying)),
         "spot": each_distinct(columns.spot, money),
         "exit_style": names.take(pa.array(columns.exit_style)),
+        "context": context_blocks(columns.context),
     }
 
 
@@ -266,20 +284,6 @@ def texts_of_outcomes(numbers: dict[str, np.ndarray]) -> dict[str, pa.StringArra
     texts = {name: each_distinct(numbers[name], money) for name in ("reward", "pnl_vs_hodl")}
     percent = functools.partial(money, unit="%")
     return texts | {"max_drawdown_pct": each_distinct(numbers["max_drawdown_pct"], percent)}
-
-
-def filled(template: str, fields: Mapping[str, pa.StringArray | str]) -> pa.StringArray:
-    """(K,) the template's texts.
-
-    Args:
-        fields: K texts each, or one for all.
-    """
-    pieces = [
-        piece
-        for literal, name, _, _ in string.Formatter().parse(template)
-        for piece in ([literal] if name is None else [literal, fields[name]])
-    ]
-    return pc.binary_join_element_wise(*pieces, "")
 
 
 def lengths(texts: pa.StringArray) -> np.ndarray:
@@ -314,17 +318,41 @@ def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
-def prompt_version() -> str:
+def prompt_version(context: Context | None = None) -> str:
     """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
     time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
     candidates = (
         Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
         Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
     )
-    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates)
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context)
     chats = [candidate_messages(decision, candidate) for candidate in candidates]
     chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
     return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
 
 
 PROMPT_VERSION = prompt_version()
+
+
+def version_with(names: Sequence[str]) -> str:
+    """That of prompts with a context of these names; PROMPT_VERSION without any."""
+    if not names:
+        return PROMPT_VERSION
+    words = {name: said[-1] for name, said in CONTEXT_WORDS.items()}
+    return prompt_version({name: words.get(name, 0.125) for name in names})
+
+
+def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
+    """The decision with the context that a policy was fitted with, and nothing beside it.
+
+    Raises:
+        CandidatesError: if the decision does not have it.
+    """
+    context = decision.context or {}
+    missing = [name for name in names if name not in context]
+    if missing:
+        raise CandidatesError(
+            f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
+            "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
+        )
+    return decision._replace(context={name: context[name] for name in names} or None)

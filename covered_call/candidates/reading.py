@@ -43,6 +43,7 @@ class Row(NamedTuple):
     outcome: Outcome
     trade_executed: int
     chosen: int
+    own: dict[str, float | None] = {}  # the columns of context_columns
 
 
 def read_file(
@@ -159,15 +160,16 @@ def parse_row(cells: Cells, options: CoveredCallCandidatesConfig) -> Row:
     if chosen != (cells.values["action"] == SELL_CALL):
         raise cells.bad("action", f"disagrees with chosen={chosen}")
     outcome = Outcome(*(parse_number(cells, name, options, blank=True) for name in Outcome._fields))
+    own = {name: parse_number(cells, name, options, blank=True) for name in options.context_columns}
     if parse_name(cells, "instrument") != NO_CANDIDATES:
         spot, candidate = parse_number(cells, "spot", options), parse_candidate(cells, options)
-        return Row(cells.line, spot, candidate, outcome, trade_executed, chosen)
+        return Row(cells.line, spot, candidate, outcome, trade_executed, chosen, own)
     if trade_executed:
         raise cells.bad("trade_executed", f"on a {NO_CANDIDATES} row, where nothing can be sold")
     strike, *_ = (parse_number(cells, name, options, blank=True, zero=True) for name in Candidate._fields[1:])
     if strike:
         raise cells.bad("instrument", "stands for no option, and the row has a strike")
-    return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen)
+    return Row(cells.line, parse_number(cells, "spot", options, zero=True), None, outcome, trade_executed, chosen, own)
 
 
 def parse_candidate(cells: Cells, options: CoveredCallCandidatesConfig) -> Candidate:
@@ -237,8 +239,8 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
     """One decision from its rows; raises BadRow where they contradict each other."""
     first, chosen, lines = rows[0], None, {}
     for index, row in enumerate(rows):
-        for name in ("spot", "trade_executed"):
-            value, expected = getattr(row, name), getattr(first, name)
+        both = [(name, getattr(row, name), getattr(first, name)) for name in ("spot", "trade_executed")]
+        for name, value, expected in [*both, *((name, value, first.own[name]) for name, value in row.own.items())]:
             if value != expected:
                 reason = f"differs from {expected!r} on line {first.line} of the same decision"
                 raise BadRow(path, row.line, name, value, reason)
@@ -257,4 +259,4 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
         raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
     candidates = tuple(row.candidate for row in rows if row.candidate)
     outcomes = tuple(row.outcome for row in rows if row.candidate)
-    return LoggedDecision(Decision(*key, first.spot, candidates), chosen, outcomes)
+    return LoggedDecision(Decision(*key, first.spot, candidates, first.own or None), chosen, outcomes)

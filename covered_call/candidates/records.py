@@ -9,7 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import COUNTERFACTUAL, RECORDED, STATE, Columns, in_batches
+from covered_call.candidates.columns import (
+    CONTEXT_WORDS,
+    COUNTERFACTUAL,
+    RECORDED,
+    STATE,
+    Columns,
+    in_batches,
+    words_of,
+)
+from covered_call.candidates.context_lines import SAID, context_names
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, horizon_columns
 from covered_call.candidates.preferences import preferred_pairs, recorded_outcomes
 from covered_call.candidates.prompts import (
@@ -21,7 +30,7 @@ from covered_call.candidates.prompts import (
     ranking_chats,
     texts_of_market,
 )
-from covered_call.candidates.schema import SELL_CALL, SKIP
+from covered_call.candidates.schema import SELL_CALL, SKIP, CandidatesError, shown
 
 
 def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Table:
@@ -31,12 +40,14 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
     rows = pa.array(columns.decision_of)
     return table_of(
         "per_candidate",
+        options,
         {
             "messages": candidate_chats(columns, market, labels, options.hindsight),
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
             **candidate_columns(columns),
+            **{name: values.take(rows) for name, values in context_columns_of(columns).items()},
         },
     )
 
@@ -46,6 +57,7 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
     market, candidates = texts_of_market(columns), candidate_columns(columns)
     return table_of(
         "per_decision_ranking",
+        options,
         {
             "messages": ranking_chats(columns, market, labels, options.hindsight),
             **decision_columns(columns, market),
@@ -56,6 +68,7 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
                 pa.StructArray.from_arrays(list(candidates.values()), list(candidates)),
             ),
             "chosen_index": pa.array(columns.chosen + 1, pa.int32(), mask=untraded),
+            **context_columns_of(columns),
         },
     )
 
@@ -68,6 +81,7 @@ def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
     sides = {"chosen": answers_of(pairs.chosen), "rejected": answers_of(pairs.rejected)}
     return table_of(
         "preference",
+        options,
         {
             "prompt": ranking_chats(columns, market, None),
             **{name: chats_of(answers, ROLES[2:]) for name, answers in sides.items()},
@@ -89,10 +103,10 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
     market, computed = texts_of_market(columns), columns.numbers[COUNTERFACTUAL]
     recorded = np.where(sold, recorded_outcomes(columns, options)[columns.decision_of], np.nan)
     is_computed, is_recorded = pa.array(~np.isnan(computed)), pa.array(~np.isnan(recorded))
-    horizons = tuple(horizon_columns(options))
     of_recorded = pc.if_else(is_recorded, "recorded", pa.scalar(None, pa.string()))
     return table_of(
         "q_values",
+        options,
         {
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             **candidate_columns(columns),
@@ -100,9 +114,9 @@ def q_records(columns: Columns, options: CoveredCallCandidatesConfig) -> pa.Tabl
             "q_hold": pa.array(np.zeros(len(sold))),
             "q_sell": nullable(np.where(np.isnan(computed), recorded, computed)),
             "source": pc.if_else(is_computed, "counterfactual", of_recorded),
-            **{name: nullable(columns.numbers[name]) for name in horizons},
+            **{name: values.take(rows) for name, values in context_columns_of(columns).items()},
+            **{name: nullable(columns.numbers[name]) for name in horizon_columns(options)},
         },
-        horizons,
     )
 
 
@@ -111,7 +125,7 @@ def is_sold(columns: Columns) -> np.ndarray:
     return columns.place == columns.chosen[columns.decision_of]
 
 
-def decision_columns(columns: Columns, market: dict[str, pa.StringArray]) -> dict[str, pa.Array]:
+def decision_columns(columns: Columns, market: dict[str, Any]) -> dict[str, pa.Array]:
     """(D,) each."""
     return {
         "decision_id": decision_ids(market),
@@ -138,20 +152,44 @@ def nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, from_pandas=True)
 
 
-def table_of(name: str, arrays: dict[str, pa.Array], horizons: tuple[str, ...] = ()) -> pa.Table:
+def context_columns_of(columns: Columns) -> dict[str, pa.Array]:
+    """(D,) each: what is known of the market."""
+    return {
+        name: pa.array(words_of(name, values), pa.string()) if name in CONTEXT_WORDS else nullable(values)
+        for name, values in columns.context.items()
+    }
+
+
+def table_of(name: str, options: CoveredCallCandidatesConfig, arrays: dict[str, pa.Array]) -> pa.Table:
     """The columns that a config's records have, of these."""
-    schema = schema_of(name, horizons)
+    schema = schema_of(name, more_columns(name, options))
     return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
 
 
+def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, ...]:
+    """Those that options add to a config's records: the context, but to preferences, and the horizons.
+
+    Raises:
+        CandidatesError: for a column of the user's whose name is taken.
+    """
+    context = [] if name == "preference" else context_names(options)
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in SAID]
+    if taken:
+        raise CandidatesError(
+            f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."
+        )
+    return (*context, *horizon_columns(options))
+
+
 @functools.cache
-def schema_of(name: str, horizons: tuple[str, ...]) -> pa.Schema:
-    return features_of(name, horizons).arrow_schema.remove_metadata()
+def schema_of(name: str, more: tuple[str, ...]) -> pa.Schema:
+    return features_of(name, more).arrow_schema.remove_metadata()
 
 
-def features_of(name: str, horizons: Iterable[str]) -> datasets.Features:
-    """Of a config's records, with the columns that the option horizons adds."""
-    return datasets.Features(FEATURES[name] | dict.fromkeys(horizons, datasets.Value("float64")))
+def features_of(name: str, more: Iterable[str]) -> datasets.Features:
+    """Of a config's records, with the columns that options add."""
+    kinds = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    return datasets.Features(FEATURES[name] | kinds)
 
 
 RECORDS: dict[str, Callable[[Columns, Any], pa.Table]] = {

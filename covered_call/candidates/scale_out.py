@@ -219,6 +219,11 @@ def write_records(columns: Columns, name: str, part: str, shared: Shared) -> Non
 
 def made_by(options: CoveredCallCandidatesConfig) -> dict:
     """All that records depend on beside the files; of an option that names a file its content."""
+    if options.context != "none":
+        raise CandidatesError(
+            f"context={shown(options.context)}: a cluster's tasks do not see the market's history. Export on one "
+            "machine: engine='local', or load_candidates."
+        )
     given = {name: getattr(options, name) for name in names_of(type(options)) if name not in PATHS}
     said = {"code": CODE_HASH, "part": PART, "options": given | {"iv_file": hash_of_vols(options.iv_file)}}
     return json.loads(json.dumps(said))  # tuples are lists

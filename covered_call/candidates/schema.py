@@ -9,6 +9,7 @@ import datetime
 import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 # Of a backtest at real quotes: prices in USD a coin and contracts, which are for its readers, and outcome_days.
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
+# Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
+CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -43,6 +46,9 @@ class Candidate(NamedTuple):
     ivrv_ratio: float | None
 
 
+Context = Mapping[str, float | str | None]  # words as words; None where unknown
+
+
 class Decision(NamedTuple):
     """All that a policy may know at one decision: the time (UTC), the market, and its candidates."""
 
@@ -51,6 +57,7 @@ class Decision(NamedTuple):
     exit_style: str
     spot: float
     candidates: tuple[Candidate, ...]
+    context: Context | None = None  # of the market, by name, where a policy is asked with one
 
     @classmethod
     def from_dict(cls, state: dict, max_iv: float | None = None) -> "Decision":
@@ -80,7 +87,10 @@ class Decision(NamedTuple):
     def to_dict(self) -> dict:
         """What from_dict takes, and json.dumps too."""
         candidates = [candidate._asdict() for candidate in self.candidates]
-        return self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
+        state = self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
+        if self.context is None:
+            del state["context"]
+        return state
 
     @property
     def decision_id(self) -> str:
@@ -156,6 +166,7 @@ NUMBERS = {
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
+MAY_BE_LEFT_OUT = (*MAY_LACK, "context")
 NO_TIME = "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00"
 # Every special token of the common chat formats has one of these: <|end|>, <s>, [INST], {{, <｜User｜>. The bar also
 # divides the parts of a decision's id, and a quote is one that a CSV lost.
@@ -250,6 +261,7 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
         raise CandidatesError(f"decision_time: {shown(time)} is not a datetime with a time zone.")
     for name in ("underlying", "exit_style"):
         check_name(name, getattr(decision, name), "the decision")
+    check_context(decision.context)
     if not isinstance(decision.candidates, tuple) or not all(isinstance(c, Candidate) for c in decision.candidates):
         raise CandidatesError(f"candidates: {shown(decision.candidates)} is not a tuple of Candidate.")
     if decision.candidates:
@@ -263,6 +275,17 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise CandidatesError(f"{decision.decision_id}: the instrument {shown(twice[0])} stands there twice.")
+
+
+def check_context(context: Context | None) -> None:
+    if context is not None and not isinstance(context, Mapping):
+        raise CandidatesError(f"context: {shown(context)} is no dict of numbers by name.")
+    for name, value in (context or {}).items():
+        check_name("context", name, "the decision")
+        if isinstance(value, str):
+            check_name(f"context {name}", value, "the decision")
+        elif value is not None:
+            check_number(f"context {name}", value, "the decision", MAX_IV)
 
 
 def checked_decision(state: Decision | dict, max_iv: float | None) -> Decision:
@@ -305,7 +328,7 @@ def fields_of(kind: type[Candidate] | type[Decision], state, where: str) -> dict
     if not isinstance(state, dict):
         raise CandidatesError(f"{where}: {shown(state)} is no dict of {', '.join(kind._fields)}.")
     for name in kind._fields:
-        if name not in state and name not in MAY_LACK:
+        if name not in state and name not in MAY_BE_LEFT_OUT:
             raise CandidatesError(f"{where} has no {name}: give {', '.join(kind._fields)}.")
     strange = [name for name in state if name not in kind._fields]
     if strange:

@@ -33,7 +33,8 @@ class Spool:
     The place of a decision is its number, from 0, in the order in which they were added.
     """
 
-    def __init__(self):
+    def __init__(self, own: Iterable[str] = ()):
+        """own: the columns of the user's that decisions have as a context."""
         with writing():
             self.folder, self.lock = locked_folder()
             remove_those_of_the_killed(self.folder)
@@ -41,6 +42,8 @@ class Spool:
         self.names: list[str] = []  # of underlyings and exit styles, in all blocks
         self.blocks: list[tuple[str, int]] = []  # the file and its batch
         self.starts = [0]  # the place of each block's first decision; at the end the number of all
+        self.schema = pa.schema([*SPOOLED, *((name, pa.float64()) for name in own)])
+        self.context = False  # whether there are files of what is computed of each decision, and
         self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
         self.recent = collections.OrderedDict()
 
@@ -55,10 +58,10 @@ class Spool:
         """Takes blocks in; if an error ends it, none of them is kept."""
         name, before = f"rows-{len(self.blocks)}.arrow", (len(self.blocks), len(self.starts))
         try:
-            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, SPOOLED) as writer:
+            with writing(), pa.OSFile(self.path(name), "w") as file, pa.ipc.new_file(file, self.schema) as writer:
 
                 def append(columns: Columns) -> None:
-                    writer.write_batch(self.batch_of(columns))
+                    writer.write_batch(self.batch_of(columns, self.schema))
                     self.keep(len(self.blocks), columns)
                     self.blocks.append((name, len(self.blocks) - before[0]))
                     self.starts.append(self.starts[-1] + len(columns))
@@ -89,6 +92,17 @@ class Spool:
                     self.keep(number, with_computed(block, names, computed))
         self.computed = schema
 
+    def describe(self, context: Callable[[Columns], dict[str, np.ndarray]]) -> None:
+        """Adds to each block the context that it makes of its decisions, before the user's own."""
+        for number in range(len(self.blocks)):
+            found = context(self.block(number))
+            with writing(), pa.OSFile(self.path(f"context-{number}.arrow"), "w") as file:
+                batch = pa.record_batch({name: pa.array(values) for name, values in found.items()})
+                with pa.ipc.new_file(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+        self.context = True
+        self.recent.clear()
+
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
         numbers = np.searchsorted(self.starts, places, side="right") - 1
@@ -118,6 +132,10 @@ class Spool:
 
     def read_block(self, number: int) -> Columns:
         columns = columns_in(self.read_batch(*self.blocks[number]), self.names)
+        if self.context:
+            found = self.read_batch(f"context-{number}.arrow", 0)
+            context = dict(zip(found.schema.names, (column.to_numpy() for column in found.columns), strict=True))
+            columns = dataclasses.replace(columns, context=context | columns.context)
         if not self.computed:
             return columns
         computed = self.read_batch("outcomes.arrow", number)
@@ -128,14 +146,15 @@ class Spool:
             return pa.ipc.open_file(file).get_batch(index)
 
     @staticmethod
-    def batch_of(columns: Columns) -> pa.RecordBatch:
-        """What was read of decisions, as SPOOLED has it."""
+    def batch_of(columns: Columns, schema: pa.Schema = SPOOLED) -> pa.RecordBatch:
+        """What was read of decisions, as SPOOLED has it, and their own context."""
         rows = pa.StructArray.from_arrays(
             [columns.instrument, *(pa.array(columns.numbers[name]) for name in READ)], fields=list(CANDIDATE)
         )
         arrays = [pa.array(getattr(columns, name)) for name in BY_DECISION]
         lists = pa.ListArray.from_arrays(pa.array(columns.offsets.astype(np.int32)), rows)
-        return pa.record_batch([*arrays, lists], schema=SPOOLED)
+        own = [pa.array(columns.context[name]) for name in schema.names[len(SPOOLED) :]]
+        return pa.record_batch([*arrays, lists, *own], schema=schema)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -148,8 +167,9 @@ def columns_in(batch: pa.RecordBatch, names: Iterable[str]) -> Columns:
     numbers = {name: rows.field(name).to_numpy() for name in READ}
     by_decision = {name: batch.column(name).to_numpy() for name in BY_DECISION}
     offsets = candidates.offsets.to_numpy().astype(np.int64)
+    own = {name: batch.column(name).to_numpy() for name in batch.schema.names[len(SPOOLED) :]}
     return Columns(tuple(names), **by_decision, offsets=offsets, instrument=rows.field("instrument"),
-        numbers=numbers, label_end=np.zeros(len(rows), np.int64))  # fmt: skip
+        numbers=numbers, label_end=np.zeros(len(rows), np.int64), context=own)  # fmt: skip
 
 
 def with_computed(columns: Columns, names: Iterable[str], computed: Iterable[np.ndarray]) -> Columns:

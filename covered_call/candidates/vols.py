@@ -60,24 +60,28 @@ def vols_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     Raises:
         CandidatesError: for an iv_file that cannot be read or used.
     """
-    series = None
-    if options.iv_file is not None:
-        if len(underlyings) > 1 and UNDERLYING not in options.iv_file:
-            several = ", ".join(sorted(names[code] for code in underlyings))
-            raise CandidatesError(
-                f"iv_file={shown(options.iv_file)}: the files hold {several}, each with a vol of its own. Name the "
-                f"files with {UNDERLYING} in the place of the name."
-            )
-        series = {
-            code: read_vols(options.iv_file.replace(UNDERLYING, names[code]), options.iv_lag)
-            for code in sorted(underlyings)
-        }
+    series = series_of("iv_file", options.iv_file, options.iv_lag, names, underlyings)
     return Vols(constant=constant_vol(options.pricing_iv), series=series, shift=float(options.iv_shift))
 
 
-def read_vols(path: str, lag: float) -> Series:
+def series_of(
+    option: str, path: str | None, lag: float, names: list[str], underlyings: set[int]
+) -> dict[int, Series] | None:
+    """By the place of each underlying among the names, the vols of the file that an option names for it."""
+    if path is None:
+        return None
+    if len(underlyings) > 1 and UNDERLYING not in path:
+        several = ", ".join(sorted(names[code] for code in underlyings))
+        raise CandidatesError(
+            f"{option}={shown(path)}: the files hold {several}, each with a vol of its own. Name the files with "
+            f"{UNDERLYING} in the place of the name."
+        )
+    return {code: read_vols(path.replace(UNDERLYING, names[code]), lag, option) for code in sorted(underlyings)}
+
+
+def read_vols(path: str, lag: float, option: str = "iv_file") -> Series:
     """Vols as fractions a year, of a CSV that has them so or in points; see read_series."""
-    series = read_series(path, "iv_file", "vol", lag)
+    series = read_series(path, option, "vol", lag)
     in_points = series.number > MAX_IV
     if len(set(in_points.tolist())) > 1:
         line = int(series.line[in_points != in_points[series.line.argmin()]].min())

@@ -68,6 +68,11 @@ def audit(args: argparse.Namespace) -> int:
             "Whenever the teacher sold, the score rule sold the same call: the teacher is a rule over one number that "
             "the prompt shows, so a model that agrees with it need have learnt no more than to read that number."
         )
+    if options.context_columns:
+        print(
+            f"context_columns: {', '.join(options.context_columns)} stand in the prompts as the files have them. That "
+            "they were known at the decision is for you to vouch for."
+        )
     print("\n".join(leaks) if leaks else "Passed: no prompt names its answer.")
     return int(bool(leaks))
 

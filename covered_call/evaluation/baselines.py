@@ -51,13 +51,14 @@ def fit_baselines(train: Columns) -> dict[str, Rule]:
             f"The training split has {len(train)} decisions, and not both a call that was sold and one that was not: "
             "no baseline can be fitted. Give more data, or other splits."
         )
+    told = [*NUMBERS, *train.context]
     return {
         "majority answer": majority_answer(train),
         "first candidate": Rule(lambda columns: -columns.place, by_place=True),
         "highest score": Rule(scores),
         "score rule": score_rule(train),
-        "logistic regression": classifier(logistic_regression(), train, sold),
-        "gradient boosting": classifier(gradient_boosting(), train, sold),
+        "logistic regression": classifier(logistic_regression(told), train, sold),
+        "gradient boosting": classifier(gradient_boosting(told), train, sold),
     }
 
 
@@ -121,27 +122,28 @@ def features(columns: Columns) -> pd.DataFrame:
     rows = columns.decision_of
     numbers = columns.numbers | {"spot": columns.spot[rows]}
     styles = pd.Categorical.from_codes(columns.exit_style[rows], columns.names)
-    return pd.DataFrame({"exit_style": styles, **{name: numbers[name] for name in NUMBERS}})
+    context = {name: values[rows] for name, values in columns.context.items()}
+    return pd.DataFrame({"exit_style": styles, **{name: numbers[name] for name in NUMBERS}, **context})
 
 
-def logistic_regression():
+def logistic_regression(told: list[str]):
     numbers = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler())
-    return make_pipeline(in_columns(numbers), LogisticRegression(max_iter=1000))
+    return make_pipeline(in_columns(numbers, told), LogisticRegression(max_iter=1000))
 
 
-def gradient_boosting():
-    return make_pipeline(in_columns("passthrough"), HistGradientBoostingClassifier(random_state=0))
+def gradient_boosting(told: list[str]):
+    return make_pipeline(in_columns("passthrough", told), HistGradientBoostingClassifier(random_state=0))
 
 
-def in_columns(numbers):
+def in_columns(numbers, told: list[str]):
     styles = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-    return make_column_transformer((numbers, NUMBERS), (styles, ["exit_style"]))
+    return make_column_transformer((numbers, told), (styles, ["exit_style"]))
 
 
 def classifier(model, train: Columns, sold: np.ndarray) -> Rule:
     """Sells the candidate that is likeliest to be one the teacher sells, above a threshold fitted on train too."""
     known = features(train)
-    empty = [name for name in NUMBERS if known[name].isna().all()]
+    empty = [name for name in (*NUMBERS, *train.context) if known[name].isna().all()]
     model.fit(known.fillna(dict.fromkeys(empty, 0.0)), sold)  # trees fail on a column without a number
 
     def likelihoods(columns: Columns) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.prompts import version_with
 
 MANIFEST, CALIBRATION, RECIPE, CHECKPOINT = "manifest.json", "calibration.json", "recipe.yaml", "checkpoint-"
 QUANTIZATIONS = ("int4", "int8", "none")
@@ -59,10 +59,11 @@ def read_manifest(folder: str | os.PathLike) -> dict:
         raise PolicyError(f"{path} is none that covered-call train saved: it does not say whether a run has finished.")
     if not manifest["finished"]:
         raise PolicyError(f"The run in {folder} has not finished: start it again with the same command.")
-    if manifest["prompt_version"] != PROMPT_VERSION:
+    rendered = version_with(context_in(path, manifest))
+    if manifest["prompt_version"] != rendered:
         raise PolicyError(
             f"{folder} was tuned on prompts of version {manifest['prompt_version']}, and this code "
-            f"now renders version {PROMPT_VERSION}. Tune it again, or go back to the code it was tuned with."
+            f"now renders version {rendered}. Tune it again, or go back to the code it was tuned with."
         )
     if "files" not in manifest:
         raise PolicyError(f"{folder} was saved by an older version, without hashes of its files: tune it again.")
@@ -84,6 +85,14 @@ def for_task(folder: str | os.PathLike, manifest: dict, task: str | None) -> dic
         raise PolicyError(f"task={task!r}: {folder} was tuned on {' and '.join(tasks)}. Give one of them.")
     seen = next((source["tuned_on"] for source in manifest.get("mix") or [] if source["source"] == task), None)
     return {**manifest, "task": task, "tuned_on": seen or manifest["tuned_on"]}
+
+
+def context_in(path: Path, manifest: dict) -> list[str]:
+    """The names of the market's context that the prompts told; none of a model that was tuned without."""
+    names = manifest.get("context", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PolicyError(f"{path}: context is {names!r:.100}. Copy it again, or tune the model again.")
+    return names
 
 
 def read_json(path: Path) -> dict:

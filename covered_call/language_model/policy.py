@@ -20,6 +20,7 @@ from covered_call.candidates.prompts import (
     candidate_messages,
     order_candidates,
     ranking_messages,
+    shown_to,
 )
 from covered_call.candidates.schema import NO_TRADE, Decision, LoggedDecision, checked_decision
 from covered_call.language_model.loading import answer_tokens, chat_ids, context_limit, load_tuned
@@ -157,6 +158,7 @@ class Policy:
         checked = []
         for state in decisions:
             decision = checked_decision(state, self.manifest["recipe"].get("max_iv"))
+            decision = shown_to(decision, self.manifest.get("context", []))
             for name in ("underlying", "exit_style"):
                 known = self.manifest["tuned_on"][f"{name}s"]
                 if getattr(decision, name) not in known:

@@ -76,6 +76,7 @@ class Pending(NamedTuple):
     chosen: int | None
     quoted: np.ndarray  # (N, 4) bid, ask, mark, open interest of the candidates
     sales: range  # their numbers
+    shape: tuple[float, float]  # of its chain
 
 
 class Log:
@@ -99,7 +100,7 @@ class Log:
         sales = range(self.sales, self.sales + len(rows))
         self.sales = sales.stop
         decision = quotes.offer.decision._replace(exit_style=self.exit_style)
-        self.pending.append(Pending(decision, chosen, quotes_of(quotes.snapshot, rows), sales))
+        self.pending.append(Pending(decision, chosen, quotes_of(quotes.snapshot, rows), sales, quotes.snapshot.shape))
         self.take_in([self.book.sell(quotes, rows, np.array(sales, np.int64))])
 
     def end(self, time: int) -> None:
@@ -119,7 +120,7 @@ class Log:
         self.empty += not sales
         outcomes = [self.results.pop(sale) for sale in sales]
         known = [(float(pnl[0]), drawdown, days) for pnl, drawdown, days in outcomes]
-        write_rows(self.file, rows_of(decision, pending.quoted, self.rule, chosen, known))
+        write_rows(self.file, rows_of(decision, pending.quoted, self.rule, chosen, known, pending.shape))
         if chosen is not None:
             pnl, _, days = outcomes[chosen]
             instrument = decision.candidates[chosen].instrument

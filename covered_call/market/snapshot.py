@@ -83,6 +83,13 @@ class Snapshot(NamedTuple):
     spot: float  # USD
     spot_is: str  # "the index", or what stands for it
     calls: QuotedCalls
+    put_call_oi: float = np.nan  # open interest of all puts over that of all calls
+    atm_iv: float = np.nan  # of the call nearest to its forward, at the expiry nearest to a week
+
+    @property
+    def shape(self) -> tuple[float, float]:
+        """By CHAIN_COLUMNS."""
+        return self.put_call_oi, self.atm_iv
 
 
 class BadRow(CandidatesError):
@@ -184,11 +191,28 @@ def times_of(path: str, column: pa.ChunkedArray, name: str) -> np.ndarray:
 
 def snapshots_of(path: str, table: pa.Table, layout: Layout, bad: BadRows) -> Iterator[Snapshot]:
     """Those of the rows of one time."""
-    table = table.filter(pc.equal(table.column("type"), layout.call)).sort_by("instrument")
+    is_call = pc.equal(table.column("type"), layout.call)
+    puts, table = table.filter(pc.invert(is_call)), table.filter(is_call).sort_by("instrument")
     names = np.array(table.column("instrument").to_pylist(), object)
     whose = np.array([str(name).partition("-")[0] for name in names], object)
     for underlying in np.unique(whose.astype(str)):
-        yield snapshot_of(path, table.filter(pa.array(whose == underlying)), str(underlying), layout, bad)
+        found = snapshot_of(path, table.filter(pa.array(whose == underlying)), str(underlying), layout, bad)
+        of_puts = open_interest(puts.filter(pc.starts_with(puts.column("instrument"), f"{underlying}-")), path, layout)
+        yield found._replace(put_call_oi=of_puts / (np.nansum(found.calls.open_interest) or np.nan))
+
+
+def open_interest(puts: pa.Table, path: str, layout: Layout) -> float:
+    """Contracts of all puts; NaN where there are none, for then they were not collected."""
+    if not len(puts):
+        return np.nan
+    return float(np.nansum(number_of(path, puts.column("open_interest"), layout.columns["open_interest"])))
+
+
+def vol_at_the_money(calls: QuotedCalls) -> float:
+    if not len(calls.strike):
+        return np.nan
+    week = calls.expiry == calls.expiry[abs(calls.dte - 7).argmin()]
+    return float(calls.iv[week][abs(calls.strike / calls.forward - 1)[week].argmin()])
 
 
 def snapshot_of(path: str, table: pa.Table, underlying: str, layout: Layout, bad: BadRows) -> Snapshot:
@@ -218,7 +242,7 @@ def snapshot_of(path: str, table: pa.Table, underlying: str, layout: Layout, bad
         black_76_delta(numbers["forward"], numbers["strike"], years, numbers["iv"]), numbers["open_interest"],
         numbers.get("volume", np.full(len(expiry), np.nan)),
     )  # fmt: skip
-    return Snapshot(path, underlying, time - time % SECOND, spot, spot_is, calls)
+    return Snapshot(path, underlying, time - time % SECOND, spot, spot_is, calls, atm_iv=vol_at_the_money(calls))
 
 
 NOT_NUMBERS = ("time", "instrument", "underlying", "type", "expiry")

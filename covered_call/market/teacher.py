@@ -6,17 +6,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import DAY, time_of
-from covered_call.candidates.pricing import DAYS_PER_YEAR
-from covered_call.candidates.schema import Candidate, CandidatesError, Decision, shown
-from covered_call.candidates.series import HOUR, Series, read_series
+from covered_call.candidates.columns import columns_of, contexts_of, time_of, word_of
+from covered_call.candidates.columns import known as known_or_none
+from covered_call.candidates.context import (
+    MEAN_DAYS,
+    Known,
+    Prices,
+    closes_until,
+    context_of,
+    distance_of,
+    regimes,
+    returns_of,
+    vols_of_closes,
+)
+from covered_call.candidates.schema import CHAIN_COLUMNS, Candidate, CandidatesError, Decision, LoggedDecision, shown
+from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.vols import UNDERLYING
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
 
 DAY_BEGINS = 8.0  # hours after midnight, UTC: Deribit's days, and what a date alone means in a file of spots
-HISTORY_DAYS = 50
-NEAR = 12 * HOUR  # a day's close is taken from this far away at most
-STALE = 36 * HOUR  # of the last close: beyond it the past is unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Past(NamedTuple):
 
     realised_vol: float | None  # of 30 daily log returns, a year
     short_vol: float | None  # of 7
-    distance: float | None  # of spot from the mean of the last HISTORY_DAYS closes
+    distance: float | None  # of spot from the mean of the last 50 closes
     week: float | None  # return of spot over 7 days
     month: float | None  # over 30
 
@@ -83,34 +91,24 @@ UNKNOWN = Past(None, None, None, None, None)
 def past_of(closes: Series, time: int, spot: float) -> Past:
     """From the closes that are known at a time, in microseconds since 1970, and the spot of then.
 
-    A missing day leaves what needs it unknown. Vols are those of Deribit's index of realised volatility: the standard
-    deviation of daily log returns times the root of 365.
+    A missing day leaves what needs it unknown; without all closes of the mean no return counts, either.
     """
-    last = int(np.searchsorted(closes.time, time, "right")) - 1
-    if last < 0 or time - closes.time[last] > STALE:
-        return UNKNOWN
-    days = closes_at(closes, closes.time[last] - DAY * np.arange(HISTORY_DAYS), last)
-    vols = [vol_of(days[: count + 1]) for count in (30, 7)]
-    if np.isnan(days).any():
-        return Past(*vols, None, None, None)
-    week, month = (spot / close - 1 for close in closes_at(closes, time - DAY * np.array([7, 30]), last).tolist())
-    distance = spot / float(np.mean(days[::-1])) - 1
-    return Past(*vols, distance, *(None if math.isnan(one) else one for one in (week, month)))
+    known, times, spots = Prices(closes.time, closes.number), np.array([time]), np.array([spot])
+    days = closes_until(known, times, MEAN_DAYS)
+    distance = distance_of(days, spots)
+    returns = returns_of(known, times, spots, (7, 30))[0] + 0 * distance
+    numbers = [vols_of_closes(days, 30), vols_of_closes(days, 7), distance, returns]
+    return Past(*known_or_none(np.concatenate(numbers)))
 
 
-def closes_at(closes: Series, times: np.ndarray, last: int) -> np.ndarray:
-    """(K,) USD: the closes nearest to these times, of those up to ``last``; NaN where none is near."""
-    known = closes.time[: last + 1]
-    after = np.clip(np.searchsorted(known, times), 1, max(last, 1))
-    late = known[np.minimum(after, last)] - times
-    nearest = np.where(times - known[after - 1] <= abs(late), after - 1, np.minimum(after, last))
-    return np.where(abs(known[nearest] - times) <= NEAR, closes.number[nearest], np.nan)
-
-
-def vol_of(days: np.ndarray) -> float | None:
-    """days: (K + 1,) closes, the last first."""
-    vol = float(np.std(np.diff(np.log(days[::-1])), ddof=1) * np.sqrt(DAYS_PER_YEAR))
-    return None if math.isnan(vol) else vol
+def with_context(decision: Decision, closes: Series, snapshot: Snapshot | None = None) -> Decision:
+    """The decision with the market's context at its time, as files have it (see context_of): of these closes, and of
+    its candidates, and the shape of the snapshot's chain. What would take the vols of earlier decisions is unknown."""
+    columns = columns_of([LoggedDecision(decision, None, ())])
+    known = Known({0: Prices(closes.time, closes.number)}, {})
+    (context,) = contexts_of(dataclasses.replace(columns, context=context_of(columns, known)))
+    shape = dict(zip(CHAIN_COLUMNS, known_or_none(np.array(snapshot.shape)), strict=True)) if snapshot else {}
+    return decision._replace(context={**(context or {}), **shape})
 
 
 def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.ndarray:
@@ -143,11 +141,9 @@ def penalty(moneyness: np.ndarray, past: Past) -> np.ndarray:
     return lost + 0.5 * (0 < short_vol < 0.30) + 0.5 * (abs(distance) > 0.20)
 
 
-def trend_of(distance: float, month: float) -> str:
+def trend_of(distance: float, month: float) -> str | None:
     """ "bull", "bear" or "sideways", from spot's distance from its mean and its return over 30 days, as fractions."""
-    if distance > 0.05 and month > 0.10:
-        return "bull"
-    return "bear" if distance < -0.05 and month < -0.10 else "sideways"
+    return word_of("regime", regimes(np.array([distance]), np.array([month])).item())
 
 
 class Offer(NamedTuple):

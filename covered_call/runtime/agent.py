@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
 def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     options = config.options
     options.exit_style, options.on_bad_rows = config.exit_style, args.on_bad_rows
+    options.context = "spot" if policies.with_market else "none"
     decisions = Backtest(find_csvs(args.data_files, args.data_dir, str(HOME)), options).decisions
     for line in decisions.checks():
         print(line)
@@ -172,7 +173,10 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     snapshots = in_time(paths_of(args.snapshot), bad, config)
     folder = args.log or Path(config.state_dir) / args.mode
     venue = Paper(closes) if args.mode == "paper" else None
-    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad)
+    if policies.with_market and not closes:
+        raise ConfigError("A policy was fitted with the market's context, which is made of spots: give spots.")
+    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad,
+        policies.with_market)  # fmt: skip
     first = next(states, None)
     if first is None:
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
@@ -194,8 +198,10 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
     folder, closes = Path(args.log or Path(config.state_dir) / args.mode), closes_of(config)
     account = testnet.connected() if args.mode == "testnet" else None
     exchange = account or Deribit(args.url, live.patience_of(config.interval))
-    wanted = live.Wanted(list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
-        config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s)  # fmt: skip
+    wanted = live.Wanted(
+        list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
+        config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s, policies.with_market,
+    )  # fmt: skip
     told = Told()
     with (
         Alerts(config.on_trade, args.mode) as alerts,

@@ -25,7 +25,17 @@ from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
 from covered_call.market.deribit import TESTNET, Deribit, DeribitError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots, snapshots_in
-from covered_call.market.teacher import PRESETS, UNKNOWN, Offer, Rules, offer_of, past_of, read_spots, rules_of
+from covered_call.market.teacher import (
+    PRESETS,
+    UNKNOWN,
+    Offer,
+    Rules,
+    offer_of,
+    past_of,
+    read_spots,
+    rules_of,
+    with_context,
+)
 from covered_call.runtime.drift import drift_of
 from covered_call.tables import align
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
@@ -81,7 +91,10 @@ def run(args: argparse.Namespace) -> None:
             closes[snapshot.underlying] = read_spots(args.spots, snapshot.underlying, *closes)
         known = closes.get(snapshot.underlying)
         past = UNKNOWN if known is None else past_of(known, snapshot.time, snapshot.spot)
-        puts += [Put(snapshot, offer_of(snapshot, rules, past, style, bad)) for style in styles]
+        its = [offer_of(snapshot, rules, past, style, bad) for style in styles]
+        if known is not None and (args.model or args.q_scorer):
+            its = [one._replace(decision=with_context(one.decision, known, snapshot)) for one in its]
+        puts += [Put(snapshot, offer) for offer in its]
     answers = [teacher_answers(puts, rules), *policy_answers(args, puts)]
     if args.preset != "synthetic":  # whose thousands of decisions are for a file
         for put, said in zip(puts, zip(*answers, strict=True), strict=True):
@@ -261,7 +274,8 @@ def write(args: argparse.Namespace, puts: list[Put]) -> Iterator[tuple[str, int]
 def rows_of(put: Put, outcomes: Any, args: argparse.Namespace) -> Iterator[list]:
     strategy = "synthetic" if args.preset == "synthetic" else "snapshot"
     quotes, chosen = candidate_csv.quotes_of(put.snapshot, put.offer.rows), put.offer.chosen
-    return candidate_csv.rows_of(put.offer.decision, quotes, strategy, chosen if args.teacher else None, outcomes)
+    return candidate_csv.rows_of(put.offer.decision, quotes, strategy, chosen if args.teacher else None, outcomes,
+        put.snapshot.shape)  # fmt: skip
 
 
 def sold_alone(offer: Offer, pnl: tuple[float | None, ...]) -> list[tuple[float | None, None, None]]:

@@ -9,7 +9,9 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 from covered_call import __version__
+from covered_call.candidates.context_lines import SPOT
 from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.schema import CHAIN_COLUMNS
 from covered_call.candidates.series import Series, read_series
 from covered_call.language_model.manifest import read_manifest
 from covered_call.market.teacher import DAY_BEGINS
@@ -33,11 +35,17 @@ class Policies(NamedTuple):
     versions: dict[str, str]
     ranges: dict[str, dict[str, list[float]]]
     tuned_to: dict[str, datetime.datetime]
+    contexts: dict[str, list[str]]  # of those that were fitted with the market's context what it was
+
+    @property
+    def with_market(self) -> bool:
+        """Whether any of them is to be told the market's context."""
+        return any(self.contexts.values())
 
 
 @contextlib.contextmanager
 def policies_of(config: AgentConfig) -> Generator[Policies]:
-    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {})
+    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {}, {})
     with contextlib.ExitStack() as ends:
         for name, value in config.policy.items():
             if name == "rule":
@@ -59,6 +67,13 @@ def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
         styles = fitted.metadata["exit_styles"]
         if config.exit_style not in styles:
             raise QScorerError(other_style(path, config, styles))
+        context = fitted.metadata.get("context", [])
+        if unknown := untold(path, context):
+            raise QScorerError(unknown)
+        if found.contexts.setdefault("q", context) != context:
+            raise QScorerError(
+                f"{path} was fitted with another context of the market than the one before. Start again."
+            )
         found.versions["q"] = sha256
         found.ranges["q"] = fitted.metadata["train"].get("numbers", {})
         found.tuned_to["q"] = datetime.datetime.fromisoformat(fitted.metadata["validation"]["to"])
@@ -74,6 +89,9 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     manifest = read_manifest(folder)
     if config.exit_style not in manifest["tuned_on"]["exit_styles"]:
         raise ConfigError(other_style(folder, config, manifest["tuned_on"]["exit_styles"]))
+    found.contexts["llm"] = manifest.get("context", [])
+    if unknown := untold(folder, found.contexts["llm"]):
+        raise ConfigError(unknown)
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
@@ -92,6 +110,12 @@ def remote_model(keys: dict, config: AgentConfig, found: Policies) -> Source:
         raise ConfigError(f"policy.openai, {error}") from None
     found.versions["openai"] = f"{remote.model} at {remote.base_url}"
     return LanguageModel(client.ask, rules, Model(remote.sha, TASK, remote.candidate_order), "openai")
+
+
+def untold(path: str, context: list[str]) -> str | None:
+    """What is said of a policy that was fitted with a context that an agent cannot tell."""
+    strange = next((name for name in context if name not in (*SPOT, *CHAIN_COLUMNS)), None)
+    return strange and f"{path} was fitted with {strange} in the market's context, which an agent is not told."
 
 
 def other_style(path: str, config: AgentConfig, styles: list[str]) -> str:

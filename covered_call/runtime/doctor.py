@@ -16,12 +16,12 @@ from filelock import SoftFileLock
 
 from covered_call import __version__
 from covered_call.candidates.columns import microseconds
+from covered_call.candidates.context import MEAN_DAYS, PRICE_STALE
 from covered_call.candidates.data_options import Help
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import UTC, CandidatesError
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
-from covered_call.market.teacher import HISTORY_DAYS, STALE
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.answers import ServerError
 from covered_call.runtime.configured import closes_of, other_style, q_file
@@ -181,9 +181,9 @@ def of_spots(config: AgentConfig) -> Iterator[Found]:
     for name, series in closes_of(config).items():
         first, last = (datetime.datetime.fromtimestamp(int(series.time[place]) / 1e6, UTC) for place in (0, -1))
         text = f"{name}: {len(series.time):,} closes from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
-        if len(series.time) < HISTORY_DAYS:
-            yield Found(WARN, "spots", f"{text}: the market's past takes {HISTORY_DAYS}. Give earlier ones, too")
-        elif microseconds(datetime.datetime.now(UTC)) - series.time[-1] > STALE:
+        if len(series.time) < MEAN_DAYS:
+            yield Found(WARN, "spots", f"{text}: the market's past takes {MEAN_DAYS}. Give earlier ones, too")
+        elif microseconds(datetime.datetime.now(UTC)) - series.time[-1] > PRICE_STALE:
             yield Found(
                 WARN, "spots", f"{text}: too old for decisions of today. Add what came since, or replay that time"
             )

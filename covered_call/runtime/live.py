@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 
 from covered_call import atomic
 from covered_call.candidates.schema import UTC, CandidatesError
-from covered_call.candidates.series import Series
+from covered_call.candidates.series import HOUR, Series
 from covered_call.market.deribit import PATIENCE, Deribit, DeribitError, Outage
 from covered_call.market.harvest import DAYS, NAP, after, harvest, microseconds_now
 from covered_call.market.harvest_log import SECOND, HarvestLog, iso
 from covered_call.market.snapshot import BadRows, read_snapshots
-from covered_call.market.teacher import DAY_BEGINS, HOUR, Rules
+from covered_call.market.teacher import DAY_BEGINS, Rules
 from covered_call.runtime.engine import Agent, Cycle
 from covered_call.runtime.replay import states_from
 from covered_call.runtime.state import MarketState
@@ -54,6 +54,7 @@ class Wanted:
         spots: of each underlying its daily closes; those of the exchange's index are put there.
         own_spots: whether the user has given these: then the exchange is not asked for them.
         interval: seconds.
+        with_market: whether decisions get the market's context, see states_from.
         max_age: seconds after which a chain that was not decided on, for the agent was killed, is let go.
     """
 
@@ -65,6 +66,7 @@ class Wanted:
     own_spots: bool
     interval: float
     max_age: float
+    with_market: bool = False
 
 
 class Feed:
@@ -102,7 +104,8 @@ class Feed:
         snapshots = [one for one in read_snapshots(str(path), bad) if one.underlying == underlying]
         self.learn_spots(underlying)
         wanted = self.wanted
-        state = next(states_from(snapshots, wanted.rules, wanted.spots, wanted.exit_style, bad), None)
+        states = states_from(snapshots, wanted.rules, wanted.spots, wanted.exit_style, bad, wanted.with_market)
+        state = next(states, None)
         if state is None:
             raise CandidatesError(f"{path}: no spot of {underlying} is known")
         created = (pq.read_schema(path).metadata or {}).get(b"created")

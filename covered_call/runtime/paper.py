@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import microseconds
+from covered_call.candidates.context import Prices, closes_at
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.pricing import delivery_cost, trading_cost
 from covered_call.candidates.schema import named_call
 from covered_call.candidates.series import Series
-from covered_call.market.teacher import closes_at
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Trade
 
 # Deribit's own; the spread is paid by the fills themselves.
@@ -309,7 +309,7 @@ def close_at(closes: Series, time: datetime.datetime, now: datetime.datetime) ->
     last = int(np.searchsorted(closes.time, microseconds(now), "right")) - 1
     if last < 0:
         return None
-    found = float(closes_at(closes, np.array([microseconds(time)]), last)[0])
+    found = float(closes_at(Prices(closes.time, closes.number), np.array([microseconds(time)]), last)[0])
     return None if found != found else found
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.prompts import candidate_messages, order_candidates, ranking_messages
+from covered_call.candidates.prompts import candidate_messages, order_candidates, ranking_messages, shown_to
 from covered_call.candidates.schema import Decision
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
 from covered_call.runtime.answers import Said
@@ -208,17 +208,22 @@ class Model(NamedTuple):
     sha: str
     task: str
     candidate_order: str
+    context: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: dict) -> "Model":
         """From what read_manifest gives of a tuned model."""
         files = json.dumps(manifest["files"], sort_keys=True)
         order = "csv" if manifest["recipe"].get("candidate_order") == "csv" else "instrument"
-        return cls(hashlib.sha256(files.encode()).hexdigest(), manifest["task"], order)
+        return cls(
+            hashlib.sha256(files.encode()).hexdigest(), manifest["task"], order, tuple(manifest.get("context", ()))
+        )
 
     def key_of(self, decision: Decision) -> tuple[str, str]:
         """The hashes of the model and of the prompts that the decision takes."""
-        ordered, _ = order_candidates(decision, CoveredCallCandidatesConfig(candidate_order=self.candidate_order))
+        ordered, _ = order_candidates(
+            shown_to(decision, self.context), CoveredCallCandidatesConfig(candidate_order=self.candidate_order)
+        )
         ranking = self.task != "per_candidate"
         prompts = (
             [ranking_messages(ordered)] if ranking else [candidate_messages(ordered, c) for c in ordered.candidates]

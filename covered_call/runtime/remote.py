@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.prompts import admissible_answers, order_candidates, pick_of, ranking_messages
+from covered_call.candidates.prompts import admissible_answers, order_candidates, pick_of, ranking_messages, shown_to
 from covered_call.candidates.schema import NO_TRADE, Decision, shown
 from covered_call.runtime.answers import Said, ServerError, Token, parsed, scored
 
@@ -130,7 +130,7 @@ class Client:
         options = CoveredCallCandidatesConfig(candidate_order=self.remote.candidate_order)
         ordered, _ = order_candidates(decision, options)
         answers = admissible_answers(TASK, len(ordered.candidates))
-        text, tokens = content_of(self.post(ranking_messages(ordered)))
+        text, tokens = content_of(self.post(ranking_messages(shown_to(ordered, ()))))
         return said(ordered, text, tokens, answers)
 
     def post(self, messages: list[dict]) -> str:

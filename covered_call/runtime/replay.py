@@ -15,7 +15,7 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.candidates.series import Series
 from covered_call.market.candidate_csv import quotes_of
 from covered_call.market.snapshot import BadRows, Snapshot
-from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of
+from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of, with_context
 from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event, Execution, Marked, Opened
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
@@ -136,11 +136,13 @@ def states_from(
     closes: dict[str, Series] | None = None,
     exit_style: str = "hold_to_expiry",
     bad: BadRows | None = None,
+    with_market: bool = False,
 ) -> Iterator[MarketState]:
     """What each snapshot puts to a policy, with the quotes of all its calls; a snapshot without a spot is left out.
 
     Args:
         closes: by underlying, from which the market's past is known.
+        with_market: whether decisions get its context (see with_context), for policies that were fitted with one.
     """
     for snapshot in snapshots:
         if np.isnan(snapshot.spot):
@@ -148,22 +150,11 @@ def states_from(
         series = (closes or {}).get(snapshot.underlying)
         past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
-        context = past._asdict() | {"atm_iv": atm_iv(snapshot, rules)}
+        if with_market and series is not None:
+            decision = with_context(decision, series, snapshot)
+        at_the_money = None if np.isnan(snapshot.atm_iv) else snapshot.atm_iv
+        context = past._asdict() | {"atm_iv": at_the_money}
         yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)
-
-
-def atm_iv(snapshot: Snapshot, rules: Rules) -> float | None:
-    """The implied vol at a delta of 0.5, between the calls around it, of the expiry that is nearest to the rules'
-    target; None where no calls stand around it."""
-    calls = snapshot.calls
-    known = np.isfinite(calls.iv) & np.isfinite(calls.delta) & (calls.dte >= rules.min_dte)
-    if not known.any():
-        return None
-    distance = np.where(known, abs(calls.dte - rules.target_dte), np.inf)
-    rows = np.flatnonzero(known & (calls.dte == calls.dte[np.argmin(distance)]))
-    rows = rows[np.argsort(calls.delta[rows], kind="stable")]
-    delta = calls.delta[rows]
-    return float(np.interp(ATM, delta, calls.iv[rows])) if delta[0] <= ATM <= delta[-1] else None
 
 
 def all_quotes(snapshot: Snapshot) -> dict[str, Quote]:

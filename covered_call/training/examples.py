@@ -24,6 +24,7 @@ from covered_call.candidates.prompts import (
     pick_of,
     ranking_messages,
 )
+from covered_call.candidates.records import FEATURES
 from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision
 from covered_call.language_model import loading
 from covered_call.language_model.loading import encode, load_config
@@ -125,9 +126,11 @@ def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: s
     rows = record["candidates"]
     if not rows:
         return {}
-    state = (record[name] for name in ("decision_time", "underlying", "exit_style"))
     candidates = tuple(Candidate(*(row[name] for name in Candidate._fields)) for row in rows)
-    decision, order = order_candidates(Decision(*state, rows[0]["spot"], candidates), options)
+    context = {name: value for name, value in record.items() if name not in FEATURES[RANKING]} or None
+    time, underlying, exit_style = (record[name] for name in ("decision_time", "underlying", "exit_style"))
+    state = Decision(time, underlying, exit_style, rows[0]["spot"], candidates, context)
+    decision, order = order_candidates(state, options)
     pick = pick_of(record["label"])
     pick = None if pick is None else order.index(pick)
     label = answer_of(pick)

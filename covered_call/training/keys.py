@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.data_options import backtest_of, recipe_keys
-from covered_call.candidates.options import CHATS, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
+from covered_call.candidates.options import CHATS, CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 from covered_call.training.sources import Source, read_mix, sources_of
@@ -77,7 +77,7 @@ class StartArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, SPLITS)):
+class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
     """What load_candidates is called with; what is not given takes its default there."""
 
     mixed: ClassVar[tuple[str, ...]] = CHATS  # the configs that a mix may hold

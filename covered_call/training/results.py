@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
+from covered_call.candidates.context_lines import context_names
 from covered_call.candidates.decisions import hashes_of
-from covered_call.candidates.prompts import PROMPT_VERSION
+from covered_call.candidates.prompts import version_with
 from covered_call.candidates.source import CODE_HASH
 from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
@@ -49,6 +50,7 @@ def describe_run(
         RecipeError: if a data file is not any more as it was before it was read.
     """
     hashes, splits, sampler = examples.hashes, examples.splits, examples.sampler
+    context = context_names(data.backtest().options)
     for path, digest in hashes_of(fingerprint(list(hashes))).items():
         if digest != hashes[path]:
             raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")
@@ -60,7 +62,8 @@ def describe_run(
         "quantization": model.quantization,
         "adapter": bool(model.lora_r),
         "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
-        "prompt_version": PROMPT_VERSION,
+        "prompt_version": version_with(context),
+        **({"context": context} if context else {}),
         "labels": examples.labels,
         "splits": {
             name: {

@@ -11,6 +11,7 @@ from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns, columns_of, time_of
+from covered_call.candidates.context_lines import context_names
 from covered_call.candidates.data_options import OUTCOME_OPTIONS
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import code_of
@@ -80,15 +81,27 @@ def in_columns(entries: Columns | Sequence[LoggedDecision]) -> Columns:
     return entries if isinstance(entries, Columns) else columns_of(entries)
 
 
-def features(columns: Columns, exit_styles: Sequence[str]) -> np.ndarray:
-    """One row a candidate, shape (R, 6 + exit styles), none with a scale of its own; NaN where missing.
+def features(columns: Columns, exit_styles: Sequence[str], context: Sequence[str] = ()) -> np.ndarray:
+    """One row a candidate, shape (R, 6 + exit styles + context), none with a scale of its own but the user's columns;
+    NaN where missing.
 
-    Strike / spot, dte (days), delta, score, iv, ivrv_ratio, and 1.0 in the column of the decision's exit style.
+    Strike / spot, dte (days), delta, score, iv, ivrv_ratio, 1.0 in the column of the decision's exit style, and what
+    is known of the market by these names.
+
+    Raises:
+        QScorerError: if the decisions do not have that context.
     """
+    missing = [name for name in context if name not in columns.context]
+    if missing and len(columns):
+        raise QScorerError(
+            f"The Q-scorer was fitted with the market's context, and here {missing[0]} is not told. Load files with "
+            "the same options (context, context_columns, context_vols); live, give spots."
+        )
     of, numbers = columns.decision_of, columns.numbers
     state = [numbers["strike"] / columns.spot[of], *(numbers[name] for name in FEATURES[1:-1])]
     styles = [columns.exit_style[of] == code_of(columns.names, style) for style in exit_styles]
-    return np.column_stack([*state, *styles]).astype(float)
+    market = [columns.context[name][of] if len(columns) else of for name in context]
+    return np.column_stack([*state, *styles, *market]).astype(float)
 
 
 def net_outcomes(columns: Columns, config: CoveredCallCandidatesConfig) -> np.ndarray:
@@ -134,7 +147,7 @@ class Fitted(NamedTuple):
 
     def predict(self, columns: Columns) -> Predicted:
         """Net outcomes, the offset added, and confidences."""
-        rows = features(columns, self.metadata["exit_styles"])
+        rows = features(columns, self.metadata["exit_styles"], self.metadata.get("context", ()))
         return Predicted(self.value.predict(rows) + self.metadata["offset"], expit(self.positive.predict(rows)))
 
 
@@ -161,7 +174,8 @@ def learn(
             f"Of {len(target)} candidates to fit on, {known.sum()} have a known outcome: at least {MIN_ROWS} are "
             "needed. Give more data, or other splits."
         )
-    rows, target = features(train, styles)[known], target[known]
+    context = context_names(config)
+    rows, target = features(train, styles, context)[known], target[known]
     rows[:, np.isnan(rows).all(axis=0)] = 0.0  # scikit-learn fails on a column without a number; no tree asks this one
     positive = target > 0
     options = BOOSTING | {"min_samples_leaf": max(MIN_LEAF, round(LEAF_SHARE * len(target)))}
@@ -175,6 +189,7 @@ def learn(
         "version": VERSION,
         "features": FEATURES,
         "exit_styles": styles,
+        **({"context": context} if context else {}),
         "target": "net outcome of selling against holding, as a share of spot",
         "max_iv": config.max_iv,
         "outcome_options": {name: getattr(config, name) for name in OUTCOME_OPTIONS},

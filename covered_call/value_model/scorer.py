@@ -309,9 +309,10 @@ def check_metadata(metadata: dict) -> None:
     ):
         if its != ours:
             raise ValueError(f"it has {name} {its!r:.100}, and this is {ours!r}")
-    styles = metadata["exit_styles"]
-    if not (isinstance(styles, list) and all(isinstance(style, str) for style in styles)):
-        raise ValueError(f"exit_styles {styles!r:.100} is no list of names")
+    for name in ("exit_styles", "context"):
+        names = metadata.get(name, []) if name == "context" else metadata[name]
+        if not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise ValueError(f"{name} {names!r:.100} is no list of names")
     CoveredCallCandidatesConfig(**metadata["outcome_options"]).check()
     number("offset", metadata["offset"], MAX_OFFSET)
     number("max_iv", metadata["max_iv"], sys.float_info.max)
@@ -325,7 +326,7 @@ def check_metadata(metadata: dict) -> None:
 
 
 def read_trees(models: dict, metadata: dict) -> list[Trees]:
-    width = len(FEATURES) - 1 + len(metadata["exit_styles"])
+    width = len(FEATURES) - 1 + len(metadata["exit_styles"]) + len(metadata.get("context", ()))
     return [Trees.from_json(models[name], width) for name in ("value", "positive")]
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,9 +71,9 @@ def taken() -> Iterator[list[str]]:
     """The files that the fast way takes."""
     found: list[str] = []
 
-    def check(path: str, header: list[str]) -> list[str]:
+    def check(path: str, header: list[str], own: Sequence[str]) -> list[str]:
         found.append(path)
-        return check_header(path, header)
+        return check_header(path, header, own)
 
     with mock.patch.object(decisions, "check_header", check):
         yield found

@@ -29,6 +29,21 @@ def test_the_threshold_is_fitted_halfway_between_scores(tmp_path):
         assert fit_threshold(scores(part), part) == pytest.approx(expected)
 
 
+def test_learned_baselines_take_the_market_s_context(tmp_path):
+    """Of a teacher that sells after a day's rise, which no number of a candidate tells."""
+    spots = 60_000 + 1_000 * np.random.default_rng(0).choice([0, 1], 80)
+    rows = [row for day in range(1, 80) for row in decision(day, 0 if spots[day] > spots[day - 1] else None,
+        strikes=(70_000,), spot=float(spots[day]))]  # fmt: skip
+    path = write_csv(tmp_path / "a.csv", rows)
+    right = {}
+    for context in ("none", "spot"):
+        columns = read_decisions([path], CoveredCallCandidatesConfig(context=context)).columns()
+        train, test = (columns.take(np.arange(*ends)) for ends in ((0, 50), (50, 79)))
+        rule = fit_baselines(train)["logistic regression"]
+        right[context] = float(np.mean(rule.picks(test) == test.chosen))
+    assert right["spot"] == 1.0 > right["none"]
+
+
 def test_a_decision_without_candidates_is_never_sold(tmp_path):
     rows = decision(0, 0) + decision(1, 0) + [no_candidates(2)]
     entries = read(rows, tmp_path)

@@ -23,8 +23,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from covered_call.candidates.context_lines import SPOT
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.prompts import PROMPT_VERSION, ranking_messages
+from covered_call.candidates.prompts import PROMPT_VERSION, ranking_messages, version_with
 from covered_call.candidates.schema import NO_TRADE, CandidatesError, LoggedDecision
 from covered_call.language_model.loading import (
     ADAPTER,
@@ -37,7 +38,7 @@ from covered_call.language_model.loading import (
     load_config,
     load_tokenizer,
 )
-from covered_call.language_model.manifest import PolicyError, hash_of
+from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest
 from covered_call.language_model.policy import Answer, Policy, fit_temperature
 from covered_call.language_model.tiny_phi3 import CHAT_TEMPLATE, random_phi3, train_tokenizer
 
@@ -350,6 +351,35 @@ def test_without_candidates_there_is_no_trade_for_certain_and_the_model_is_not_a
     [found] = policy.decide([states[12]])
     assert (found.answer, found.probability, found.margin, found.abstained) == (NO_TRADE, 1.0, 1.0, False)
     assert policy.decide([]) == []
+
+
+def in_a_market(state, **told):
+    return state._replace(context=dict.fromkeys(SPOT) | told)
+
+
+def test_a_model_is_asked_with_the_context_it_was_tuned_with_and_with_no_other(states, tmp_path):
+    told = [in_a_market(state, ret_7d=0.1, mine=3.0) for state in states]
+    policy = policy_of("per_decision_ranking")
+    plain = policy.decide(states)
+    assert policy.decide(told) == plain
+    policy.manifest["context"] = [*SPOT]
+    within = policy.decide(told)
+    assert within != plain and within == policy.decide([in_a_market(state, ret_7d=0.1) for state in states])
+    assert within != policy.decide([in_a_market(state, ret_7d=0.2) for state in states])
+    with pytest.raises(CandidatesError, match="fitted with the market's context, and here ret_1d is not told"):
+        policy.decide(states)
+    save_run(tmp_path / "run", "per_decision_ranking", adapter=False)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for changed in ({"context": [*SPOT]}, {"prompt_version": version_with(SPOT)}):
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | changed))
+        with pytest.raises(PolicyError, match="tuned on prompts of version"):
+            read_manifest(tmp_path / "run")
+    both = {"context": [*SPOT], "prompt_version": version_with(SPOT)}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | both))
+    assert Policy.load(tmp_path / "run").decide(told)
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"context": "spot"}))
+    with pytest.raises(PolicyError, match="context is 'spot'"):
+        read_manifest(tmp_path / "run")
 
 
 def test_what_the_model_cannot_decide_is_refused_with_the_reason(states):

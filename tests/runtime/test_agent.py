@@ -6,11 +6,13 @@ import re
 import signal
 
 import pytest
-from conftest import ROOT, python, write_csv
+from conftest import ROOT, decision, python, write_csv
 from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
 from markets import CONFIG, rich_if_volatile, walk
 
+from covered_call.candidates.decisions import read_decisions
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.runtime import agent
 from covered_call.runtime.agent import main
 from covered_call.runtime.agent_config import ConfigError, read_config
@@ -229,6 +231,21 @@ def test_a_policy_of_another_exit_style_is_said_at_once(here):
     save(fit(rich_if_volatile(range(40)), rich_if_volatile(range(40, 50), seed=1), CONFIG), "q.zip")
     config = configured("policy: {q: q.zip}\nexit_style: tp_and_roll")
     assert "q.zip was tuned on hold_to_expiry, and exit_style is tp_and_roll" in fails("replay", "--config", config)
+
+
+def test_a_policy_that_was_fitted_with_the_market_s_context_is_told_it(here, capsys):
+    rows = [row for day in range(80) for row in decision(day, sold=day % 3, spot=58466.0 + 50 * (day % 5), dte=1.0)]
+    path, context = write_csv(here / "train.csv", rows), CoveredCallCandidatesConfig(context="spot")
+    columns = read_decisions([path], context).columns()
+    fitted = fit(columns, columns, context)
+    save(fitted, "q.zip")
+    config = configured(f"policy: {{q: q.zip}}\nexit_style: tp_and_roll\n{FREE}")
+    assert "80 decisions" in said_by(capsys, "replay", "--config", config, "--data_files", path)
+    chains = str(week(here / "chains.parquet"))
+    assert "made of spots: give spots" in fails("shadow", "--config", config, "--snapshot", chains)
+    own = ["funding", *fitted.metadata["context"][1:]]
+    save(fitted._replace(metadata=fitted.metadata | {"context": own}), "q.zip")
+    assert "fitted with funding in the market's context" in fails("replay", "--config", config, "--data_files", path)
 
 
 def test_ctrl_c_ends_after_the_decision(here, capsys, monkeypatch):

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, decision, load_candidates, no_candidates, write_csv
 from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
 from market.standin import Exchange, summary
 
+from covered_call.candidates.columns import logged_of, time_of
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Decision
+from covered_call.market.snapshot import read_snapshots
+from covered_call.market.teacher import read_spots, with_context
 from covered_call.runtime.chain import main
 from covered_call.runtime.drift import drift_of
 from covered_call.value_model.learning import fit
@@ -92,9 +96,12 @@ def test_the_csv_is_one_that_every_other_command_reads(tmp_path, capsys):
         first, *_, last = csv.DictReader(file)
     assert first["strategy"] == "snapshot" and first["pnl_vs_hodl"] == "" and float(first["bid"]) > 0
     assert last["instrument"] == "NO_CANDIDATES" and last["action"] == "SKIP"
+    assert float(first["atm_iv"]) == 0.45 and float(first["put_call_oi"]) == pytest.approx(1 / 6)
     options = {"data_files": [str(path) for path in paths], "splits": "train", "cache_dir": str(tmp_path / "arrow")}
     rankings = load_candidates("per_decision_ranking", **options)["train"]
     assert len(rankings) == 8 and rankings[6]["messages"][-1]["content"] == "NO_TRADE"
+    shape = load_candidates("q_values", context="spot", context_columns=["put_call_oi", "atm_iv"], **options)["train"]
+    assert shape[0]["put_call_oi"] == float(first["put_call_oi"]) and shape[0]["atm_iv"] == 0.45
     labels = load_candidates("per_candidate", **options)["train"]["label"]
     assert labels.count("SELL_CALL") == sum(answer != "NO_TRADE" for answer in rankings["label"])
 
@@ -132,6 +139,32 @@ def test_a_model_and_a_q_scorer_answer_with_probabilities_and_say_where_they_wer
     assert re.search(r"drift: dte 9\.288 \(tuned on 1\); delta 0\.\d+ to 0\.\d+ \(tuned on 0\.2351\)", said)
     fails(["--snapshot", snapshot, "--q_scorer", scorer, "--exit_style", "tp_and_roll", "--strict_drift"],
         r"strict_drift: of 1 answer\(s\).*Q-scorer: dte 9\.288")  # fmt: skip
+
+
+def test_a_policy_that_was_fitted_with_the_market_s_context_gets_it_of_the_spots(snapshot, tmp_path, capsys):
+    rows = [row for day in range(80) for row in decision(day, sold=day % 3, spot=58466.0 + 50 * (day % 5), dte=1.0)]
+    config = CoveredCallCandidatesConfig(context="spot")
+    columns = read_decisions([write_csv(tmp_path / "train.csv", rows)], config).columns()
+    save(fit(columns, columns, config), tmp_path / "q.zip")
+    asked = ["--snapshot", snapshot, "--q_scorer", str(tmp_path / "q.zip")]
+    fails(asked, "fitted with the market's context.*live, give spots")
+    main([*asked, "--spots", spots(tmp_path)])
+    assert "Q-scorer: " in capsys.readouterr().out
+
+
+def test_what_is_told_live_is_what_a_file_of_the_same_closes_tells(snapshot, tmp_path):
+    """A decision a day at the closes' own times."""
+    closes = read_spots(spots(tmp_path), "BTC")
+    rows = [row for time, price in zip(closes.time.tolist(), closes.number.tolist(), strict=True)
+        for row in decision(0, None, decision_time=time_of(time).isoformat(), spot=price)]  # fmt: skip
+    options = CoveredCallCandidatesConfig(context="spot", splits="train")
+    entries = logged_of(read_decisions([write_csv(tmp_path / "a.csv", rows)], options).columns())
+    for entry in entries[::17]:
+        assert with_context(entry.decision._replace(context=None), closes).context == entry.decision.context
+    (one,) = read_snapshots(snapshot)
+    told = with_context(entries[-1].decision, closes, one).context
+    assert list(told) == [*entries[-1].decision.context, "put_call_oi", "atm_iv"] and told["atm_iv"] == 0.45
+    assert np.isnan(next(read_snapshots(write_harvest(tmp_path / "calls.parquet", [quote()]))).put_call_oi)
 
 
 def test_the_chain_of_this_moment(tmp_path, capsys):
@@ -212,6 +245,7 @@ def test_nothing_is_written_where_a_later_file_is_bad(snapshot, tmp_path):
 def test_without_a_model_torch_is_not_imported(snapshot):
     code = f"""
 import sys
+from covered_call.market.teacher import read_spots, with_context
 from covered_call.runtime.chain import main
 main(["--snapshot", {snapshot!r}])
 assert "torch" not in sys.modules and "ccxt" not in sys.modules

@@ -344,14 +344,11 @@ def test_a_snapshot_is_a_state_with_the_quotes_of_all_its_calls(tmp_path):
     assert {name for name, value in state.context.items() if value is not None} == {"atm_iv"}
 
 
-def test_the_vol_at_the_money_is_between_the_calls_around_it_of_the_expiry_that_is_nearest(tmp_path):
-    rows = [quote(f"BTC-19DEC25-{strike}-C", iv=iv) for strike, iv in ((88_000, 50.0), (98_000, 40.0))]
+def test_the_vol_at_the_money_is_of_the_call_nearest_to_its_forward_at_the_expiry_nearest_to_a_week(tmp_path):
+    rows = [quote(f"BTC-19DEC25-{strike}-C", iv=iv) for strike, iv in ((88_000, 50.0), (93_000, 45.0), (98_000, 40.0))]
     path = write_harvest(tmp_path / "a.parquet", [*rows, quote("BTC-27MAR26-93000-C", iv=90.0)])
     (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
-    assert 0.42 < state.context["atm_iv"] < 0.48
-    path = write_harvest(tmp_path / "b.parquet", [rows[1]])  # nothing stands on the other side
-    (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
-    assert state.context["atm_iv"] is None
+    assert state.context["atm_iv"] == 0.45
 
 
 def test_paper_sells_a_snapshots_call_at_its_bid(tmp_path):

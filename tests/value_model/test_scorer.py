@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from markets import CONFIG, SPOT, decide, entry, rich_if_volatile
 
 from covered_call.candidates.columns import columns_of
+from covered_call.candidates.context_lines import SPOT as SPOT_CONTEXT
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import CandidatesError
+from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.value_model.learning import Gates, Predicted, QScorerError, features, fit, learn
-from covered_call.value_model.scorer import QScorer, best_of
+from covered_call.value_model.scorer import QScorer, best_of, save
 from covered_call.value_model.walk_forward import candidate_pairs
 
 # Learning
@@ -35,6 +36,32 @@ def test_the_same_market_at_another_price_is_worth_the_same_share(fitted):
     cheap, dear = decide(fitted, entry(0, [0.8], [0], spot=0.5), entry(0, [0.8], [0], spot=100_000.0))
     assert cheap.q_sell / 0.5 == pytest.approx(dear.q_sell / 100_000.0)
     assert cheap.pick == dear.pick == 0
+
+
+def in_markets(weeks, seed=0) -> list[LoggedDecision]:
+    """Decisions whose outcomes are ten times the return of the week before, and follow from nothing else."""
+    unknown = dict.fromkeys(SPOT_CONTEXT)
+    made = [entry(number, [0.5], [10 * week]) for number, week in enumerate(weeks, start=100 * seed)]
+    told = [unknown | {"ret_7d": week, "regime": "bull"} for week in weeks]
+    return [
+        one._replace(decision=one.decision._replace(context=context)) for one, context in zip(made, told, strict=True)
+    ]
+
+
+def test_a_scorer_learns_from_the_market_s_context_and_is_not_asked_without(tmp_path):
+    weeks = np.random.default_rng(0).uniform(-0.2, 0.2, 90)
+    config = CoveredCallCandidatesConfig(context="spot")
+    fitted = fit(in_markets(weeks), in_markets(weeks[:30], 1), config)
+    assert fitted.metadata["context"] == list(SPOT_CONTEXT)
+    save(fitted, tmp_path / "q.zip")
+    scorer = QScorer.load(tmp_path / "q.zip")
+    rise, fall = scorer.decide([one.decision for one in in_markets([0.15, -0.15])])
+    assert rise.q_sell > 0 > fall.q_sell and (rise.pick, fall.pick) == (0, None)
+    with pytest.raises(QScorerError, match="fitted with the market's context, and here ret_1d is not told"):
+        scorer.decide([entry(0, [0.5], [0]).decision])
+    plain = fit(in_markets(weeks), in_markets(weeks[:30], 1), CONFIG)
+    one, other = decide(plain, *in_markets([0.15, -0.15]))
+    assert "context" not in plain.metadata and one.q_sell == other.q_sell
 
 
 def test_it_sells_the_candidate_that_outcomes_favour_and_nothing_where_none_is_worth_it(fitted):
