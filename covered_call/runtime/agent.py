@@ -81,16 +81,14 @@ agent.yaml, with its defaults:
   state_dir: out/agent                 # where the logs are
 """
 MODES = ("replay", "shadow", "paper")
-# What is made of a log: each in a module of its own, which is imported only when it is asked for.
-OF_A_LOG = {"report": "report", "settle": "settle", "export": "log_export", "diff": "diff"}
+ASIDE = ("report", "settle", "export", "diff")  # modules of their own, each with a main and a parse_arguments
 # Rules of risk that would stop everything, for what they look at is not known there.
 UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] and arguments[0] in OF_A_LOG:
-        module_of(arguments[0]).main(arguments[1:])
-        return
+    if arguments[:1] and arguments[0] in ASIDE:
+        return aside(arguments[0]).main(arguments[1:])
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
@@ -98,8 +96,8 @@ def main(arguments: list[str]) -> None:
         run(args)
 
 
-def module_of(name: str) -> Any:
-    return importlib.import_module(f"covered_call.runtime.{OF_A_LOG[name]}")
+def aside(name: str) -> Any:
+    return importlib.import_module(f"covered_call.runtime.{name}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -397,12 +395,12 @@ def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.date
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    if arguments[:1] and arguments[0] in OF_A_LOG:
-        return module_of(arguments[0]).parse_arguments(arguments[1:])
+    if arguments[:1] and arguments[0] in ASIDE:
+        return aside(arguments[0]).parse_arguments(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="covered-call agent", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=Help, allow_abbrev=False
     )
-    parser.add_argument("mode", choices=MODES, help=f"what to do; or {', '.join(OF_A_LOG)}")
+    parser.add_argument("mode", choices=MODES, help=f"what to do; or {', '.join(ASIDE)}")
     parser.add_argument("--config", metavar="YAML", required=True, help="what the agent is made of: see below")
     parser.add_argument("--log", metavar="DIR", help="the folder of the log; default: one for the mode in state_dir, "
         "of a replay a new one each time")  # fmt: skip

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from covered_call.candidates.schema import CandidatesError, Decision, shown
-from covered_call.runtime.engine import NOT_SENT
-from covered_call.runtime.journal import ABANDONED, JournalError, files_of, read
-from covered_call.runtime.paper import UNFILLED
+from covered_call.runtime.fusion import Fusion
+from covered_call.runtime.journal import JournalError, files_of, read
 from covered_call.runtime.state import SELL_CALL, Quote
 
 NEEDED = ("mode", "time", "state", "portfolio", "proposals", "fusion", "intention", "vetoes", "latencies")
-# What became of a candidate. A sale is taken where its order was filled, in shadow where it would have been sent.
+# What became of a candidate. Taken is a sale whose order opened a position, in shadow one that would have been sent.
 TAKEN, NOT_FILLED, VETOED, REJECTED, NOT_ASKED = "taken", "not filled", "vetoed", "rejected", "not asked"
 FATES = (TAKEN, NOT_FILLED, VETOED, REJECTED, NOT_ASKED)
 
@@ -41,8 +40,15 @@ class Entry(NamedTuple):
         return self.line.get("config", {})
 
     @property
+    def opened(self) -> list[dict]:
+        """The positions that the order of its entry opened."""
+        its = self.completions.get(self.line["orders"] - 1, {}).get("events", ())
+        return [event["position"] for event in its if event["event"] == "opened"]
+
+    @property
     def units(self) -> float:
-        return self.line["intention"]["units"]
+        """Coins that were sold, or in shadow would have been."""
+        return -sum(one["units"] for one in self.opened) if self.line["orders"] else self.line["intention"]["units"]
 
     @property
     def flat(self) -> bool:
@@ -61,14 +67,18 @@ class Entry(NamedTuple):
             return Meant(VETOED, instrument, tuple(one["code"] for one in line["vetoes"]))
         if not line["orders"]:
             return Meant(TAKEN, instrument)
-        last = self.completions.get(line["orders"] - 1)
-        lost = last is None or last["execution"]["status"] in (UNFILLED, NOT_SENT, ABANDONED)
-        return Meant(NOT_FILLED if lost else TAKEN, instrument)
+        return Meant(TAKEN if self.opened else NOT_FILLED, instrument)
+
+    @property
+    def proposals(self) -> list[dict]:
+        """The language model's first, if there is one; else in the order of the configuration."""
+        llm = self.config.get("fusion", {}).get("llm", Fusion.llm)
+        return sorted(self.line["proposals"], key=lambda one: one["source"] != llm)
 
     @property
     def asked(self) -> bool:
-        """Whether the first policy, a language model say, was asked, and answered."""
-        first = self.line["proposals"][0]
+        """Whether the first policy was asked, and answered."""
+        first = self.proposals[0]
         return first.get("asked", True) and not first["error"]
 
     def fate_of(self, instrument: str) -> str:
@@ -107,13 +117,13 @@ def read_log(folder: str | Path) -> Log:
     for line in lines:
         if "completes" in line:
             completions.setdefault(line["completes"], {})[line["order"]] = line
-        else:
+        elif "decision_id" in line:
             cycles[line["decision_id"]] = checked(line, folder)
             completions.pop(line["decision_id"], None)  # those of a decision that was abandoned
     if not cycles:
         raise JournalError(f"{folder}: its log has no whole decision. Let the agent decide, or give another folder.")
     entries = [entry_of(line, completions.get(name, {}), folder) for name, line in cycles.items()]
-    again = sum("completes" not in line for line in lines) - len(entries)
+    again = sum("decision_id" in line for line in lines) - len(entries)
     entries.sort(key=lambda one: (one.decision.decision_time, one.decision.decision_id))
     return Log(str(folder), mode_of(entries, folder), entries, again, is_torn(paths[-1]))
 

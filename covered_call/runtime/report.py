@@ -90,12 +90,12 @@ def completions(entries: list[Entry]) -> list[dict]:
 
 
 def pair_of(entries: list[Entry]) -> dict[str, Any] | None:
-    """How often the first policy and the second would do the same; None without two.
+    """How often the first policy, a language model if there is one, and the next would do the same; None without two.
 
     Of both selling one call, or neither selling any: agreement. Of both selling, but not the same call: disagreement.
     Else one alone would sell, or one of them failed: unanswered.
     """
-    pairs = [one.line["proposals"][:2] for one in entries if len(one.line["proposals"]) > 1]
+    pairs = [one.proposals[:2] for one in entries if len(one.proposals) > 1]
     if not pairs:
         return None
     counts = collections.Counter(how_they_stand(*pair) for pair in pairs)

@@ -15,7 +15,7 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import COLUMNS, NO_CANDIDATES, QUOTED_COLUMNS
 from covered_call.runtime.agent import main
 from covered_call.runtime.diff import diff_of
-from covered_call.runtime.log_export import export
+from covered_call.runtime.export import export
 from covered_call.runtime.logged import read_log
 from covered_call.value_model import q_scorer
 from covered_call.value_model.scorer import QScorer
