@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from covered_call.runtime.agent import main
+from covered_call.runtime.engine import Agent
 from covered_call.runtime.journal import opened, plain, read
 from covered_call.runtime.logged import FATES, read_log
+from covered_call.runtime.policies import LanguageModel, Querying, Rule, Said
 from covered_call.runtime.report import figures_of, report_of
 from covered_call.runtime.state import Proposal
 from runtime.logs import days, say, settle, write_log
+from runtime.markets import BEGUN, FREELY
 
 pytestmark = [on_the_default_stack, pytest.mark.no_cover]
 
@@ -69,6 +72,25 @@ def test_how_often_each_policy_was_asked_answered_and_failed(two):
     assert (rule["asked"], rule["query_rate"], rule["error_rate"], rule["mean_confidence"]) == (6, 1.0, 0.0, 0.9)
 
 
+def test_a_model_says_whether_it_was_asked_and_the_others_which_call_they_like_best(tmp_path):
+    def fails(decision):
+        raise ValueError("no answer")
+
+    rules = Querying(query_cooldown=2, query_interval=2, max_errors=1, error_cooldown=1)
+    answers = iter([lambda decision: Said(decision.candidates[0].instrument, 0.9, 0.8, False)] * 1 + [fails] * 9)
+    model, never = LanguageModel(lambda decision: next(answers)(decision), rules), Rule(99.0)
+    with opened(tmp_path / "log") as journal:
+        list(Agent([model, never], FREELY, None, BEGUN, journal, {"mode": "shadow"}).run(days(4)))
+    entries = read_log(tmp_path / "log").entries
+    # Answered; not asked, the answer used again; failed; left alone for a step.
+    asked = [(one.line["proposals"][0]["asked"], bool(one.line["proposals"][0]["error"])) for one in entries]
+    assert asked == [(True, False), (False, False), (True, True), (False, True)]
+    assert [one.asked for one in entries] == [True, False, False, False]
+    assert all(one.line["proposals"][1]["best"] == one.decision.candidates[0].instrument for one in entries)
+    found = figures(tmp_path / "log")["policies"]["llm"]
+    assert (found["asked"], found["not_asked"], found["errors"]) == (2, 2, 1)
+
+
 def test_fates_vetoes_and_methods(two):
     found = figures(two)
     # The model decides but where it failed: of the days 0 and 3 the sale was stopped.
@@ -95,10 +117,6 @@ def test_the_trades_of_a_paper_run_and_its_orders(tmp_path):
 
 
 def test_drift_is_counted_by_policy_and_number(tmp_path):
-    from covered_call.runtime.engine import Agent
-    from covered_call.runtime.policies import Rule
-    from runtime.markets import BEGUN, FREELY
-
     ranges = {"q": {"dte": [1.0, 2.0], "delta": [0.0, 1.0]}, "llm": {"delta": [0.0, 1.0]}}
     with opened(tmp_path / "log") as journal:
         agent = Agent([Rule()], FREELY, None, BEGUN, journal, {"mode": "shadow"}, ranges=ranges)

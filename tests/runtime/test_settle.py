@@ -17,6 +17,7 @@ from covered_call.runtime.journal import read
 from covered_call.runtime.logged import read_log
 from covered_call.runtime.outcomes_log import FILE_NAME, read_outcomes
 from runtime.logs import days, say, settle, write_log
+from tests.market.chains import snap, write_history
 
 pytestmark = on_the_default_stack
 
@@ -73,6 +74,18 @@ def test_by_snapshots_each_outcome_is_that_of_the_backtest_digit_for_digit(here,
     assert 50 < settled < len(expected)
     assert f"{settled:,} of {len(expected):,} candidates are settled, {settled:,} of them now" in said
     assert exported("log") == expected
+
+
+def test_a_call_is_not_bought_back_at_the_snapshot_that_it_is_sold_at(here):
+    """Its strike is within 2 % of spot from the start: that is defended from the next snapshot on."""
+    name = "BTC-8JAN26-101500-C"
+    snaps = [snap(day, 100_000.0, {name: (0.01 + day / 1000, 0.012 + day / 1000, 0.011)}, iv=0.2) for day in range(3)]
+    write_history(here / "chains" / "chain.parquet", snaps)
+    backtest.main(["--chains", "chains", "--at", "all", "--exit_style", "tp_and_roll", "--to", "runs"])
+    main(["shadow", "--config", configured("exit_style: tp_and_roll\n"), "--snapshot", "chains/*", "--log", "log"])
+    main(["settle", "log", "--snapshot", "chains/*"])
+    expected = outcomes_in("runs/*.csv")
+    assert exported("log") == expected and expected["2026-01-01T08:00:00+00:00", name][2] == "1.0"
 
 
 def test_paper_s_own_trades_are_settled_as_paper_settled_them(here, capsys):
@@ -188,6 +201,14 @@ def test_what_nobody_bids_for_can_never_be_known_and_is_not_asked_again(here, ca
         assert f"4 of 18 candidates are settled, {new} of them now" in said
         assert "1 of them can never be known: no bid to sell at." in said
     assert read_outcomes("log")[states[0].decision.decision_id, name].pnl_vs_hodl is None
+
+
+def test_an_outcome_that_another_process_added_meanwhile_stays(here):
+    states = write_log(here / "log", [say(0)])
+    settle(here / "log", states, [(1.0, None)])
+    settle(here / "log", states, [(9.0, 2.0)])
+    assert [one.pnl_vs_hodl for one in read_outcomes("log").values()] == [1.0, 2.0]
+    assert len(Path("log", FILE_NAME).read_text().splitlines()) == 2
 
 
 # --- What cannot be
