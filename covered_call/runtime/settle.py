@@ -139,8 +139,7 @@ class Books:
     def end(self) -> Iterator[Settled | str]:
         """What the last of all prices settles; what expires after it, or could have been bought back since, waits."""
         yield from self.sell_until(np.iinfo(np.int64).max)
-        if self.last is None:
-            return
+        assert self.last is not None  # for there is a decision
         spots = self.terms.spots
         until = self.last if spots is None else max(self.last, int(spots.time[-1]))
         waits = self.book.take_out(self.book.open.expiry > until, "still open when the prices end")

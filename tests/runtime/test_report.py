@@ -20,7 +20,7 @@ from covered_call.runtime.state import Proposal
 from runtime.logs import days, say, settle, write_log
 from runtime.markets import BEGUN, FREELY
 
-pytestmark = [on_the_default_stack, pytest.mark.no_cover]
+pytestmark = on_the_default_stack
 
 
 def fails(*arguments: str) -> str:
@@ -130,6 +130,7 @@ one_says = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.no_cover
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.integers(1, 6), st.booleans(), st.sampled_from(["shadow", "paper"]))
 def test_counts_add_up(data, count, two, mode):

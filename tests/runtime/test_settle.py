@@ -17,7 +17,7 @@ from covered_call.runtime.journal import read
 from covered_call.runtime.logged import read_log
 from covered_call.runtime.outcomes_log import FILE_NAME, read_outcomes
 from runtime.logs import days, say, settle, write_log
-from tests.market.chains import snap, write_history
+from tests.market.chains import Snap, snap, write_history
 
 pytestmark = on_the_default_stack
 
@@ -229,6 +229,33 @@ def test_what_cannot_settle_a_log_is_one_line(here):
     assert "there is no decisions_YYYYMMDD.jsonl" in fails("settle", "chains")
     with pytest.raises(SystemExit):
         main(["settle", "log", "--data_files", "walk.csv", "--spots", "a.csv"])
+
+
+def test_files_that_overlap_are_said(here):
+    states = days(4)
+    write_log(here / "log", [say(0)] * 4, states=states)
+    name, day = "BTC-31JAN25-120000-C", datetime.timedelta(days=1)
+    snaps = [Snap(states[0].decision.decision_time + number * day, 100_000.0, {name: (0.01, 0.02, 0.015)})
+        for number in range(4)]  # fmt: skip
+    write_history(here / "chains" / "a.parquet", snaps)
+    main(["settle", "log", "--snapshot", "chains/a.parquet"])
+    write_history(here / "chains" / "b.parquet", snaps[2:])
+    assert "Files of one underlying must not overlap" in fails("settle", "log", "--snapshot", "chains/*.parquet")
+
+
+def test_a_replay_is_settled_by_and_by_as_its_files_come(here, capsys):
+    rows = walk(60)
+    write_csv(here / "walk.csv", rows)
+    main(["replay", "--config", configured("holdings: {BTC: 99}\n"), "--data_files", "walk.csv", "--log", "log"])
+    write_csv(here / "half.csv", rows[:60])
+    main(["settle", "log", "--data_files", "half.csv"])
+    assert "60 are not: their decision is not in the files." in capsys.readouterr().out
+    first = read_outcomes("log")
+    main(["settle", "log", "--data_files", "walk.csv"])
+    whole = read_outcomes("log")
+    assert 0 < len(first) < len(whole) and whole == whole | first
+    main(["settle", "log", "--data_files", "walk.csv"])
+    assert ", 0 of them now" in capsys.readouterr().out and read_outcomes("log") == whole
 
 
 def test_snapshots_of_another_market_are_said(here):
