@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import REAL_DATA, decision, needs_real_data, no_candidates, read_c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covered_call.candidates.builder import CoveredCallCandidates
 from covered_call.candidates.columns import DAY, columns_of, logged_of, words_of
 from covered_call.candidates.context import (
     Prices,
@@ -36,6 +38,7 @@ from covered_call.candidates.context_ohlcv import (
     seen_at,
 )
 from covered_call.candidates.decisions import read_decisions
+from covered_call.candidates.export import main
 from covered_call.candidates.leaks import find_leaks, render_splits
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import (
@@ -45,6 +48,7 @@ from covered_call.candidates.prompts import (
     shown_to,
     version_with,
 )
+from covered_call.candidates.scale_out import made_by
 from covered_call.candidates.schema import COLUMNS, CandidatesError, Decision
 from covered_call.candidates.series import HOUR
 from covered_call.market.teacher import Past, penalty
@@ -163,30 +167,22 @@ def test_a_vol_is_ranked_among_those_before():
     assert np.isnan(ranks_of(alike, time, np.full(4, 0.7))).all()
 
 
-def test_the_shape_of_a_chain_s_vols():
+def test_the_shape_of_a_chain_s_vols(tmp_path):
     candidates = [(0.30, 7, 0.62), (0.24, 7, 0.60), (0.18, 7, 0.57), (0.26, 14, 0.65), (0.20, 14, None)]
     rows = [
         row
         for place, (delta, dte, iv) in enumerate(candidates)
         for row in decision(0, None, strikes=(63_000 + place,), delta=delta, dte=dte, iv="" if iv is None else iv)
     ]
-    (entry,) = read_candidates_of(rows)
-    columns = columns_of([entry, dataclasses_free(entry, iv=0.7)])
+    (entry,) = read_candidates([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig(splits="train"))
+    columns = columns_of([entry, changed(entry, iv=0.7)])
     shape = shapes_of(columns)
     assert vols_at_target(columns).tolist() == [0.60, 0.7]
     assert shape["iv_skew"][0] == pytest.approx(0.57 - 0.62) and shape["iv_term"][0] == pytest.approx(0.65 - 0.60)
     assert np.isnan(shape["iv_skew"][1]) and np.isnan(shape["iv_term"][1])  # all alike: it says nothing
 
 
-def read_candidates_of(rows: list[dict]):
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        return read_candidates([write_csv(Path(folder) / "a.csv", rows)], CoveredCallCandidatesConfig(splits="train"))
-
-
-def dataclasses_free(entry, **changed):
+def changed(entry, **changed):
     """The same with some numbers of all its candidates changed."""
     market = entry.decision
     return entry._replace(
@@ -382,6 +378,24 @@ def test_no_prompt_names_its_answer(path):
     for name in ("per_candidate", "per_decision_ranking"):
         config = dataclasses.replace(options, name=name)
         assert find_leaks(render_splits({"train": entries}, config), config) == []
+
+
+def test_chats_are_exported_with_it_and_a_cluster_refuses(path, tmp_path):
+    main(["--input", path, "--context", "spot", "--output_dir", str(tmp_path)])
+    asked = [one["messages"] for one in map(json.loads, (tmp_path / "a_per_candidate.jsonl").read_text().splitlines())]
+    assert asked == [one["messages"] for one in records(path, context="spot", splits="train")]
+    with pytest.raises(CandidatesError, match="context='spot': a cluster's tasks do not see the market's history"):
+        made_by(ON)
+
+
+def test_another_file_of_vols_or_bars_is_another_key_of_the_cache(path, tmp_path):
+    told = {"data_files": path, "config_name": "q_values", "context": "spot", "cache_dir": str(tmp_path)}
+    vols = vol_file(tmp_path, 60)
+    keys = [CoveredCallCandidates(**told).cache_dir, CoveredCallCandidates(**told, context_vols=vols).cache_dir]
+    vol_file(tmp_path, 60, 80.0)
+    keys.append(CoveredCallCandidates(**told, context_vols=vols).cache_dir)
+    keys.append(CoveredCallCandidates(**told | {"context": "none"}).cache_dir)
+    assert len(set(keys)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

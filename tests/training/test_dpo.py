@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from covered_call import tuning
+from covered_call.candidates.context_lines import SPOT
+from covered_call.candidates.prompts import version_with
 from covered_call.evaluation import evaluate
 from covered_call.language_model.manifest import PolicyError, hash_of
 from covered_call.language_model.policy import Policy
@@ -75,6 +77,10 @@ def changed(start, tmp_path, **changes) -> str:
         ({"base_revision": "sha256:0"}, "not the one that .* was tuned on"),
         ({"adapter": False}, "of all weights.*only an adapter can be gone on with"),
         ({"recipe": {"candidate_order": "csv"}}, "was shown candidates in csv order: set candidate_order"),
+        (
+            {"context": [*SPOT], "prompt_version": version_with(SPOT)},
+            "was told ret_1d, .*these options tell nothing",
+        ),
         (
             {"splits": {"train": {"to": "2024-11-15T00:00:00+00:00"}}},
             "up to 2024-11-15, and validation begins on 2024-11-04",
