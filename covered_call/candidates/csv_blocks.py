@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,8 +19,16 @@ import pyarrow.csv as pacsv
 from datasets.utils import tqdm
 
 from covered_call.candidates.columns import LOGGED, STATE, microseconds
-from covered_call.candidates.csv_rows import GZIP, Hashed
-from covered_call.candidates.schema import KEY, OPTIONAL_COLUMNS, QUOTED_COLUMNS, iso_time, utc, wrong_name
+from covered_call.candidates.csv_rows import GZIP, Hashed, check_quotes, numbered
+from covered_call.candidates.schema import (
+    KEY,
+    OPTIONAL_COLUMNS,
+    QUOTED_COLUMNS,
+    CandidatesError,
+    iso_time,
+    utc,
+    wrong_name,
+)
 
 BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
@@ -31,6 +40,10 @@ QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 class Doubt(Exception):
     """What a file holds is not certainly good; the text says what, for whoever wonders why a file is read slowly."""
+
+
+class OpenQuote(Doubt):
+    """A block ends within a quoted cell."""
 
 
 class Rows(NamedTuple):
@@ -101,6 +114,61 @@ def certain_lines(block: bytes) -> None:
     half = LONGEST // 2
     if any(block.find(b"\n", start, start + half) < 0 for start in range(0, len(block) - half, half)):
         raise Doubt("a long line")
+
+
+def read_block(block: bytes, header: list[str]) -> tuple[bytes, pa.Table, Rows]:
+    """The rows of whole lines, and the lines: written anew where they are not certainly understood as they are.
+
+    Raises:
+        OpenQuote: where the last row may go on in the lines that follow.
+        Doubt or pa.ArrowInvalid: where the row parser may not take them, either.
+    """
+    try:
+        table = parse(block, header)
+        return block, table, rows_of(table)
+    except (Doubt, pa.ArrowInvalid):
+        block = plainly_written(block, header)
+        table = parse(block, header)
+        return block, table, rows_of(table)
+
+
+def plainly_written(block: bytes, header: list[str]) -> bytes:
+    """The same rows in one way of writing: each cell as the row parser understands it, on the line that its row begins
+    on, and nothing in the columns that are not read. What it might complain of is doubted."""
+    if b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+        raise Doubt("a line end")
+    if any(len(line) > LONGEST for line in block.split(b"\n")):
+        raise Doubt("a long line")
+    reader, lines = csv.reader(io.StringIO(block.decode("utf-8"), newline=""), strict=True), []
+    try:
+        for line, values in numbered(reader):
+            if values and len(values) != len(header):
+                raise Doubt("fields that do not fit the header")
+            if reader.line_num > line:
+                check_quotes("", line, header, values)
+            cells = (plain_cell(name, text.strip()) for name, text in zip(header, values, strict=False))
+            lines += [",".join(cells), *[""] * (reader.line_num - line)]
+    except CandidatesError as error:
+        raise Doubt("a quote") from error
+    except csv.Error as error:
+        raise (OpenQuote if reader.line_num == block.count(b"\n") else Doubt)(str(error)) from error
+    return "\n".join([*lines, ""]).encode()
+
+
+def plain_cell(name: str, text: str) -> str:
+    if name in WORDS:
+        if any(one in text for one in '"\r\n'):
+            raise Doubt(f"{name}: a quote or a line end")
+        return f'"{text}"' if "," in text else text  # of spots the text counts, too
+    if name not in READ_NUMBERS or not text:
+        return ""
+    if "_" in text or not text.isascii():  # see reading.parse_number
+        raise Doubt(f"{name}: no number")
+    try:
+        number = float(text)
+    except ValueError:
+        raise Doubt(f"{name}: no number") from None
+    return "" if math.isnan(number) else repr(number)
 
 
 def parse(block: bytes, header: list[str]) -> pa.Table:
