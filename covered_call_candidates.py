@@ -74,7 +74,7 @@ MODULES = (
     "reading", "pricing", "series", "spots", "settlement", "chains", "vols", "outcomes", "splits", "terms",
     "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "3c5321352249137a457d4ce5df538c23cdf7d05c544298e50f0614dc48d17df6"  # their SHA-256
+MADE_FROM = "cc3cbddce21e3ba4162bab38047e8a8d3ff0012417661dc2add18fe17a86856b"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -273,7 +273,7 @@ def wrong_number(name: str, value: float, max_iv: float) -> str | None:
     return "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]"
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def wrong_name(text: str) -> str | None:
     """Why this cannot be a name that a prompt shows; None if it can."""
     if not text or not text.isprintable():  # a line break would write its own line into the prompt
@@ -309,7 +309,7 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
 ONE_DAY = datetime.timedelta(days=1)
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def named_call(name: str) -> tuple[str, float, datetime.datetime] | None:
     """Underlying, strike and expiry, as an instrument's own name says them; None where it does not."""
     parts = DERIBIT_NAME.fullmatch(name)
@@ -1786,6 +1786,7 @@ LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a 
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
+PLAIN_WORD = r"^[!-~](?:[ -~]*[!-~])?$"  # of ASCII alone, for Python's blanks are more than Arrow's
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
@@ -1946,7 +1947,7 @@ def rows_of(table: pa.Table) -> Rows:
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
     for name in WORDS:
-        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+        if columns[name].null_count or have_blanks_around(columns[name].dictionary):
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
@@ -1959,6 +1960,12 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def have_blanks_around(texts: pa.StringArray) -> bool:
+    if pc.all(pc.match_substring_regex(texts, PLAIN_WORD)).as_py():
+        return False
+    return any(text != text.strip() for text in texts.to_pylist())
 
 
 def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
@@ -2119,7 +2126,7 @@ class State:
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
-        """Takes in whole lines, but for a last decision or a quote that may go on: its lines are left, and returned."""
+        """Takes in whole lines, but for a last decision or a quote that may go on: that is left, and returned."""
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""

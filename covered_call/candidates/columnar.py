@@ -143,7 +143,7 @@ class State:
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
-        """Takes in whole lines, but for a last decision or a quote that may go on: its lines are left, and returned."""
+        """Takes in whole lines, but for a last decision or a quote that may go on: that is left, and returned."""
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""

@@ -35,6 +35,7 @@ LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a 
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
+PLAIN_WORD = r"^[!-~](?:[ -~]*[!-~])?$"  # of ASCII alone, for Python's blanks are more than Arrow's
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
@@ -195,7 +196,7 @@ def rows_of(table: pa.Table) -> Rows:
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
     for name in WORDS:
-        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+        if columns[name].null_count or have_blanks_around(columns[name].dictionary):
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
@@ -208,6 +209,12 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def have_blanks_around(texts: pa.StringArray) -> bool:
+    if pc.all(pc.match_substring_regex(texts, PLAIN_WORD)).as_py():
+        return False
+    return any(text != text.strip() for text in texts.to_pylist())
 
 
 def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
