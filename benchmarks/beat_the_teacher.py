@@ -46,7 +46,11 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call import atomic, tuning  # noqa: E402
+from covered_call import (  # noqa: E402
+    atomic,
+    resampling,  # noqa: E402
+    tuning,
+)
 from covered_call.candidates.builder import Backtest, find_csvs, hash_of_vols  # noqa: E402
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns, logged_of  # noqa: E402
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, add_data_options  # noqa: E402
@@ -54,7 +58,7 @@ from covered_call.candidates.options import OUTCOMES, CoveredCallCandidatesConfi
 from covered_call.candidates.preferences import at, best_places  # noqa: E402
 from covered_call.candidates.schema import CandidatesError, LoggedDecision  # noqa: E402
 from covered_call.candidates.splits import split_places  # noqa: E402
-from covered_call.evaluation import luck, resampling  # noqa: E402
+from covered_call.evaluation import luck  # noqa: E402
 from covered_call.evaluation.baselines import Rule, fit_threshold, highest, score_rule, scores  # noqa: E402
 from covered_call.evaluation.cases import Cases, make_cases, outcome  # noqa: E402
 from covered_call.evaluation.slices import TREND, regimes  # noqa: E402

@@ -103,6 +103,7 @@ def random_records(records: int, tokens: int, answers: list[str] = ANSWERS) -> D
             "label": labels,
             "answers": [answers] * records,
             "decision_id": [str(place) for place in range(records)],
+            "task": ["per_decision_ranking"] * records,
         }
     )
 

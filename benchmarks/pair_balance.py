@@ -31,11 +31,13 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call import atomic  # noqa: E402
+from covered_call import (
+    atomic,  # noqa: E402
+    resampling,  # noqa: E402
+)
 from covered_call.candidates.builder import Backtest  # noqa: E402
 from covered_call.candidates.prompts import pick_of  # noqa: E402
 from covered_call.candidates.schema import NO_TRADE, CandidatesError  # noqa: E402
-from covered_call.evaluation import resampling  # noqa: E402
 from covered_call.evaluation.cases import Cases, make_cases, outcome  # noqa: E402
 from covered_call.language_model.loading import ADAPTER  # noqa: E402
 from covered_call.language_model.scoring import Scored  # noqa: E402
@@ -132,7 +134,7 @@ def train(balance: str, backtest: Backtest, words: list[str]) -> Measured:
     pairs.sampler = EpochSampler([True] * len(drawn), "none", training.seed)  # all alike
     test = pairs.judged.pop("test")
     pairs.judged["validation"] = thin_out(pairs.judged["validation"], data.max_eval_records)
-    dpo.preflight(model, training, pairs)
+    dpo.preflight(model, data, training, pairs)
     trainer = dpo.make_trainer(model, data, training, pairs, None)
     picks = {START: picks_of(test, trainer.score(test))}
     trainer.train()

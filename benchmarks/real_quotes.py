@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from covered_call import resampling  # noqa: E402
 from covered_call.candidates.columns import DAY, microseconds  # noqa: E402
 from covered_call.candidates.pricing import (  # noqa: E402
     DAYS_PER_YEAR,
@@ -32,7 +33,6 @@ from covered_call.candidates.pricing import (  # noqa: E402
 )
 from covered_call.candidates.schema import named_call  # noqa: E402
 from covered_call.candidates.vols import UNDERLYING, Vols, read_vols  # noqa: E402
-from covered_call.evaluation import resampling  # noqa: E402
 from covered_call.market.backtest import Settings, files_of, replay  # noqa: E402
 from covered_call.market.book import DERIBIT, STYLES  # noqa: E402
 from covered_call.market.replay import ChainReplay, Log  # noqa: E402

@@ -8,6 +8,7 @@ from covered_call import __version__, command_line
 # What each verb is, and where: a verb is imported only when it is asked for.
 VERBS = {
     "export": ("candidates.export.main", "chats of a backtest as JSON lines"),
+    "verify": ("training.verify.main", "gates to pass before a GPU is paid for, or where a model was moved to"),
     "train": ("tuning.train", "fine-tune a language model to answer as the teacher did"),
     "prefer": ("tuning.prefer", "go on from a fine-tune with pairs of answers: prefer what paid more"),
     "q-scorer": ("value_model.q_scorer.main", "fit boosted trees to what selling each call would have brought"),
@@ -17,6 +18,7 @@ VERBS = {
     "agent": ("runtime.agent.main", "decide over time with positions: on a backtest, in shadow, or on paper"),
     "harvest": ("market.harvest.main", "collect option chains from Deribit, and the history of spot and vol"),
     "backtest": ("market.backtest.main", "replay a rule over collected chains, paid at their real quotes"),
+    "merge": ("publishing.merge.main", "an adapter merged into its base, to be served by vLLM and others"),
     "publish": ("publishing.publish.main", "share the data sets, or a tuned model, on the Hub or in a folder"),
 }
 HELP = f"""usage: covered-call VERB [options]

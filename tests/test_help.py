@@ -20,6 +20,7 @@ from covered_call.training.recipe import DPO, SFT, RunArguments
 
 ROOT = SCRIPT.parent
 SCRIPTS = [
+    "data/make_formulas.py",
     "data/simulate_backtest.py",
     *(
         path.relative_to(ROOT).as_posix()
@@ -73,12 +74,14 @@ def test_the_whole_is_told_in_a_moment_for_nothing_heavy_is_imported(words):
 
 
 def test_the_verbs_are_those_that_the_documents_name():
-    verbs = "export train prefer q-scorer evaluate audit chain agent harvest backtest publish"
+    verbs = "export verify train prefer q-scorer evaluate audit chain agent harvest backtest merge publish"
     assert list(command.VERBS) == verbs.split()
 
 
 def test_a_word_that_is_no_verb_is_refused_with_the_verbs(capsys):
-    with pytest.raises(SystemExit, match=r"error: 'tarin' is no verb: choose one of export, train, .*, publish\. See"):
+    with pytest.raises(
+        SystemExit, match=r"error: 'tarin' is no verb: choose one of export, verify, train, .*, publish\. See"
+    ):
         command.main(["tarin"])
 
 

@@ -10,7 +10,7 @@ pytestmark = on_the_default_stack
 
 # From the ground up: a module imports from its own storey or from those above it in this list.
 STOREYS = (
-    {"atomic", "command_line", "tables"},
+    {"atomic", "command_line", "resampling", "tables"},
     {"candidates"},
     {"language_model", "value_model", "market"},
     {"training", "evaluation", "runtime"},

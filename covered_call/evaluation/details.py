@@ -11,7 +11,6 @@ from covered_call.evaluation.luck import Luck, against_luck
 from covered_call.evaluation.metrics import Figure
 from covered_call.evaluation.money import Result, premium_of
 from covered_call.evaluation.overlay import Overlay, Risk, make_overlay, risk_of
-from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, MODEL, Row, Trial
 from covered_call.evaluation.scenarios import (
     VOLS,
@@ -22,6 +21,7 @@ from covered_call.evaluation.scenarios import (
     mean_percents,
 )
 from covered_call.evaluation.slices import Bucket, buckets
+from covered_call.resampling import draw
 
 EXTREMES = 10
 

@@ -3,6 +3,8 @@
     covered-call evaluate --model out/ranking --output_dir report
     covered-call evaluate --baselines-only --data_files 'runs/*.csv'
     covered-call evaluate --baselines-only --q_scorer out/q_scorer/q_scorer.zip   # the one that q-scorer saved
+    covered-call evaluate --model out/mixed --task per_candidate                  # of a model of several tasks
+    covered-call evaluate --model out/mixed --questions corpora/formulas_held_out.jsonl
 
 Everything is judged a decision: what was sold, if anything. The two exit styles are never mixed, for their outcomes
 mean different things.
@@ -19,16 +21,15 @@ from pathlib import Path
 import numpy as np
 from datasets.utils import tqdm
 
-from covered_call import atomic
+from covered_call import atomic, resampling
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.columns import Columns, logged_of, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
-from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
 from covered_call.candidates.schema import CandidatesError, iso_time, utc
 from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.evaluation import resampling
 from covered_call.evaluation.cases import (
     Market,
     make_cases,
@@ -37,12 +38,13 @@ from covered_call.evaluation.cases import (
 from covered_call.evaluation.details import make_detail
 from covered_call.evaluation.explanations import Judged, judge_explanations, some_of
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
+from covered_call.evaluation.questions import ask_all, read_questions
 from covered_call.evaluation.report import report_files, terminal_table, write_report
 from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, RANDOM, TEACHER, Row, best_rule, make_rows
 from covered_call.evaluation.scenarios import scenarios_of
 from covered_call.evaluation.sections import Evaluation, Study
 from covered_call.evaluation.slices import regimes
-from covered_call.language_model.manifest import PolicyError, grounds_in, read_manifest
+from covered_call.language_model.manifest import PolicyError, for_task, grounds_in, read_manifest
 from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
 from covered_call.value_model.scorer import QScorer, picks_of
 from covered_call.value_model.walk_forward import candidate_pairs, compare
@@ -55,23 +57,49 @@ def main(arguments: list[str]) -> None:
     start_logging()
     args = parse_arguments(arguments)
     with plain_errors(args, CandidatesError, PolicyError):
-        evaluate(args)
+        if args.questions:
+            ask(args)
+        else:
+            for task, folder in tasks_of(args).items():
+                evaluate(args, task, folder)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def ask(args: argparse.Namespace) -> None:
+    """Only the questions of a file: exact match, of what the model writes itself."""
+    if not args.model:
+        raise CandidatesError(f"questions={args.questions!r}: it takes a model to answer them. Give --model.")
+    read_questions(args.questions)  # before a model is loaded, which takes long
+    with atomic.locked(Path(args.output_dir)):
+        ask_all(load_model(args.model, args.batch_tokens), args.questions, Path(args.output_dir))
+
+
+def tasks_of(args: argparse.Namespace) -> dict[str | None, Path]:
+    """The tasks to judge a model by, with the folder of each report: a model of several has one for each."""
+    folder = Path(args.output_dir)
+    if not args.model:
+        if args.task:
+            raise CandidatesError(f"task={args.task!r} is that of a model: give --model, or leave it out.")
+        return {None: folder}
+    manifest = read_manifest(args.model)
+    if args.task:
+        return {for_task(args.model, manifest, args.task)["task"]: folder}
+    tasks = manifest.get("tasks", [])
+    return {task: folder / task for task in tasks} if len(tasks) > 1 else {None: folder}
+
+
+def evaluate(args: argparse.Namespace, task: str | None, folder: Path) -> None:
     # What can be known in a moment comes first: a model takes long to load, and longer to answer.
     cutoff = utc(parse_cutoff(args.cutoff)) if args.cutoff else None
     recipe = read_manifest(args.model)["recipe"] if args.model else {}
     backtest = backtest_of(args, recipe)
     saved = QScorer.load(args.q_scorer, check_every=math.inf) if args.q_scorer else None
-    folder = Path(args.output_dir)
     with atomic.locked(folder):
         print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
         if not len(backtest.numbers.get(args.split, ())):
             raise CandidatesError(f"The {args.split} split is empty: give more data, or set splits, or test_from.")
         if not len(backtest.numbers["train"]):
             raise CandidatesError("The train split is empty, and the baselines are fitted on it: set other splits.")
-        evaluation = judge_all(args, backtest, cutoff, saved)
+        evaluation = judge_all(args, backtest, cutoff, saved, task)
         print(terminal_table(evaluation))
         explained = [evaluation.explained.sentence()] if evaluation.explained else []
         studied = evaluation.study.sentences() if evaluation.study else []
@@ -81,17 +109,21 @@ def evaluate(args: argparse.Namespace) -> None:
         f"\nSaved in {folder}: report.html (all figures, plots, and how it is measured), the same as report.md, and "
         "metrics.json."
     )
-    print(what_next(args))
+    print(what_next(args, folder))
 
 
 def judge_all(
-    args: argparse.Namespace, backtest: Backtest, cutoff: datetime.datetime | None, saved: QScorer | None
+    args: argparse.Namespace,
+    backtest: Backtest,
+    cutoff: datetime.datetime | None,
+    saved: QScorer | None,
+    task: str | None,
 ) -> Evaluation:
     """Every policy on the decisions of the split; says what it does, for it takes long."""
     config = backtest.options
     splits = {name: backtest.decisions.columns(numbers) for name, numbers in backtest.numbers.items() if len(numbers)}
     columns = splits[args.split]
-    model = load_model(args.model, args.batch_tokens) if args.model else None
+    model = load_model(args.model, args.batch_tokens, task) if args.model else None
     cases, found = make_cases(backtest.decisions, columns, config), backtest.decisions.fits
     fitted, notes = find_scorer(saved, splits, args.split, config)
     predicted = fitted.predict(columns) if fitted else None
@@ -169,20 +201,20 @@ def not_tuned_on(manifest: dict, backtest: Backtest, columns: Columns) -> list[s
     return [f"WARNING: the model was not tuned on {', '.join(strange)}."] if strange else []
 
 
-def what_next(args: argparse.Namespace) -> str:
+def what_next(args: argparse.Namespace, folder: Path) -> str:
     if args.model:
-        report = Path(args.output_dir) / "metrics.json"
+        report = folder / "metrics.json"
         return (
             f"Next: share it, figures and all: covered-call publish --adapter {args.model} USER/NAME --report {report}"
         )
     return "Next: tune a model on these data (covered-call train --config ranking), and judge it with --model."
 
 
-def load_model(folder: str, batch_tokens: int | None):
-    print(f"Loading {folder} ...", flush=True)
+def load_model(folder: str, batch_tokens: int | None, task: str | None = None):
+    print(f"Loading {folder}{f', for {task}' if task else ''} ...", flush=True)
     from covered_call.language_model.policy import Policy  # only here: the baselines need no torch
 
-    return Policy.load(folder, batch_tokens=batch_tokens)
+    return Policy.load(folder, batch_tokens=batch_tokens, task=task)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,6 +320,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     what.add_argument(*flags("baselines_only"), action="store_true", help="the simplest rules alone, without a model")
     add_data_options(parser, "with --model, what it was tuned with")
     model = parser.add_argument_group("model and Q-scorer")
+    model.add_argument(
+        "--task", choices=CHATS, help="of a model of several, judge this one; default: each, in a folder of its own"
+    )
+    model.add_argument(
+        "--questions", metavar="FILE",
+        help="judge nothing but the answers that the model writes to the questions of a JSONL, such as those of "
+        "python data/make_formulas.py, by exact match; default: none",
+    )  # fmt: skip
     model.add_argument(
         *flags("batch_tokens"), type=positive, metavar="N",
         help="tokens that the model reads at once; fewer need less memory and change nothing else; default: what fits "

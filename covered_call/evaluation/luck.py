@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from covered_call.evaluation.cases import Cases, difference
-from covered_call.evaluation.resampling import Draws, share
 from covered_call.evaluation.rows import HODL, TEACHER, Row, Trial
+from covered_call.resampling import Draws, share
 
 LEVEL = 0.05  # of p below which a result is called shown
 

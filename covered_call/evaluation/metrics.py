@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.evaluation.resampling import (
+from covered_call.resampling import (
     Draws,
     as_it_was,
     draw,
@@ -18,9 +18,9 @@ from covered_call.evaluation.resampling import (
     share,
     worst_months,
 )
+from covered_call.value_model.walk_forward import CALIBRATION_BINS, calibration_bin
 
 VERSION = 3  # raise it when a definition changes: figures of two versions are not compared
-CALIBRATION_BINS = 10
 
 
 class Metric(NamedTuple):
@@ -285,8 +285,3 @@ def imitation(right: np.ndarray, teacher: np.ndarray, policy: np.ndarray, both_s
         "top_1": share(same, both_sold),
         "trade_rate": share(policy[:, 1:].sum(-1), everything),
     }
-
-
-def calibration_bin(probability: np.ndarray) -> np.ndarray:
-    """0 to CALIBRATION_BINS - 1: the bins of the expected calibration error (Naeini et al. 2015), of equal width."""
-    return np.minimum(np.nan_to_num(probability) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)

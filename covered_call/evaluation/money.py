@@ -13,8 +13,8 @@ from covered_call.candidates.columns import DAY, Columns, microseconds, time_of
 from covered_call.evaluation import metrics
 from covered_call.evaluation.cases import Cases, bounds, difference, markets_of, outcome, picked, regret, years_of
 from covered_call.evaluation.metrics import NO_BELIEFS, Beliefs, Figure, Played
-from covered_call.evaluation.resampling import block_length
 from covered_call.evaluation.rows import HODL, TEACHER, Row
+from covered_call.resampling import block_length
 
 ALL = "all"
 YEAR = 365.25 * DAY  # microseconds

@@ -16,7 +16,7 @@ from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, Replay
 from covered_call.candidates.pricing import Calls, Sales, pick
 from covered_call.evaluation.metrics import Figure
 from covered_call.evaluation.money import YEAR
-from covered_call.evaluation.resampling import Draws, as_it_was, drawdowns, interval, share
+from covered_call.resampling import Draws, as_it_was, drawdowns, interval, share
 
 
 class Overlay(NamedTuple):

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from covered_call.candidates.columns import time_of
-from covered_call.evaluation import metrics
 from covered_call.evaluation.details import Detail
 from covered_call.evaluation.overlay_plots import BEST_RULE, Cost, draw_costs, draw_overlay
 from covered_call.evaluation.rows import MODEL, Q_SCORER, TEACHER, Row
@@ -20,7 +19,7 @@ from covered_call.evaluation.sections import (
     market_name,
     show,
 )
-from covered_call.value_model.walk_forward import draw_reliability
+from covered_call.value_model.walk_forward import calibration_bin, draw_reliability
 
 
 def draw(evaluation: Evaluation) -> dict[str, Plot]:
@@ -73,7 +72,7 @@ def draw_calibration(evaluation: Evaluation) -> Plot:
         lesson, probability, right = found
         name = f"{result.group.underlying}, {result.group.exit_style}"
         lessons.append(f"{name}: {lesson}")
-        bins = metrics.calibration_bin(probability)
+        bins = calibration_bin(probability)
         used, sizes = np.unique(bins, return_counts=True)
         believed = [probability[bins == b].mean() for b in used]
         came = [right[bins == b].mean() for b in used]

@@ -11,8 +11,8 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_of
 from covered_call.evaluation.cases import Cases, picked, years_of
 from covered_call.evaluation.metrics import Figure
-from covered_call.evaluation.resampling import Draws, as_it_was, interval
 from covered_call.evaluation.rows import Row
+from covered_call.resampling import Draws, as_it_was, interval
 
 HALF_SPREAD, FEE = 0.035, 0.0003  # what trading these calls costs on Deribit: the median half-spread, and its fee
 COSTS = (0.0, 1.0, 2.0)

@@ -16,10 +16,10 @@ from covered_call.evaluation.details import Detail, Trade
 from covered_call.evaluation.explanations import Judged
 from covered_call.evaluation.metrics import DIFFERENCES, IMITATION, IN_PERCENT, IN_USD, METRICS, VERSION, Figure
 from covered_call.evaluation.money import ALL, Held, Result
-from covered_call.evaluation.resampling import MIN_BLOCKS, REPLICATES
 from covered_call.evaluation.rows import MODEL, Q_SCORER, Row, Trial
 from covered_call.evaluation.scenarios import FEE, HALF_SPREAD
 from covered_call.evaluation.slices import Bucket
+from covered_call.resampling import MIN_BLOCKS, REPLICATES
 from covered_call.value_model.learning import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison
 

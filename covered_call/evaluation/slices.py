@@ -10,8 +10,8 @@ from covered_call.candidates.columns import DAY, Columns
 from covered_call.candidates.decisions import Decisions
 from covered_call.evaluation.cases import Cases, outcome
 from covered_call.evaluation.metrics import Figure
-from covered_call.evaluation.resampling import Draws, as_it_was, interval, share
 from covered_call.evaluation.rows import Row
+from covered_call.resampling import Draws, as_it_was, interval, share
 
 WINDOW = 30  # days, of trend and realised vol
 DAYS_PER_YEAR = 365

@@ -33,7 +33,7 @@ from transformers.utils import is_liger_kernel_available
 
 from covered_call.candidates.explanations import STRENGTH
 from covered_call.candidates.schema import shown
-from covered_call.language_model.manifest import QUANTIZATIONS, PolicyError, read_manifest
+from covered_call.language_model.manifest import QUANTIZATIONS, PolicyError, for_task, read_manifest
 from covered_call.language_model.scoring import MemoryFull
 
 # One warning for each 8-bit layer each time it multiplies, of the cast that multiplying in 8 bits begins with.
@@ -309,17 +309,19 @@ def base_revision(name: str) -> str | None:
 
 
 def load_tuned(
-    folder: str | os.PathLike, quantization: str | None = None
+    folder: str | os.PathLike, quantization: str | None = None, task: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, dict]:
     """A finished fine-tune with its tokenizer and manifest, on the GPU if there is one.
 
     Args:
         quantization: of the base; default as it was tuned.
+        task: of those that it was tuned on; the manifest is then that of a model of this task. Default: the first.
 
     Raises:
-        PolicyError: if the run has not finished, the prompts have changed since, or the base is another one.
+        PolicyError: if the run has not finished, the prompts have changed since, the base is another one, or it was
+            not tuned on the task.
     """
-    manifest = read_manifest(folder)
+    manifest = for_task(folder, read_manifest(folder), task)
     quantization = quantization or manifest["quantization"]
     if quantization not in QUANTIZATIONS:
         raise PolicyError(f"quantization={quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")

@@ -75,6 +75,21 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     return manifest
 
 
+def for_task(folder: str | os.PathLike, manifest: dict, task: str | None) -> dict:
+    """The manifest of a model as that of one of its tasks, by default the first.
+
+    Raises:
+        PolicyError: if it was not tuned on the task.
+    """
+    tasks = manifest.get("tasks") or [manifest["task"]]
+    if task is None or task == manifest["task"]:
+        return manifest
+    if task not in tasks:
+        raise PolicyError(f"task={task!r}: {folder} was tuned on {' and '.join(tasks)}. Give one of them.")
+    seen = next((source["tuned_on"] for source in manifest.get("mix") or [] if source["source"] == task), None)
+    return {**manifest, "task": task, "tuned_on": seen or manifest["tuned_on"]}
+
+
 def context_in(path: Path, manifest: dict) -> list[str]:
     """The names of the market's context that the prompts told; none of a model that was tuned without."""
     names = manifest.get("context", [])
@@ -132,8 +147,8 @@ def check_files(folder: str | os.PathLike, files: dict[str, str]) -> None:
             )
 
 
-def read_temperature(folder: str | os.PathLike) -> float:
-    """What the calibration beside a model says, 1 if there is none.
+def read_temperature(folder: str | os.PathLike, task: str | None = None) -> float:
+    """What the calibration beside a model says of a task, 1 if there is none.
 
     A hash does not watch over it, for it is fitted anew long after the manifest, and the two could not be replaced in
     one step. Its one number is checked instead.
@@ -141,7 +156,9 @@ def read_temperature(folder: str | os.PathLike) -> float:
     path = Path(folder) / CALIBRATION
     if not path.exists():
         return 1.0
-    found: Any = read_json(path).get("temperature")
+    calibration = read_json(path)
+    of_task = (calibration.get("tasks") or {}).get(task, calibration)
+    found: Any = of_task.get("temperature") if isinstance(of_task, dict) else None
     if not is_temperature(found):
         raise PolicyError(
             f"{path}: the temperature is {found!r}, and a calibration gives {TEMPERATURES[0]} to {TEMPERATURES[1]}. "

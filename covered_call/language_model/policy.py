@@ -32,6 +32,7 @@ from covered_call.language_model.manifest import (
     PolicyError,
     grounds_in,
     is_temperature,
+    read_json,
     read_temperature,
 )
 from covered_call.language_model.scoring import score_answers
@@ -109,18 +110,21 @@ class Policy:
         quantization: str | None = None,
         threshold: float = 0.0,
         batch_tokens: int | None = None,
+        task: str | None = None,
     ) -> "Policy":
         """A finished fine-tune, adapter or full model, with its calibration if there is one.
 
         Args:
             quantization: "int4", "int8" or "none"; default as it was tuned.
+            task: "per_candidate" or "per_decision_ranking", of a model that was tuned on both; default the one that
+                its checkpoint was chosen by.
 
         Raises:
-            PolicyError: if the folder cannot be used with today's prompts (see load_tuned), or for a threshold or
-                quantization that cannot be.
+            PolicyError: if the folder cannot be used with today's prompts (see load_tuned), or for a threshold,
+                a quantization or a task that cannot be.
         """
-        temperature = read_temperature(folder)
-        model, tokenizer, manifest = load_tuned(folder, quantization)
+        temperature = read_temperature(folder, task)
+        model, tokenizer, manifest = load_tuned(folder, quantization, task)
         return cls(Path(folder), model, tokenizer, manifest, temperature, threshold, batch_tokens)
 
     @property
@@ -339,8 +343,19 @@ def fit_temperature(policy: Policy, logged: Sequence[LoggedDecision]) -> float:
         raise PolicyError("None of the decisions to calibrate on has a candidate: give the validation split.")
     fitted = best_temperature(scores, targets)
     policy.temperature = fitted["temperature"]
-    atomic.write(policy.folder / CALIBRATION, json.dumps(fitted, indent=2))
+    atomic.write(policy.folder / CALIBRATION, json.dumps(with_others(policy, fitted), indent=2))
     return policy.temperature
+
+
+def with_others(policy: Policy, fitted: dict[str, float]) -> dict:
+    """A calibration as it is stored; of a model of several tasks, with those of the others."""
+    tasks = policy.manifest.get("tasks") or [policy.task]
+    if len(tasks) == 1:
+        return fitted
+    path = policy.folder / CALIBRATION
+    stored = read_json(path) if path.exists() else {}
+    each = {**stored.get("tasks", {}), policy.task: fitted}
+    return {**each.get(tasks[0], {}), "tasks": each}
 
 
 def best_temperature(scores: Sequence[torch.Tensor], targets: Sequence[int]) -> dict[str, float]:

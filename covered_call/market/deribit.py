@@ -122,21 +122,30 @@ class Deribit:
         began = time.monotonic()
         for wait in (*WAITS, math.inf):
             try:
-                answer = getattr(self.api, method)(params)
-                if isinstance(answer, dict):
-                    return answer.get("result")
-                failure = f"no JSON but {shown(answer)}"  # a maintenance page, or a hotel's
-            except self.errors.BaseError as error:
-                failure = printable(f"{error}{root_of(error)}", 400)
-                # What has a cause failed on the way, though ccxt takes some, such as TLS, for a refusal.
-                if error.__cause__ is None and not isinstance(error, self.errors.OperationFailed):
-                    asked = ", ".join(f"{name}={value}" for name, value in params.items())
-                    raise Refused(f"Deribit refuses what was asked ({asked}): {failure}") from error
-            if time.monotonic() + wait > began + self.patience:
-                break
-            logger.info("Deribit: %s. Trying again in %d s.", failure, wait)
-            time.sleep(wait)
-        raise Outage(f"Deribit gave no answer: {failure}")
+                return self.ask_once(method, **params)
+            except Outage as error:
+                if time.monotonic() + wait > began + self.patience:
+                    raise
+                logger.info("%s. Trying again in %d s.", error, wait)
+                time.sleep(wait)
+
+    def ask_once(self, method: str, **params) -> Any:
+        """As ``ask``, without a second try: of what must not be done twice."""
+        try:
+            answer = getattr(self.api, method)(params)
+        except self.errors.BaseError as error:
+            failure = printable(f"{error}{root_of(error)}", 400)
+            # What has a cause failed on the way, though ccxt takes some, such as TLS, for a refusal.
+            if error.__cause__ is None and not isinstance(error, self.errors.OperationFailed):
+                asked = ", ".join(f"{name}={value}" for name, value in params.items())
+                raise Refused(f"Deribit refuses what was asked ({asked}): {failure}") from error
+            raise Outage(f"Deribit gave no answer: {failure}") from error
+        if not isinstance(answer, dict):  # a maintenance page, or a hotel's
+            raise Outage(f"Deribit gave no answer: no JSON but {shown(answer)}")
+        return self.result_of(answer)
+
+    def result_of(self, answer: dict) -> Any:
+        return answer.get("result")
 
     def book_summary(self, currency: str, on_bad_rows: str = "error") -> pa.Table:
         """The option chain now, a row an instrument, with the columns of SNAPSHOT; null is unknown.
@@ -144,7 +153,8 @@ class Deribit:
         Args:
             currency: BTC, ETH: those settled in the coin. BTC_USDC: those settled in USDC, USDC: all of these, each
                 row with its own underlying.
-            on_bad_rows: error or skip, as for chain_of; the table's metadata has their number as ``skipped_rows``.
+            on_bad_rows: error or skip, as for chain_of; the table's metadata has their number as ``skipped_rows``, and
+                as ``created`` when the exchange made the newest row, in milliseconds since 1970, or nothing.
 
         Raises:
             DeribitError, Outage: see ask and chain_of.
@@ -152,9 +162,9 @@ class Deribit:
         rows = self.ask("publicGetGetBookSummaryByCurrency", currency=currency.split("_")[-1], kind="option")
         return chain_of(rows, currency, datetime.datetime.fromtimestamp(time.time(), datetime.UTC), on_bad_rows)
 
-    def daily_closes(self, currency: str, days: int) -> pa.Table:
+    def daily_closes(self, currency: str, days: int, today: bool = False) -> pa.Table:
         """``date`` and ``price_0800utc``: the index at 08:00 UTC of each day, as of which each of the exchange's daily
-        candles begins. That of today is unfinished, and not among them.
+        candles begins. The last is unfinished, and not among them, but where it is wanted: ``today``.
 
         The API's pages promise candles of instruments alone: of a currency without those of its index the
         perpetual's are taken, and it is said.
@@ -171,7 +181,7 @@ class Deribit:
             index, source = source, f"{currency}-PERPETUAL"
             ticks, opens = self.candles(source, days)
             logger.warning("%s: the prices are those of %s, for Deribit has none of %s.", currency, source, index)
-        return by_day("price_0800utc", source, ticks, opens, hour=8)
+        return by_day("price_0800utc", source, ticks, opens, hour=8, unfinished=today)
 
     def candles(self, instrument: str, days: int) -> tuple[list, list]:
         """When the daily candles begin, and at what price."""
@@ -226,8 +236,9 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def by_day(name: str, what: str, ticks: list, values: list, hour: int) -> pa.Table:
-    """``date`` and a column of that name: each day once, in order, without one that has not ended.
+def by_day(name: str, what: str, ticks: list, values: list, hour: int, unfinished: bool = False) -> pa.Table:
+    """``date`` and a column of that name: each day once, in order, without one that has not ended, unless that is
+    wanted.
 
     Raises:
         DeribitError: for a value that is no number above 0, a day that stands there twice or begins at another hour.
@@ -244,7 +255,7 @@ def by_day(name: str, what: str, ticks: list, values: list, hour: int) -> pa.Tab
         date = datetime.datetime.fromtimestamp(tick / 1000, datetime.UTC).date()
         if days.setdefault(date, value) != value:
             raise DeribitError(f"Deribit, {what}: {date} stands there twice, with {days[date]} and {value}.")
-        if tick + DAY > 1000 * time.time():
+        if tick + DAY > 1000 * time.time() and not unfinished:
             del days[date]
     dates = sorted(days)
     missing = (dates[-1] - dates[0]).days + 1 - len(dates) if dates else 0
@@ -282,7 +293,9 @@ def chain_of(rows: Any, currency: str, harvest_time: datetime.datetime, on_bad_r
         logger.warning("%s: %d of %d rows are left out; the first: %s.", source, skipped, len(rows), first)
     if not good:
         raise DeribitError(f"{source} has no option that can be used, of {len(rows)}.")
-    return table_of(good, harvest_time).replace_schema_metadata({"skipped_rows": str(skipped)})
+    created = [row["creation_timestamp"] for row in good if is_number(row.get("creation_timestamp"))]
+    metadata = {"skipped_rows": str(skipped), "created": str(max(created, default=""))}
+    return table_of(good, harvest_time).replace_schema_metadata(metadata)
 
 
 def names_another(row: Any, currency: str) -> bool:

@@ -79,35 +79,42 @@ def collect(exchange: Deribit, args: argparse.Namespace) -> None:
             stop.sleep_until(due)
             if stop.asked:
                 break
-            said = [harvest(exchange, log, currency, due, args) for currency in args.currency]
-            print(f"{iso(due)[:19]}  {', '.join(said)}", flush=True)
+            done_of = [
+                harvest(exchange, log, currency, due, args.every, args.on_bad_rows) for currency in args.currency
+            ]
+            print(f"{iso(due)[:19]}  {', '.join(said for _, said in done_of)}", flush=True)
             done += 1
             due = after(due, every, log, args.currency)
 
 
-def harvest(exchange: Deribit, log: HarvestLog, currency: str, due: int, args: argparse.Namespace) -> str:
-    """Collects one chain, or logs a gap; what to say of it.
+def harvest(
+    exchange: Deribit, log: HarvestLog, currency: str, due: int, every: float, on_bad_rows: str
+) -> tuple[Path | None, str]:
+    """Collects one chain, or logs a gap; its file, None of a gap, and what to say of it.
+
+    Args:
+        every: seconds from one chain to the next.
 
     Raises:
         DeribitError: for an answer that cannot be used, which the next would not mend; a gap is logged first.
     """
     try:
-        chain = exchange.book_summary(currency, args.on_bad_rows)
+        chain = exchange.book_summary(currency, on_bad_rows)
     except DeribitError as error:
         log.add_gap(currency, due, 0, 1, str(error))
         if not isinstance(error, Outage):
             raise
-        return f"{currency} GAP: {error}"
+        return None, f"{currency} GAP: {error}"
     harvest_time, skipped = chain["harvest_time"][0].value, int(chain.schema.metadata[b"skipped_rows"])
-    path = path_of(log.folder, currency, harvest_time, args.every)
+    path = path_of(log.folder, currency, harvest_time, every)
     if path.exists():
         why = f"{path.name} is there already"
         log.add_gap(currency, due, 0, 1, why)
-        return f"{currency} GAP: {why}"
+        return None, f"{currency} GAP: {why}"
     with atomic.replacing(path) as file:
         pq.write_table(chain, file)
     log.add(currency, due, file=path.name, harvest_time=iso(harvest_time), rows=len(chain), skipped=skipped)
-    return f"{currency} {len(chain)} rows" + (f" ({skipped} left out)" if skipped else "")
+    return path, f"{currency} {len(chain)} rows" + (f" ({skipped} left out)" if skipped else "")
 
 
 def path_of(folder: Path, currency: str, harvest_time: int, every: float) -> Path:

@@ -4,21 +4,24 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard
 
+from covered_call import __version__, atomic
 from covered_call.candidates.options import PATHS
 from covered_call.evaluation import metrics
 from covered_call.evaluation.money import ALL
 from covered_call.evaluation.report import markdown_table
 from covered_call.evaluation.rows import HODL, MODEL, TEACHER
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
-from covered_call.publishing.dataset import CARD, fill, load_card
+from covered_call.publishing.dataset import CARD, fill, load_card, workplace
 from covered_call.publishing.hub import PublishError, check_no_secrets, private_folders, push
 
+FIGURES = "metrics.json"
 # What a training says of itself. The rest of what is shared are the files whose hashes its manifest keeps.
 SAID = (CARD, MANIFEST, RECIPE, CALIBRATION, "training.png")
 
@@ -33,41 +36,47 @@ def as_yaml(value) -> str:
 
 JSON, YAML = (json.loads, as_json), (yaml.safe_load, as_yaml)
 STRUCTURED = {RECIPE: YAML} | dict.fromkeys(
-    (CALIBRATION, "adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"), JSON
+    (FIGURES, CALIBRATION, "adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"),
+    JSON,
 )
+REQUIREMENTS, SCRIPT = "requirements.txt", "covered_call_candidates.py"
 WEIGHTS = ("adapter_*", "model*.safetensors*")  # of an earlier push: those of another kind would be loaded
-REPORT = Path("report") / "metrics.json"
+REPORT = Path("report") / FIGURES
 REPORTED = ["accuracy", "trade_rate", "coverage", "mean_percent", "percent_minus_teacher", "mean_pnl"]
 
 
 def push_model(
     folder: str | os.PathLike,
-    repo: str,
+    repo: str | None,
     private: bool = True,
     revision: str | None = None,
     data_repo: str | None = None,
     report: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
+    to: str | None = None,
 ) -> None:
     """Shares a finished fine-tune with its model card in one commit; what training did not write stays here.
 
     Args:
         folder: as training saved it; it is not changed.
+        to: a folder to write the same files into, in the place of a repo.
         data_repo: the dataset on the Hub that it was tuned on.
         report: a metrics.json of the verb evaluate; default that of ``report/``, if it is of this model.
 
     Raises:
         PublishError: if the run has not finished, a file is not as it was saved, no regular one, or holds a token, the
-            report is of another model, or the Hub refuses.
+            report is of another model, ``to`` is there already, or the Hub refuses.
     """
     folder = Path(folder)
     manifest = read_finished(folder)
     names, left_out = files_to_share(folder, {*SAID, *manifest["files"]})
     with tempfile.TemporaryDirectory(prefix="covered_call_card_") as scratch:
-        card = model_card(folder, manifest, repo, revision, data_repo, report)
-        tree = {name: folder / name for name in names}
+        judged, figures = find_report(folder, report)
+        card = model_card(folder, manifest, repo, revision, data_repo, figures)
+        tree = {name: folder / name for name in names} | ({FIGURES: judged} if judged else {})
         tree |= without_paths(tree, manifest, card, Path(scratch))
+        tree[REQUIREMENTS] = write(Path(scratch) / REQUIREMENTS, requirements(manifest))
         print("\n".join(f"{path}  {file.stat().st_size:,} bytes" for path, file in tree.items()))
         if left_out:
             print(f"Not shared, for training did not save it to be loaded: {', '.join(left_out)}")
@@ -75,7 +84,37 @@ def push_model(
             check_no_secrets(tree, token)
             print(f"\n{tree[CARD].read_text(encoding='utf-8')}")
             return
-        push(tree, repo, "model", private, revision, lambda path: matches(path, WEIGHTS), token)
+        if to:
+            check_no_secrets(tree, token)
+            write_folder(tree, Path(to))
+            return
+        push(tree, str(repo), "model", private, revision, lambda path: matches(path, WEIGHTS), token)
+
+
+def write_folder(tree: dict[str, Path], target: Path) -> None:
+    """The files as a folder of their own, which must not be there yet."""
+    with workplace(target) as scratch:
+        made = scratch / "new"
+        made.mkdir()
+        for name, file in tree.items():
+            shutil.copyfile(file, made / name)
+        check_free(target)
+        atomic.replace_folder(made, target)
+    print(f"Written to {target}")
+
+
+def check_free(target: Path) -> None:
+    if target.is_symlink() or target.exists():
+        raise PublishError(f"{target} is there already, and is not overwritten: give another folder with --to.")
+
+
+def requirements(manifest: dict) -> str:
+    """The libraries that a model was tuned with, as pip reads them, and the code that renders its prompts."""
+    script = manifest.get("script")
+    made = f", whose {SCRIPT} was made of {script}" if script else ""
+    lines = [f"{name}=={version.split('+')[0]}" for name, version in manifest.get("versions", {}).items()]
+    said = f"# Prompts of version {manifest['prompt_version']}; shared by covered-call-candidates {__version__}{made}."
+    return "\n".join([said, *lines, ""])
 
 
 def files_to_share(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
@@ -154,7 +193,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def model_card(
-    folder: Path, manifest: dict, repo: str, revision: str | None, data_repo: str | None, report: str | None
+    folder: Path,
+    manifest: dict,
+    repo: str | None,
+    revision: str | None,
+    data_repo: str | None,
+    figures: str,
 ) -> str:
     """The card that training wrote, with where the model and its data are on the Hub, and its evaluation."""
     card = load_card(ModelCard, folder / CARD)
@@ -162,15 +206,15 @@ def model_card(
     if data_repo:
         card.data["datasets"] = [data_repo]
         data = f"It was tuned on [{data_repo}](https://huggingface.co/datasets/{data_repo}), `{manifest['task']}`."
-    if is_folder_base(manifest):
+    if manifest["adapter"] and is_folder_base(manifest):
         base = f"`{name_of(manifest['base_model'])}` ({manifest['base_revision']})"
         data += f" Its base, {base}, is a folder on the machine that tuned it, and not shared here."
         print(f"Note: nobody else can load it, for its base, {manifest['base_model']}, is a folder on this machine.")
     at = f', revision="{revision}"' if revision else ""
-    card.text = fill(card.text, "loading", "Use it", f"{HOW_TO_DECIDE.format(repo=repo, at=at)}\n\n{data}")
-    evaluation = read_report(folder, report)
-    if evaluation:
-        card.text = fill(card.text, "evaluation", "Evaluation", evaluation)
+    use = HOW_TO_DECIDE.format(repo=repo, at=at) if repo else FROM_A_FOLDER
+    card.text = fill(card.text, "loading", "Use it", f"{use}\n\n{data}")
+    if figures:
+        card.text = fill(card.text, "evaluation", "Evaluation", figures)
     return str(card)
 
 
@@ -182,18 +226,24 @@ from covered_call import Policy
 
 policy = Policy.load(snapshot_download("{repo}"{at}))
 ```"""
+FROM_A_FOLDER = """\
+```python
+from covered_call import Policy
+
+policy = Policy.load(".")  # or where this folder is
+```"""
 
 
-def read_report(folder: Path, given: str | None) -> str | None:
-    """The figures of a metrics.json for the card; None if none was given and report/ has none of this model."""
+def find_report(folder: Path, given: str | None) -> tuple[Path | None, str]:
+    """A metrics.json to go with the model, and its figures for the card; None if report/ has none of this model."""
     path = Path(given or REPORT)
     if not given and not path.is_file():
-        return None
+        return None, ""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         of_this_model = found["model"] is not None and Path(found["model"]).resolve() == folder.resolve()
         if of_this_model and found["metrics_version"] == metrics.VERSION:
-            return describe_report(found)
+            return path, describe_report(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PublishError(
             f"{path} is no metrics.json of `covered-call evaluate` ({type(error).__name__}: {error})."
@@ -204,7 +254,7 @@ def read_report(folder: Path, given: str | None) -> str | None:
             f"{found['metrics_version']}. Run: covered-call evaluate --model {folder}"
         )
     print(f"{path} is not of {folder}: the card is made without it.")
-    return None
+    return None, ""
 
 
 def describe_report(found: dict) -> str:

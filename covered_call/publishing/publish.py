@@ -4,6 +4,7 @@
     covered-call publish USER/NAME                               # the simulated sample, public
     covered-call publish USER/NAME --data_files 'runs/*.csv' --card my_card.md --private
     covered-call publish --to DIR                                # the same files into a folder
+    covered-call publish --adapter out/ranking --to DIR          # a tuned model, with all that reproduces it
     covered-call publish --adapter out/ranking USER/NAME --data_repo USER/DATA --report report/metrics.json
 
 After it ``load_dataset("USER/NAME", "per_candidate")`` works on any version of datasets, with no trust flag. Pushing
@@ -101,13 +102,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    of_data = ("to", "configs", "card", "max_shard_size", "hindsight", "allow_hindsight", *FILES, *DATA_OPTIONS)
+    of_data = ("configs", "card", "max_shard_size", "hindsight", "allow_hindsight", *FILES, *DATA_OPTIONS)
     of_model = ("data_repo", "report")
     stray = [name for name in (of_data if args.adapter else of_model) if getattr(args, name)]
     if stray:
         parser.error(f"--{stray[0]} {'does not go' if args.adapter else 'goes'} with --adapter.")
-    if not args.repo and (args.adapter or not args.to):
-        parser.error(f"say where to: USER/NAME{'' if args.adapter else ', or --to DIR'}, before the other options.")
+    if not args.repo and not args.to:
+        parser.error("say where to: USER/NAME, or --to DIR, before the other options.")
     for repo in filter(None, (args.repo, args.data_repo)):
         check_name(parser, repo)
     return args
@@ -193,7 +194,7 @@ def main(arguments: list[str]) -> None:
 def share_model(args: argparse.Namespace) -> None:
     from covered_call.publishing.model import push_model  # imports what evaluates: a second that data need not wait
 
-    if not args.dry_run:
+    if not (args.dry_run or args.to):
         check_login()
     push_model(
         args.adapter,
@@ -203,4 +204,5 @@ def share_model(args: argparse.Namespace) -> None:
         data_repo=args.data_repo,
         report=args.report,
         dry_run=args.dry_run,
+        to=args.to,
     )

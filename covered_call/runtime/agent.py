@@ -1,4 +1,4 @@
-"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, or on paper."""
+"""The verb agent: policies that decide over time with positions, on a backtest, in shadow, on paper, on a testnet."""
 
 import argparse
 import collections
@@ -7,58 +7,82 @@ import dataclasses
 import datetime
 import functools
 import heapq
+import importlib
 import itertools
-import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from covered_call import __version__, atomic
+from covered_call import atomic
 from covered_call.candidates.builder import Backtest, find_csvs
-from covered_call.candidates.context_lines import SPOT
 from covered_call.candidates.data_options import Help, flags
-from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.schema import CHAIN_COLUMNS, UTC, CandidatesError
-from covered_call.candidates.series import Series, read_series
+from covered_call.candidates.schema import UTC, CandidatesError
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest
+from covered_call.language_model.manifest import PolicyError
+from covered_call.market.deribit import Deribit, DeribitError
+from covered_call.market.harvest_log import HarvestError
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
-from covered_call.market.teacher import DAY_BEGINS, PRESETS
+from covered_call.market.teacher import PRESETS
+from covered_call.runtime import live, testnet
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
+from covered_call.runtime.alerts import Alerts
+from covered_call.runtime.broker import BrokerRules, DeribitTestnet
 from covered_call.runtime.chain import paths_of
+from covered_call.runtime.configured import Policies, closes_of, fusion_of, policies_of
 from covered_call.runtime.drift import drift_of
-from covered_call.runtime.engine import Agent, Cycle, Steps, fall_back
+from covered_call.runtime.engine import Agent, Cycle, Steps, Venue, fall_back
 from covered_call.runtime.exits import exits_of
-from covered_call.runtime.fusion import Fusion, fuse
-from covered_call.runtime.journal import JournalError, opened
+from covered_call.runtime.fusion import fuse
+from covered_call.runtime.journal import Journal, JournalError, opened
+from covered_call.runtime.kill import killed
 from covered_call.runtime.paper import FILLED, Begun, Paper
-from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
 from covered_call.runtime.replay import Recorded, logged_in, states_from
-from covered_call.runtime.risk import RiskRules, vetoes_of
+from covered_call.runtime.risk import Note, RiskRules, notes_of, vetoes_of
 from covered_call.runtime.sizing import SizingRules, size
 from covered_call.runtime.state import SELL_CALL, Intention, MarketState, Portfolio, Veto
-from covered_call.runtime.worker import Worker, WorkerError, load_policy
-from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
+from covered_call.runtime.worker import WorkerError
+from covered_call.value_model.learning import QScorerError
 
 DESCRIPTION = """\
 Policies that decide over time, with a portfolio: the rule, a Q-scorer, a tuned language model, in the order in which
-one stands in for another that fails. No mode sends an order to an exchange.
+one stands in for another that fails. No mode sends an order to the exchange itself.
 
   replay   over the decisions of a backtest, whose calls bring what its files say
-  shadow   over snapshots of chains: decides and logs, and sells nothing
-  paper    over snapshots: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  shadow   over chains: decides and logs, and sells nothing
+  paper    over chains: sells at the bid, pays Deribit's fees, settles at expiry, on paper
+  testnet  over the chains of test.deribit.com: sends orders there, with the keys of the environment
+
+Chains are snapshots in files (--snapshot), or Deribit's of now, one of each underlying every interval (--live).
+
+  doctor   looks at all that a configuration names, and says what to do
+  kill     stops every order of its agents, and --lift lets them go on
+
+and of a log that one of them wrote, each with a --help of its own:
+
+  explain  one decision on a screen
+  report   what it did, and what that was worth once it is settled: Markdown, JSON, a picture
+  settle   what each candidate would have brought, as far as that is known by now
+  export   the log and its outcomes as the CSV that q-scorer, train and prefer learn from
+  diff     two configurations on one window
 
 Each decision is a line of decisions_YYYYMMDD.jsonl, on the disk before anything is done."""
 EXAMPLES = """\
 examples:
   covered-call agent replay --config agent.yaml --data_files 'runs/*.csv'
   covered-call agent shadow --config agent.yaml --snapshot 'chains/*.parquet'
-  covered-call agent paper  --config agent.yaml --snapshot 'chains/*.parquet'
+  covered-call agent doctor --config agent.yaml
+  covered-call agent paper  --config agent.yaml --live
+  covered-call agent paper  --config agent.yaml --live --cycles 1     from cron; it goes on where it ended
+  covered-call agent testnet --config agent.yaml --live
+  covered-call agent settle out/agent/shadow --snapshot 'chains/*.parquet'
+  covered-call agent report out/agent/shadow
+  covered-call agent export out/agent/shadow --to_csv runs/
+  covered-call agent diff   out/agent/one out/agent/other
 
 agent.yaml, with its defaults:
-  policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP
+  policy: {rule: {threshold: 3.0}}     # and llm: FOLDER, q: ZIP, openai: {base_url: URL, model: NAME}
   holdings: {BTC: 1.0}                 # coins
   fusion: {mode: rules}                # of a language model with what stands beside it
   sizing: {method: fixed, units: 0.1}  # coins that a sale is of
@@ -68,18 +92,33 @@ agent.yaml, with its defaults:
   preset: backtest                     # which calls of a chain are candidates
   spots: null                          # CSV of daily closes, {underlying} in its name
   state_dir: out/agent                 # where the logs are
+  on_trade: null                       # a command that gets each trade as JSON on its standard input
+  interval: 86400                      # seconds, of --live
+  broker: {price: mid, fill_timeout: 60, reprices: 3, on_difference: halt}   # of the testnet
 """
-MODES = ("replay", "shadow", "paper")
+MODES = ("replay", "shadow", "paper", "testnet")
+# Modules of their own, each with a main and a parse_arguments.
+ASIDE = ("doctor", "kill", "explain", "report", "settle", "export", "diff")
 # Rules of risk that would stop everything, for what they look at is not known there.
-UNKNOWN_IN = {"replay": ("spread", "open_interest", "no_bid"), "shadow": ("no_equity",)}
+UNKNOWN_IN = {
+    "replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",), "paper": (),
+    "testnet": (),
+}  # fmt: skip
+WITH_EQUITY = ("paper", "testnet")
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] and arguments[0] in ASIDE:
+        return aside(arguments[0]).main(arguments[1:])
     args = parse_arguments(arguments)
     start_logging()
     errors = CandidatesError, ConfigError, PolicyError, QScorerError, WorkerError, JournalError, atomic.FolderBusy
-    with plain_errors(args, *errors):
+    with plain_errors(args, *errors, DeribitError, HarvestError):
         run(args)
+
+
+def aside(name: str) -> Any:
+    return importlib.import_module(f"covered_call.runtime.{name}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,74 +126,10 @@ def run(args: argparse.Namespace) -> None:
     with policies_of(config) as policies, ended_by_ctrl_c() as stop:
         if args.mode == "replay":
             replay(args, config, policies, stop)
+        elif args.live:
+            watch_live(args, config, policies, stop)
         else:
             watch(args, config, policies, stop)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Policies
-
-
-class Policies(NamedTuple):
-    """Those of a configuration, in its order; what tells them apart, what they were tuned on, and until when."""
-
-    sources: list[Source]
-    versions: dict[str, str]
-    ranges: dict[str, dict[str, list[float]]]
-    tuned_to: dict[str, datetime.datetime]
-    contexts: dict[str, list[str]]  # of those that were fitted with the market's context what it was
-
-
-@contextlib.contextmanager
-def policies_of(config: AgentConfig) -> Generator[Policies]:
-    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {}, {})
-    with contextlib.ExitStack() as ends:
-        for name, value in config.policy.items():
-            if name == "rule":
-                found.sources.append(Rule(**value))
-            elif name == "q":
-                found.sources.append(q_scorer(value, config, found))
-            else:
-                found.sources.append(language_model(value, config, found, ends))
-        yield found
-
-
-def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
-    path = os.path.join(path, FILE_NAME) if os.path.isdir(path) else path
-    scorer = QScorer.load(path)
-    found.versions["q"] = hash_of(path)
-    metadata = scorer.fitted.metadata
-    check_style(path, config, metadata["exit_styles"])
-    found.contexts["q"] = check_market(path, metadata.get("context", []))
-    found.ranges["q"] = metadata["train"].get("numbers", {})
-    found.tuned_to["q"] = datetime.datetime.fromisoformat(metadata["validation"]["to"])
-    return Q(scorer)
-
-
-def language_model(folder: str, config: AgentConfig, found: Policies, ends: contextlib.ExitStack) -> Source:
-    manifest = read_manifest(folder)
-    check_style(folder, config, manifest["tuned_on"]["exit_styles"])
-    found.contexts["llm"] = check_market(folder, manifest.get("context", []))
-    model, rules = Model.of(manifest), config.rules_of_querying
-    found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
-    found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
-    worker = Worker(functools.partial(load_policy, folder), rules.timeout_s)
-    ends.callback(worker.stop)
-    worker.wait_until_ready()
-    return LanguageModel(worker.ask, rules, model)
-
-
-def check_style(path: str, config: AgentConfig, styles: list[str]) -> None:
-    if config.exit_style not in styles:
-        known = ", ".join(styles)
-        raise ConfigError(f"{path} was tuned on {known}, and exit_style is {config.exit_style}: change one of them.")
-
-
-def check_market(path: str, names: list[str]) -> list[str]:
-    strange = [name for name in names if name not in (*SPOT, *CHAIN_COLUMNS)]
-    if strange:
-        raise ConfigError(f"{path} was fitted with {strange[0]} in the market's context, which an agent is not told.")
-    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +139,7 @@ def check_market(path: str, names: list[str]) -> list[str]:
 def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     options = config.options
     options.exit_style, options.on_bad_rows = config.exit_style, args.on_bad_rows
-    options.context = "spot" if any(policies.contexts.values()) else "none"
+    options.context = "spot" if policies.with_market else "none"
     decisions = Backtest(find_csvs(args.data_files, args.data_dir, str(HOME)), options).decisions
     for line in decisions.checks():
         print(line)
@@ -172,10 +147,8 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
     folder = args.log or Path(config.state_dir) / stamp
     venue = Recorded(options)
     with opened(folder, durable=False) as journal:
-        begins = begins_of(config, datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC))
-        steps = steps_of(config, args.mode, folder, policies.ranges)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+        begins = datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC)
+        agent = agent_of(args, config, policies, venue, journal, begins)
         told = Told()
         for cycle in agent.run(venue.states(logged_in(decisions))):
             told.add(cycle)
@@ -193,61 +166,104 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     snapshots = in_time(paths_of(args.snapshot), bad, config)
     folder = args.log or Path(config.state_dir) / args.mode
     venue = Paper(closes) if args.mode == "paper" else None
-    with_market = any(policies.contexts.values())
-    if with_market and not closes:
+    if policies.with_market and not closes:
         raise ConfigError("A policy was fitted with the market's context, which is made of spots: give spots.")
-    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad, with_market)
+    states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad,
+        policies.with_market)  # fmt: skip
     first = next(states, None)
     if first is None:
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
     told = Told()
-    with opened(folder) as journal:
-        begins = begins_of(config, first.decision.decision_time)
-        steps = steps_of(config, args.mode, folder, policies.ranges)
-        agent = Agent(policies.sources, steps, venue, begins, journal, about(args, config, policies),
-            ranges=policies.ranges)  # fmt: skip
+    with Alerts(config.on_trade, args.mode) as alerts, opened(folder) as journal:
+        agent = agent_of(args, config, policies, venue, journal, first.decision.decision_time)
         for cycle in agent.run(itertools.chain([first], states)):
             told.add(cycle)
+            alerts.tell(cycle)
             print(page(cycle, agent.drift(cycle.state)))
             if stop:
                 break
     again = "" if told.cycles else "All of these were decided before. "
-    print("\n".join([*told.lines(), f"{again}Log: {folder}"]))
+    print("\n".join([*told.lines(), *alerts.lines(), f"{again}Log: {folder}"]))
 
 
-def steps_of(config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict]) -> Steps:
-    """How proposals are fused, sized, and stopped. A file KILL in the log's folder stops every order."""
-    known = () if mode == "paper" else UNKNOWN_IN[mode]
+def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
+    """Shadow, paper and the testnet, over the chains of now."""
+    folder, closes = Path(args.log or Path(config.state_dir) / args.mode), closes_of(config)
+    account = testnet.connected() if args.mode == "testnet" else None
+    exchange = account or Deribit(args.url, live.patience_of(config.interval))
+    wanted = live.Wanted(
+        list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
+        config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s, policies.with_market,
+    )  # fmt: skip
+    told = Told()
+    with (
+        Alerts(config.on_trade, args.mode) as alerts,
+        opened(folder) as journal,
+        live.opened(exchange, folder / "chains", wanted) as feed,
+    ):
+        rules, paper = BrokerRules(**config.broker), Paper(closes) if args.mode == "paper" else None
+        switch = functools.partial(killed, folder, config.state_dir)
+        broker = DeribitTestnet(account, rules, wanted.underlyings, switch, closes) if account else None
+        # A chain that was fetched before a kill may be the first that is decided on.
+        begins = live.now().replace(microsecond=0) - datetime.timedelta(seconds=wanted.max_age)
+        agent = agent_of(args, config, policies, broker or paper, journal, begins, live.now)
+        if broker:
+            broker.check(agent.portfolio, live.now())
+        for cycle in live.cycles(feed, agent, stop, args.cycles, broker.heed if broker else lambda: None):
+            told.add(cycle)
+            alerts.tell(cycle)
+            print(page(cycle, agent.drift(cycle.state)), flush=True)
+    print("\n".join([*told.lines(), *alerts.lines(), f"Log: {folder}"]))
+
+
+def agent_of(
+    args: argparse.Namespace, config: AgentConfig, policies: Policies, venue: Venue | None, journal: Journal,
+    begins: datetime.datetime, clock: Callable[[], datetime.datetime] | None = None,
+) -> Agent:  # fmt: skip
+    """Args: begins: of a new log. clock: None: each state is decided at its time."""
+    its = {"config_hash": config.sha, "config": dataclasses.asdict(config)}
+    about = {"mode": args.mode, **its, "versions": policies.versions}
+    begun = Begun(begins, dict(config.holdings), float(config.cash_usd))
+    steps = steps_of(config, args.mode, journal.folder, policies.ranges, journal.decided)
+    return Agent(policies.sources, steps, venue, begun, journal, about, clock, policies.ranges)
+
+
+def steps_of(
+    config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict], decided: Collection[str] = ()
+) -> Steps:
+    """How proposals are fused, sized, and stopped, also by the kill switch.
+
+    Args:
+        decided: ids of the decisions of before, none of which is ordered again.
+    """
     risk = RiskRules(**config.risk)
-    risk = dataclasses.replace(risk, without={*risk.without, *known})
+    risk = dataclasses.replace(risk, without={*risk.without, *UNKNOWN_IN[mode]})
     sizing = SizingRules(**config.sizing)
-    if mode != "paper" and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
+    if mode not in WITH_EQUITY and "max_risk_pct" not in config.sizing:  # a share of an equity that is not known there
         sizing = dataclasses.replace(sizing, max_risk_pct=None)
-    together = "llm" in config.policy and len(config.policy) > 1
-    fusion = Fusion(**config.fusion)
+    fusion = fusion_of(config)
+    switches = [folder] if mode == "replay" else [folder, config.state_dir]
+
+    def seen(state: MarketState) -> dict[str, Any]:
+        drift = [text for its in ranges.values() for text in drift_of(state.decision, its)]
+        return {"killed": killed(*switches), "ordered": decided, "drift": drift}
 
     def vetoed(intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Veto]:
-        drift = [text for its in ranges.values() for text in drift_of(state.decision, its)]
-        killed = (Path(folder) / "KILL").exists()
-        return vetoes_of(intention, state, portfolio, risk, now, killed=killed, drift=drift)
+        return vetoes_of(intention, state, portfolio, risk, now, **seen(state))
+
+    def noted(intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Note]:
+        return notes_of(intention, state, portfolio, risk, now, **seen(state))
 
     def left(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Intention]:
         return [order for one in exits_of(state, portfolio, config.exit, now) for order in one.intentions]
 
     return Steps(
-        fuse=(lambda members, state, portfolio: fuse(members, state, portfolio, fusion)) if together else fall_back,
+        fuse=(lambda members, state, portfolio: fuse(members, state, portfolio, fusion)) if fusion else fall_back,
         size=lambda proposal, state, portfolio: size(proposal, state, portfolio, sizing),
         vetoes_of=vetoed,
         exits=left,
+        notes_of=noted,
     )
-
-
-def begins_of(config: AgentConfig, time: datetime.datetime) -> Begun:
-    return Begun(time, dict(config.holdings), float(config.cash_usd))
-
-
-def about(args: argparse.Namespace, config: AgentConfig, policies: Policies) -> dict:
-    return {"mode": args.mode, "config_hash": config.sha, "versions": policies.versions}
 
 
 def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
@@ -282,15 +298,6 @@ def push(merged: list, place: int, snapshots: Iterator[Snapshot]) -> None:
     snapshot = next(snapshots, None)
     if snapshot:
         heapq.heappush(merged, (snapshot.time, place, snapshot, snapshots))
-
-
-def closes_of(config: AgentConfig) -> dict[str, Series]:
-    if config.spots is None:
-        return {}
-    paths = {name: config.spots.replace("{underlying}", name) for name in config.holdings}
-    if len(paths) > 1 and len(set(paths.values())) == 1:
-        raise ConfigError(f"spots: {config.spots} is one file for {', '.join(paths)}: put {{underlying}} in its name.")
-    return {name: read_series(path, "spots", "spot", day_begins=DAY_BEGINS) for name, path in paths.items()}
 
 
 @contextlib.contextmanager
@@ -390,10 +397,12 @@ def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.date
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    if arguments[:1] and arguments[0] in ASIDE:
+        return aside(arguments[0]).parse_arguments(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="covered-call agent", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=Help, allow_abbrev=False
     )
-    parser.add_argument("mode", choices=MODES, help="what to do")
+    parser.add_argument("mode", choices=MODES, help=f"what to do; {', '.join(ASIDE)} have a --help of their own")
     parser.add_argument("--config", metavar="YAML", required=True, help="what the agent is made of: see below")
     parser.add_argument("--log", metavar="DIR", help="the folder of the log; default: one for the mode in state_dir, "
         "of a replay a new one each time")  # fmt: skip
@@ -402,11 +411,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(*flags("data_dir"), metavar="DIR", help="of replay: the folder of the CSVs")
     parser.add_argument("--snapshot", nargs="+", metavar="PARQUET", help="of shadow and paper: files of option "
         "quotes, or quoted globs")  # fmt: skip
+    live.add_options(parser)
     parser.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="rows that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     args = parser.parse_args(arguments)
-    if (args.mode == "replay") == bool(args.snapshot):
-        parser.error(f"{args.mode}: {'give no --snapshot' if args.snapshot else 'give --snapshot PARQUET'}.")
+    live.check_options(parser, args)
     if args.mode != "replay" and (args.data_files or args.data_dir):
         parser.error(f"{args.mode}: --data_files and --data_dir are for replay.")
     return args

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +18,17 @@ from covered_call.candidates.schema import CandidatesError, is_number, shown
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
 from covered_call.market.teacher import PRESETS
 from covered_call.runtime import exits
+from covered_call.runtime.broker import BrokerRules
+from covered_call.runtime.contradictions import contradictions
 from covered_call.runtime.fusion import Fusion
 from covered_call.runtime.policies import Querying
+from covered_call.runtime.remote import Remote
 from covered_call.runtime.risk import RiskRules
 from covered_call.runtime.sizing import SizingRules
 
 POLICIES = {"llm": "a folder that covered-call train saved", "q": "a file, or its folder, that covered-call q-scorer "
-    "saved", "rule": "{threshold: SCORE}"}  # fmt: skip
-SECTIONS: dict[str, Any] = {"fusion": Fusion, "sizing": SizingRules, "risk": RiskRules}
+    "saved", "rule": "{threshold: SCORE}", "openai": "{base_url: URL, model: NAME}"}  # fmt: skip
+SECTIONS: dict[str, Any] = {"fusion": Fusion, "sizing": SizingRules, "risk": RiskRules, "broker": BrokerRules}
 PRESETS_OF_CHAINS = tuple(name for name in PRESETS if name != "synthetic")
 
 
@@ -37,7 +41,8 @@ class AgentConfig:
     """The keys of agent.yaml.
 
     Args:
-        policy: llm, q and rule, in the order in which one stands in for another that fails.
+        policy: llm, q, rule and openai, in the order in which one stands in for another that fails. openai is a model
+            behind a server: see Remote.
         holdings: coins by underlying.
         fusion: how the proposals of a language model and of what stands beside it become one: see Fusion.
         sizing: how many coins a sale is of: see SizingRules.
@@ -46,6 +51,9 @@ class AgentConfig:
         preset: which calls of a chain are candidates: see covered-call chain.
         spots: a CSV of daily closes, {underlying} in its name for one each; without it IV/RV is unknown.
         state_dir: where the logs are, a folder for each mode.
+        on_trade: a command that is told of each trade: see Alerts.
+        interval: seconds from one live cycle to the next, 1 or more.
+        broker: how orders are sent to the testnet: see BrokerRules.
         querying: when the language model is asked: see Querying.
         outcomes: of a replay, the options of outcomes and costs as the other commands have them, such as fee.
     """
@@ -61,6 +69,9 @@ class AgentConfig:
     preset: str = "backtest"
     spots: str | None = None
     state_dir: str = "out/agent"
+    on_trade: str | None = None
+    interval: float = 86_400.0
+    broker: dict[str, Any] = field(default_factory=dict)
     querying: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[str, Any] = field(default_factory=dict)
 
@@ -76,9 +87,6 @@ class AgentConfig:
     def sha(self) -> str:
         """Tells two configurations apart in a log."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-
-
-KEYS = tuple(one.name for one in dataclasses.fields(AgentConfig))
 
 
 KEYS = tuple(one.name for one in dataclasses.fields(AgentConfig))
@@ -128,6 +136,10 @@ def checked(path: str, given: dict) -> AgentConfig:
         config.options.check()
     except CandidatesError as error:
         raise ConfigError(f"{path}, outcomes: {error}") from error
+    for text in contradictions(
+        tuple(config.policy), config.holdings, config.fusion, config.sizing, config.risk, config.querying
+    ):
+        raise ConfigError(f"{path}: {text}")
     return dataclasses.replace(config, holdings={name: float(value) for name, value in config.holdings.items()})
 
 
@@ -161,22 +173,43 @@ def check_policy(path: str, policy: Any) -> None:
     if not policy:
         raise wrong(path, "policy", policy, f"one of {', '.join(POLICIES)}")
     for name, value in policy.items():
-        if name != "rule":
-            if not isinstance(value, str):
-                raise wrong(path, f"policy.{name}", value, POLICIES[name])
-            continue
-        check_keys(path, "policy.rule", value, ("threshold",))
-        if not is_finite(value.get("threshold", ROLL_MIN_SCORE)):
-            raise wrong(path, "policy.rule.threshold", value["threshold"], "a score")
+        if name == "rule":
+            check_keys(path, "policy.rule", value, ("threshold",))
+            if not is_finite(value.get("threshold", ROLL_MIN_SCORE)):
+                raise wrong(path, "policy.rule.threshold", value["threshold"], "a score")
+        elif name == "openai":
+            check_remote(path, value)
+        elif not isinstance(value, str):
+            raise wrong(path, f"policy.{name}", value, POLICIES[name])
+
+
+def check_remote(path: str, given: Any) -> None:
+    """What is wrong is said without the value of a base_url or key_variable: a key may stand there by mistake."""
+    check_keys(path, "policy.openai", given, tuple(one.name for one in dataclasses.fields(Remote)))
+    try:
+        Remote(**given)
+    except ValueError as error:
+        raise ConfigError(f"{path}, policy.openai: {error}.") from None
 
 
 def check_top(path: str, config: AgentConfig) -> None:
     """The keys without keys of their own."""
     if not is_finite(config.cash_usd):
         raise wrong(path, "cash_usd", config.cash_usd, "a number of USD")
+    if not is_finite(config.interval) or config.interval < 1:
+        raise wrong(path, "interval", config.interval, "1 second or more")
     for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS), ("exit", exits.STYLES)):
         if getattr(config, key) not in choices:
             raise wrong(path, key, getattr(config, key), f"one of {', '.join(choices)}")
     for key, value in (("state_dir", config.state_dir), ("spots", config.spots)):
         if not (isinstance(value, str) and value) and (key, value) != ("spots", None):
             raise wrong(path, key, value, "a path")
+    if config.on_trade is not None and not is_command(config.on_trade):
+        raise wrong(path, "on_trade", config.on_trade, "a command")
+
+
+def is_command(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(shlex.split(value))
+    except ValueError:  # a quote without its other one
+        return False

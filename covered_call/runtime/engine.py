@@ -15,7 +15,7 @@ from covered_call.runtime.drift import drift_of
 from covered_call.runtime.fusion import Fused
 from covered_call.runtime.journal import ABANDONED, Journal, read
 from covered_call.runtime.paper import (
-    UNFILLED,
+    FILLED,
     Begun,
     Event,
     Execution,
@@ -26,6 +26,7 @@ from covered_call.runtime.paper import (
     rebuilt,
 )
 from covered_call.runtime.policies import Source, first_that_answers, proposals_of
+from covered_call.runtime.risk import Note
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import (
     HOLD,
@@ -55,6 +56,7 @@ class Steps(NamedTuple):
         exits: what becomes of the positions: CLOSE, or ROLL, after which a SELL_CALL with the reason "roll" may stand,
             which is sent only if the one before it was filled. All of them are looked at by vetoes_of.
         limit: the limit price of a sale, USD a coin; None is whatever the bid is.
+        notes_of: what is to be logged of an intention and stops nothing.
     """
 
     fuse: Callable[[Sequence[Proposal], MarketState, Portfolio], Fused]
@@ -62,6 +64,7 @@ class Steps(NamedTuple):
     vetoes_of: Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Veto]]
     exits: Callable[[MarketState, Portfolio, datetime.datetime], Sequence[Intention]]
     limit: Callable[[str, MarketState], float | None] = lambda instrument, state: None
+    notes_of: Callable[[Intention, MarketState, Portfolio, datetime.datetime], list[Note]] = lambda *_: []
 
 
 def fall_back(proposals: Sequence[Proposal], state: MarketState, portfolio: Portfolio) -> Fused:
@@ -79,6 +82,7 @@ class Order(NamedTuple):
 
     intention: Intention
     vetoes: tuple[Veto, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -108,32 +112,33 @@ def plan_of(
     exits = exits_of(state, portfolio, steps, now)
     fused = steps.fuse(proposals, state, portfolio)
     entry, sized = entry_of(state, portfolio, fused, steps)
-    vetoes = steps.vetoes_of(entry, state, portfolio, now) if entry.action == SELL_CALL else ()
-    return Plan(tuple(proposals), fused, sized, tuple(exits), Order(entry, tuple(vetoes)))
+    order = judged(entry, state, portfolio, steps, now) if entry.action == SELL_CALL else Order(entry)
+    return Plan(tuple(proposals), fused, sized, tuple(exits), order)
+
+
+def judged(
+    intention: Intention, state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime
+) -> Order:
+    vetoes = steps.vetoes_of(intention, state, portfolio, now)
+    return Order(intention, tuple(vetoes), tuple(steps.notes_of(intention, state, portfolio, now)))
 
 
 def exits_of(state: MarketState, portfolio: Portfolio, steps: Steps, now: datetime.datetime) -> list[Order]:
-    """The exits with their vetoes. A sale that takes the place of another call is judged without that one, and does
-    not go where that one stays."""
+    """The exits with what speaks against them. A sale that takes the place of another call does not go where that one
+    stays."""
     orders: list[Order] = []
     for one in steps.exits(state, portfolio, now):
         if one.action == HOLD:
             continue
-        before = orders[-1] if one.action == SELL_CALL and orders else None
-        seen = without(portfolio, before.intention.instrument) if before else portfolio
-        vetoes = [*(before.vetoes if before else ()), *steps.vetoes_of(one, state, seen, now)]
-        orders.append(Order(one, tuple(vetoes)))
+        before = orders[-1].vetoes if one.action == SELL_CALL and orders else ()
+        order = judged(one, state, portfolio, steps, now)
+        orders.append(order._replace(vetoes=(*before, *order.vetoes)))
     return orders
 
 
 def held(portfolio: Portfolio, instrument: str | None) -> Position | None:
     """The position that an exit of an instrument is of: the oldest, and the whole of it."""
     return next((one for one in portfolio.positions if one.instrument == instrument), None)
-
-
-def without(portfolio: Portfolio, instrument: str | None) -> Portfolio:
-    gone = held(portfolio, instrument)
-    return portfolio._replace(positions=tuple(one for one in portfolio.positions if one is not gone))
 
 
 def entry_of(state: MarketState, portfolio: Portfolio, fused: Fused, steps: Steps) -> tuple[Intention, Sizing | None]:
@@ -167,6 +172,10 @@ class Venue(Protocol):
         self, intention: Intention, position: Position, state: MarketState
     ) -> tuple[Execution, list[Event]]: ...
 
+    def found(self, line: dict, number: int) -> tuple[Execution, list[Event]] | None:
+        """What became of an order of a cycle's line that has no completion; None if it never got here."""
+        ...
+
     def recall(self, last: Marked) -> None:
         """What was known when the log ended."""
         ...
@@ -185,7 +194,7 @@ class Agent:
     """Decides state after state, and writes each down before it acts.
 
     Args:
-        sources: the policies, the first one the model that is asked last: see proposals_of.
+        sources: the policies, in the order in which one stands in for another: see proposals_of.
         venue: None sends nothing: shadow.
         begins: what there is at the start of a new log; of one that goes on it must be the same.
         journal: None writes nothing.
@@ -212,14 +221,19 @@ class Agent:
             self.go_on(journal, begins)
 
     def go_on(self, journal: Journal, begins: Begun) -> None:
-        """From where the log ends. Orders that were under way are abandoned: this venue never saw them.
+        """From where the log ends. Orders that were under way are abandoned, but those that the venue knows.
 
         Raises:
             CandidatesError: if the log began with another portfolio.
         """
-        for (decision_id, order), _ in list(journal.pending.items()):
-            logger.warning("%s: its order %d was not sent before the agent ended.", decision_id, order)
-            journal.complete(decision_id, order, execution=Execution(ABANDONED, "the agent ended before")._asdict())
+        for (decision_id, order), line in list(journal.pending.items()):
+            found = self.venue.found(line, order) if self.venue else None
+            what = (
+                "was not sent before the agent ended" if found is None else f"is {found[0].status}: {found[0].reason}"
+            )
+            logger.warning("%s: its order %d %s.", decision_id, order, what)
+            execution, events = found or (Execution(ABANDONED, "the agent ended before"), [])
+            journal.complete(decision_id, order, execution=execution, events=[line_of(one) for one in events])
         first = next((event for line in read(journal.folder) for event in line.get("events", ())), None)
         if first is None:
             return
@@ -227,6 +241,11 @@ class Agent:
             raise CandidatesError(
                 f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
                 f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
+            )
+        mode, before = self.about.get("mode"), journal.last and journal.last.get("mode")
+        if before and before != mode:
+            raise CandidatesError(
+                f"{journal.folder} has the log of {before}, and this is {mode}: give another folder."
             )
         if journal.last and journal.last.get("config_hash") != self.about.get("config_hash"):
             logger.warning("%s: its last decision was taken with another configuration.", journal.folder)
@@ -291,9 +310,10 @@ class Agent:
         self.journal.write({
             "decision_id": decision.decision_id, "time": now, **self.about,
             "orders": len(plan.orders) if self.venue else 0, "state": seen, "portfolio": owned, "events": events,
-            "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source},
+            "proposals": plan.proposals, "fusion": {**plan.fused._asdict(), "proposal": plan.fused.proposal.source,
+                "instrument": plan.fused.proposal.instrument},
             "sizing": plan.sized, "exits": plan.exits, "intention": plan.entry.intention,
-            "vetoes": plan.entry.vetoes, "latencies": latencies, "drift": self.drift(state),
+            "vetoes": plan.entry.vetoes, "notes": plan.entry.notes, "latencies": latencies, "drift": self.drift(state),
             "errors": [f"{one.source}: {one.error}" for one in plan.proposals if one.error],
         })  # fmt: skip
 
@@ -333,4 +353,4 @@ class Agent:
         if position is None:
             return Execution(NOT_SENT, f"{intention.instrument} is not held"), [], None
         execution, events = self.venue.buy_back(intention, position, state)
-        return execution, events, position if execution.status != UNFILLED else None
+        return execution, events, position if execution.status == FILLED else None

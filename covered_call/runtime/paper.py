@@ -21,7 +21,8 @@ from covered_call.runtime.state import Intention, MarketState, Portfolio, Positi
 
 # Deribit's own; the spread is paid by the fills themselves.
 FEES = CoveredCallCandidatesConfig(fee=0.0003, delivery_fee=0.00015)
-SETTLED, BOUGHT_BACK, FILLED, UNFILLED = "settled", "bought_back", "filled", "unfilled"
+SETTLED, BOUGHT_BACK = "settled", "bought_back"
+FILLED, PARTLY, UNFILLED = "filled", "partly_filled", "unfilled"
 # After an expiry, of a spot that is taken for its price: as the option expiry_tolerance has it.
 LATE = datetime.timedelta(hours=12)
 
@@ -43,7 +44,7 @@ class Opened(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """A position is no more."""
+    """A position is no more, or a part of it."""
 
     time: datetime.datetime
     instrument: str
@@ -53,6 +54,7 @@ class Closed(NamedTuple):
     cash_usd: float  # what came in, below 0 where it went out
     pnl_usd: float  # of the whole trade, net of fees
     paper: bool
+    units: float | None = None  # coins, above 0, where a part was bought back; None: the whole
 
 
 class Marked(NamedTuple):
@@ -62,16 +64,26 @@ class Marked(NamedTuple):
     spots: dict[str, float]  # USD by underlying
     prices: dict[str, float]  # USD a coin by instrument: what it costs to buy it back
     deltas: dict[str, float]  # by instrument
+    margin_used_pct: float | None = None  # as an exchange says it; None where there is no account
 
 
-Event = Begun | Opened | Closed | Marked
-KINDS: dict[str, type[Any]] = {"begun": Begun, "opened": Opened, "closed": Closed, "marked": Marked}
+class Adopted(NamedTuple):
+    """What an exchange says is held took the place of what the log said; what the difference cost is not known."""
+
+    time: datetime.datetime
+    positions: tuple[Position, ...]
+
+
+Event = Begun | Opened | Closed | Marked | Adopted
+KINDS: dict[str, type[Any]] = {
+    "begun": Begun, "opened": Opened, "closed": Closed, "marked": Marked, "adopted": Adopted,
+}  # fmt: skip
 
 
 class Execution(NamedTuple):
     """What became of an order."""
 
-    status: str  # FILLED, UNFILLED, or what the venue calls it
+    status: str  # FILLED, PARTLY, UNFILLED, or what the venue calls it
     reason: str = ""
     price: float | None = None  # USD a coin
     fee_usd: float = 0.0
@@ -96,6 +108,8 @@ def apply(portfolio: Portfolio, event: Event) -> Portfolio:
         return begin(event)
     if isinstance(event, Marked):
         return marked(portfolio, event)
+    if isinstance(event, Adopted):
+        return portfolio._replace(positions=event.positions)
     cash = portfolio.cash_usd + event.cash_usd
     if isinstance(event, Opened):
         return portfolio._replace(positions=(*portfolio.positions, event.position), cash_usd=cash)
@@ -103,8 +117,9 @@ def apply(portfolio: Portfolio, event: Event) -> Portfolio:
     if closed is None:
         raise ValueError(f"{event.instrument} of {event.entry_time} is not held, and was closed at {event.time}")
     trade = Trade(event.time, event.pnl_usd, event.paper)
+    left = (part_of(closed, -closed.units - event.units),) if event.units is not None else ()
     return portfolio._replace(
-        positions=tuple(one for one in portfolio.positions if one is not closed),
+        positions=tuple(rest for one in portfolio.positions for rest in (left if one is closed else (one,))),
         trades=(*portfolio.trades, trade),
         cash_usd=cash,
     )
@@ -116,6 +131,12 @@ def apply_all(portfolio: Portfolio, events: Iterable[Event]) -> Portfolio:
     return portfolio
 
 
+def part_of(position: Position, units: float) -> Position:
+    """So many coins of it, above 0, with their share of what its sale cost."""
+    share = units / -position.units
+    return position._replace(units=-units, entry_fee_usd=position.entry_fee_usd * share)
+
+
 def position_of(portfolio: Portfolio, instrument: str, entry_time: datetime.datetime) -> Position | None:
     held = (one for one in portfolio.positions if (one.instrument, one.entry_time) == (instrument, entry_time))
     return next(held, None)
@@ -124,18 +145,22 @@ def position_of(portfolio: Portfolio, instrument: str, entry_time: datetime.date
 def marked(portfolio: Portfolio, event: Marked) -> Portfolio:
     """With the equity that is left if all is bought back now, None where a price is unknown, and its peaks.
 
-    The net delta is of the calls alone, not of the coins that cover them; one that is unknown counts as 0.
+    The net delta is of the calls alone, not of the coins that cover them, and coins of two underlyings do not add up;
+    one that is unknown counts as 0.
     """
     equity = equity_of(portfolio, event)
     same_day = portfolio.time.date() == event.time.date()
     day_peak = highest(portfolio.day_peak_usd if same_day else None, equity)
-    delta = sum(one.units * event.deltas.get(one.instrument, 0.0) for one in portfolio.positions)
+    delta = dict.fromkeys((one.underlying for one in portfolio.positions), 0.0)
+    for one in portfolio.positions:
+        delta[one.underlying] += one.units * event.deltas.get(one.instrument, 0.0)
     return portfolio._replace(
         time=event.time,
         equity_usd=equity,
         peak_equity_usd=highest(portfolio.peak_equity_usd, equity),
         day_peak_usd=day_peak,
         net_delta=delta,
+        margin_used_pct=event.margin_used_pct,
     )
 
 
@@ -227,7 +252,7 @@ class Paper:
     """
 
     def __init__(self, closes: dict[str, Series] | None = None):
-        self.closes = closes or {}
+        self.closes = {} if closes is None else closes
         self.spots: dict[str, float] = {}
         self.prices: dict[str, float] = {}
         self.deltas: dict[str, float] = {}
@@ -274,6 +299,10 @@ class Paper:
     def buy_back(self, intention: Intention, position: Position, state: MarketState) -> tuple[Execution, list[Event]]:
         return buy_back(position, state, intention.limit_price)
 
+    def found(self, line: dict, number: int) -> tuple[Execution, list[Event]] | None:
+        """An order is filled as it is sent, so one without a completion was not."""
+        return None
+
 
 def close_at(closes: Series, time: datetime.datetime, now: datetime.datetime) -> float | None:
     """The close nearest to a time, of those that are known now; None where none is near."""
@@ -301,6 +330,8 @@ def value_of(name: str, value: Any) -> Any:
         return datetime.datetime.fromisoformat(value)
     if name == "position":
         return Position(**{inner: value_of(inner, one) for inner, one in value.items()})
+    if name == "positions":
+        return tuple(value_of("position", one) for one in value)
     return value
 
 

@@ -16,9 +16,9 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import candidate_messages, order_candidates, ranking_messages, shown_to
 from covered_call.candidates.schema import Decision
 from covered_call.candidates.settlement import ROLL_MIN_SCORE
+from covered_call.runtime.answers import Said
 from covered_call.runtime.fusion import q_confidence, rule_confidence
 from covered_call.runtime.state import MarketState, Portfolio, Proposal
-from covered_call.runtime.worker import Said
 from covered_call.value_model.scorer import NO_CANDIDATE, QScorer
 
 NO_POLICY = "none"  # who decides where every policy has failed
@@ -26,7 +26,7 @@ WINS_OF = 50  # the last trades that a win rate is of
 
 
 class Source(Protocol):
-    """A policy as the agent asks it; ``second`` is what the one before it in the chain proposes."""
+    """A policy as the agent asks it; ``second`` is what the first that is no language model proposes."""
 
     name: str
 
@@ -34,10 +34,14 @@ class Source(Protocol):
 
 
 def proposals_of(sources: Sequence[Source], state: MarketState, portfolio: Portfolio) -> list[Proposal]:
-    """What each proposes, in their order; the first one is asked last, for it depends on the second whether it is."""
-    first, *others = sources
-    second = [one.propose(state, portfolio) for one in others]
-    return [first.propose(state, portfolio, second[0] if second else None), *second]
+    """What each proposes, in their order. A language model is asked after all others, for it depends on what the first
+    of them proposes whether it is."""
+    others = {one.name: one.propose(state, portfolio) for one in sources if not isinstance(one, LanguageModel)}
+    second = next(iter(others.values()), None)
+    return [
+        one.propose(state, portfolio, second) if isinstance(one, LanguageModel) else others[one.name]
+        for one in sources
+    ]
 
 
 def first_that_answers(proposals: Sequence[Proposal]) -> Proposal:
@@ -66,7 +70,8 @@ class Rule:
         confidence = rule_confidence(best.score, self.threshold)
         sold = best.score >= self.threshold
         reason = f"best score {best.score:.4f}, {'at least' if sold else 'below'} {self.threshold:g}"
-        return Proposal(self.name, best.instrument if sold else None, confidence, reason=reason)
+        its = best.instrument if sold else None
+        return Proposal(self.name, its, confidence, reason=reason, best=best.instrument)
 
 
 class Q:
@@ -85,8 +90,9 @@ class Q:
             return Proposal(self.name, None, 1.0, reason=NO_CANDIDATE, latency_s=time.monotonic() - began)
         confidence = q_confidence(answer.confidence, answer.pick is not None)
         reason = answer.stopped_by or f"{answer.q_sell:+,.2f} USD expected"
+        best = state.decision.candidates[answer.best].instrument
         return Proposal(
-            self.name, answer.instrument, confidence, None, answer.q_sell, reason, time.monotonic() - began
+            self.name, answer.instrument, confidence, None, answer.q_sell, reason, time.monotonic() - began, best=best
         )
 
 
@@ -169,6 +175,8 @@ def used_again(memory: Memory, decision: Decision, rules: Querying) -> Proposal:
         reason=f"not asked, answer {times} step(s) old used again" + ("" if offered else ": no longer offered"),
         latency_s=0.0,
         cached=True,
+        probabilities=None,  # they were of another state
+        asked=False,
     )
 
 
@@ -253,7 +261,7 @@ class LanguageModel:
         if self.left_alone:
             self.left_alone -= 1
             why = f"left alone after {self.rules.max_errors} errors in a row, for {self.left_alone} more step(s)"
-            return failed(self.name, why, time.monotonic())
+            return failed(self.name, why, time.monotonic())._replace(asked=False)
         why = why_ask(memory, second, portfolio, underlying, self.rules)
         if memory and why is None:
             self.memory[underlying] = memory._replace(reuses=memory.reuses + 1)
@@ -276,9 +284,12 @@ class LanguageModel:
             return failed(self.name, error, began)
         self.errors_in_a_row = 0
         confidence = 1 - said.probability if said.abstained else said.probability
-        reason = f"asked: {why}" + (", abstained" if said.abstained else "")
+        reason = (
+            f"asked: {why}" + (", abstained" if said.abstained else "") + (f"; {said.reason}" if said.reason else "")
+        )
         latency = time.monotonic() - began
-        proposal = Proposal(self.name, said.instrument, confidence, said.margin, None, reason, latency)
+        proposal = Proposal(self.name, said.instrument, confidence, said.margin, None, reason, latency,
+            probabilities=said.probabilities)  # fmt: skip
         if key:
             self.cache.put(key, proposal)
         return proposal

@@ -20,6 +20,7 @@ from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event,
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
 DAY_SECONDS = 86_400.0
+ATM = 0.5  # the delta at the money
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +114,9 @@ class Recorded:
     def buy_back(self, intention: Intention, position: Position, state: MarketState) -> tuple[Execution, list[Event]]:
         return Execution(UNFILLED, "of a backtest outcomes are known to their end alone"), []
 
+    def found(self, line: dict, number: int) -> tuple[Execution, list[Event]] | None:
+        return None
+
     def recall(self, last: Marked) -> None:
         """What is open is known to its venue alone."""
         raise CandidatesError(f"The log has a replay until {last.time}. One is made anew: give another folder.")
@@ -148,7 +152,9 @@ def states_from(
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
             decision = with_context(decision, series, snapshot)
-        yield MarketState(decision, all_quotes(snapshot), past._asdict(), decision.decision_time)
+        at_the_money = None if np.isnan(snapshot.atm_iv) else snapshot.atm_iv
+        context = past._asdict() | {"atm_iv": at_the_money}
+        yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)
 
 
 def all_quotes(snapshot: Snapshot) -> dict[str, Quote]:

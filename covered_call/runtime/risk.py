@@ -31,7 +31,7 @@ class RiskRules:
         max_positions: short calls of an underlying at once; 6 in research.
         expiry_share: of the holdings, what calls of one expiry may be short of.
         max_margin_pct: of the margin; entries stop at ENTRY_MARGIN of it.
-        max_net_delta: coins, after the trade.
+        max_net_delta: coins of an underlying, after the trade.
         daily_drawdown_pct: of this UTC day's peak; 0: not applied.
         max_drawdown_pct, dd_buffer: of the peak of all times, and the share of it that has to be left.
         consecutive_losses: of the last closed trades.
@@ -236,9 +236,9 @@ def margin(case: Case, rules: RiskRules) -> Finding:
 
 
 def net_delta(case: Case, rules: RiskRules) -> Finding:
-    after = abs(case.portfolio.net_delta - case.intention.units * case.candidate.delta)
+    after = abs(case.portfolio.net_delta.get(case.underlying, 0.0) - case.intention.units * case.candidate.delta)
     if not after <= rules.max_net_delta + ROUNDED:
-        text = f"The net delta would be {after:.3f} coins, and {rules.max_net_delta:g} may be."
+        text = f"The net delta would be {after:.3f} {case.underlying}, and {rules.max_net_delta:g} may be."
         return Veto("net_delta", after, rules.max_net_delta, text)
 
 
@@ -399,9 +399,10 @@ CODES = ("kill_switch", *ENTRY_RULES)
 
 
 def after_buy_back(portfolio: Portfolio, intention: Intention) -> Portfolio:
-    """Without the position that a roll's sale takes the place of; its delta is not known here, and stays."""
-    stays = tuple(one for one in portfolio.positions if one.instrument != intention.replaces)
-    return portfolio._replace(positions=stays)
+    """Without the position that a roll's sale takes the place of: the oldest of its instrument, which is what a
+    buy-back is of. Its delta is not known here, and stays."""
+    gone = next((one for one in portfolio.positions if one.instrument == intention.replaces), None)
+    return portfolio._replace(positions=tuple(one for one in portfolio.positions if one is not gone))
 
 
 def unknown(code: str, limit: float | None, what: str) -> Note:

@@ -67,7 +67,7 @@ class Portfolio(NamedTuple):
     holdings: dict[str, float]  # coins by underlying
     positions: tuple[Position, ...] = ()
     margin_used_pct: float | None = None
-    net_delta: float = 0.0  # coins, of the open calls
+    net_delta: dict[str, float] = {}  # coins, of the open calls, by underlying
     trades: tuple[Trade, ...] = ()  # closed, by time
     cash_usd: float = 0.0  # premiums received, less what was paid
 
@@ -89,6 +89,8 @@ class Proposal(NamedTuple):
     cached: bool = False
     error: str | None = None  # why there is no answer: such a proposal never trades
     probabilities: dict[str, float] | None = None  # of all answers, by instrument and "NO_TRADE"; None: it has none
+    best: str | None = None  # the call that it likes best, sold or not; None where it does not say
+    asked: bool = True  # now; else its last answer is used again, or it was left alone
 
 
 class Veto(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -9,22 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from covered_call.candidates.schema import Decision
+from covered_call.candidates.schema import NO_TRADE, Decision
+from covered_call.runtime.answers import Said
 
 logger = logging.getLogger(__name__)
 
 READY = "ready"
-
-
-class Said(NamedTuple):
-    """Of a language model's answer what a proposal is made of; the fields are those of its Answer."""
-
-    instrument: str | None
-    probability: float
-    margin: float
-    abstained: bool
 
 
 class WorkerError(RuntimeError):
@@ -122,9 +115,18 @@ def serve(pipe: multiprocessing.connection.Connection, load: Callable[[], Any]) 
 def answer_of(policy: Any, decision: Decision) -> tuple[str, Any]:
     try:
         (answer,) = policy.decide([decision])
-        return "answer", tuple(getattr(answer, name) for name in Said._fields)
+        return "answer", tuple(said_of(answer, decision))
     except Exception as error:  # told to who asks
         return "error", f"{type(error).__name__}: {error}"
+
+
+def said_of(answer: Any, decision: Decision) -> Said:
+    """Of a language model's Answer; a per-candidate model has no probabilities that add up."""
+    scores = getattr(answer, "scores", {})
+    names = {str(place): one.instrument for place, one in enumerate(decision.candidates, start=1)}
+    names |= {NO_TRADE: NO_TRADE}
+    found = {names[key]: math.exp(score) for key, score in scores.items()} if NO_TRADE in scores else None
+    return Said(answer.instrument, answer.probability, answer.margin, answer.abstained, found)
 
 
 def end_with_parent() -> None:

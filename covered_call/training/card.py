@@ -33,6 +33,25 @@ SFT_PANELS = (
     Panel("Does it learn more than those by heart?", "validation loss\n(nats an answer)", {"eval_loss": "validation"}),
     Panel("How does it answer the validation records?", "share of the records", SHARES),
 )
+TASKS = {"candidate": "of candidates", "ranking": "of rankings"}  # by the name before a metric of several tasks
+
+
+def panels_of(tasks: list[str]) -> tuple[Panel, ...]:
+    """Those of a fine-tune; of several tasks the curves of each."""
+    if len(tasks) == 1:
+        return SFT_PANELS
+    first, *others = SFT_PANELS
+    return first, *(panel._replace(curves=by_task(panel.curves)) for panel in others)
+
+
+def by_task(curves: dict[str, str]) -> dict[str, str]:
+    return {
+        f"eval_{name}_{key.removeprefix('eval_')}": f"{label} {of}"
+        for name, of in TASKS.items()
+        for key, label in curves.items()
+    }
+
+
 STYLES = ("o-", "s--", "^-.", "x:")  # two curves may lie on one another
 
 
@@ -98,6 +117,18 @@ Limits: {limits} Not investment advice.
 """
 
 
+ANSWERS = {"per_candidate": "SELL_CALL or SKIP for one option", "per_decision_ranking": "1..N or NO_TRADE"}
+
+
+def foreign_files(manifest: dict) -> list[str]:
+    """The files of a mix, which are of no backtest."""
+    return [os.path.basename(source["source"]) for source in manifest.get("mix") or [] if not is_of_backtest(source)]
+
+
+def is_of_backtest(source: dict) -> bool:
+    return source["tuned_on"] is not None
+
+
 def fill_card(manifest: dict, folder: str, method: str, aim: str, table: str, limits: str) -> ModelCard:
     """A short card: what the model is, what it was measured at, and its limits.
 
@@ -117,11 +148,13 @@ def fill_card(manifest: dict, folder: str, method: str, aim: str, table: str, li
         what=f"A LoRA adapter for `{manifest['base_model']}` in {manifest['quantization']}."
         if manifest["adapter"]
         else f"A tuned `{manifest['base_model']}`.",
-        answers="SELL_CALL or SKIP for one option" if "SKIP" in manifest["labels"] else "1..N or NO_TRADE",
+        answers=" and, asked for one of them, ".join(
+            ANSWERS[task] for task in manifest.get("tasks") or [manifest["task"]]
+        ),
         aim=aim,
         table=table,
         limits=limits,
-        files=", ".join(f"`{file}`" for file in manifest["data_files"]),
+        files=", ".join(f"`{file}`" for file in [*manifest["data_files"], *foreign_files(manifest)]),
         since=train["from"][:10],
         until=train["to"][:10],
         **{key: manifest[key] for key in ("why_saved", "prompt_version")},

@@ -28,17 +28,27 @@ from covered_call.training.examples import (
     is_trade,
     load_splits,
     offered,
+    tasks_in,
     thin_out,
     tuned_on,
 )
 from covered_call.training.first_checks import read_start
 from covered_call.training.keys import RANKING, PairArguments, StartArguments
+from covered_call.training.mixture import (
+    add_files,
+    describe_sources,
+    judged_prompts,
+    lay_out_sources,
+    mixture_of,
+)
 from covered_call.training.money import MONEY, add_outcomes, doubt_about, mean_money, settle_metric
 from covered_call.training.preference_trainer import PreferenceTrainer, pair_metrics
 from covered_call.training.preflight import (
     check_lengths,
     check_records,
+    cost_of,
     count_labels,
+    count_steps,
     describe_answers,
     describe_model,
     describe_tokens,
@@ -64,6 +74,7 @@ from covered_call.training.results import (
     what_next,
 )
 from covered_call.training.runs import RecipeError, of_the_run
+from covered_call.training.sources import check_apart, read_pairs
 from covered_call.training.trainers import balanced_accuracy, load_model, predictions
 
 STAGE = DPO
@@ -106,7 +117,7 @@ def tune(model: StartArguments, data: PairArguments, training: PreferenceArgumen
     revision = pinned_revision(model.adapter, start) if start and model.adapter else None
     with training.main_process_first():
         pairs = load(model, data, training, start)
-    ready = preflight(model, training, pairs)
+    ready = preflight(model, data, training, pairs)
     if training.is_first:
         print(ready)
     if training.dry_run:
@@ -175,10 +186,12 @@ def check_dates(model: StartArguments, start: dict | None, splits: DatasetDict) 
 def load(model: StartArguments, data: PairArguments, training: PreferenceArguments, start: dict | None) -> Pairs:
     """Pairs and rankings of the same decisions in the tokens of the model, which is built if it is the tiny one."""
     backtest = data.backtest()
-    paired = load_splits(backtest, "preference", training.seed, **data.pairing())
+    paired = load_splits(backtest, "preference", training.seed, data.max_records_per_market, **data.pairing())
     asked = load_splits(backtest, RANKING, training.seed)
     train = asked["train"]
     check_dates(model, start, asked)
+    files = {source.name: read_pairs(source.name) for source in data.sources if source.is_file}
+    check_apart(files.values(), judged_prompts({RANKING: asked}) if files else {})
     build_base_if_tiny(model, train, training)
     tokenizer = load_tokenizer(model.adapter or model.model_name_or_path)
     rankings = DatasetDict({name: encode_split(split, tokenizer, RANKING) for name, split in asked.items()})
@@ -186,6 +199,11 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         DatasetDict({name: encode_pairs(split, side, tokenizer) for name, split in paired.items()})
         for side in ("chosen", "rejected")
     )
+    answers = answer_tokens(tokenizer, train[0]["messages"][:-1], offered(rankings))
+    sampler = EpochSampler([is_trade(label) for label in chosen["train"]["label"]], data.balance, training.seed)
+    seen = {"preference": tuned_on(train)}
+    mixture = mixture_of(data.sources, {"preference": sampler}, files, training.seed) if data.mix else None
+    foreign = add_files(data.sources, files, chosen, rejected, tokenizer) if files else {}
     fits = backtest.decisions.fits
     judged = {
         name: add_outcomes(add_pairs(name, rankings[name], chosen[name]), asked[name], fits)
@@ -195,12 +213,14 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
     return Pairs(
         splits=DatasetDict({**rankings, "train": chosen["train"]}),
         tokenizer=tokenizer,
-        answers=answer_tokens(tokenizer, train[0]["messages"][:-1], offered(rankings)),
-        sampler=EpochSampler([is_trade(label) for label in chosen["train"]["label"]], data.balance, training.seed),
-        commonest=Counter(train["label"]).most_common(1)[0][0],
-        seen=tuned_on(train),
+        answers=foreign | answers,
+        labels=list(answers),
+        sampler=mixture or sampler,
+        commonest={RANKING: Counter(train["label"]).most_common(1)[0][0]},
+        seen=seen,
         hashes=backtest.hashes,
         grounds=None,
+        mix=describe_sources(data.sources, mixture, files, seen, backtest.hashes) if mixture else None,
         chosen=chosen,
         rejected=rejected,
         rankings=rankings,
@@ -218,6 +238,7 @@ def encode_pairs(pairs: Dataset, side: str, tokenizer: PreTrainedTokenizerBase) 
             **encode_answers(tokenizer, rows["prompt"], rows[f"{side}_label"]),
             "label": rows[f"{side}_label"],
             "answers": [list(both) for both in zip(rows["chosen_label"], rows["rejected_label"], strict=True)],
+            "task": [RANKING] * len(rows["prompt"]),
         }
 
     unused = set(pairs.column_names) - {"decision_id", "decision_time"}
@@ -242,7 +263,7 @@ def add_pairs(name: str, ranking: Dataset, pairs: Dataset) -> Dataset:
 # Check
 
 
-def preflight(model: StartArguments, training: PreferenceArguments, pairs: Pairs) -> str:
+def preflight(model: StartArguments, data: PairArguments, training: PreferenceArguments, pairs: Pairs) -> str:
     """Checks that this can be trained, and says what it is, on what, and how long.
 
     Raises:
@@ -262,22 +283,42 @@ def preflight(model: StartArguments, training: PreferenceArguments, pairs: Pairs
     training.settle(plan, model.quantization)
     sampler.group(lengths["train, chosen"][0], global_batch(training))
     rows = [longest_row(split, *lengths[f"{name}, asked"], answers) for name, split in pairs.rankings.items()]
+    shown = shown_pairs(pairs.chosen)
     facts = {
-        "chosen": "as above, against " + count_labels(pairs.rejected["train"]["label"]) + " in train",
+        "chosen": "as above, against " + count_labels(shown_pairs(pairs.rejected)["train"]["label"]) + " in train",
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
+        "cost": cost_of(training, len(sampler), costing(lengths), data),
         "checkpoint": settle_metric(training, pairs.doubt),
     }
     origin = f", from {model.adapter}" if model.adapter else ""
     what = f"preference on {model.model_name_or_path}, {model.quantization}{origin}"
-    return lay_out_preflight(what, pairs.chosen, facts)
+    sources = lay_out_sources(pairs, count_steps(training, len(sampler))[1])
+    return lay_out_preflight(what, shown, facts, sources)
+
+
+def shown_pairs(pairs: DatasetDict) -> dict[str, Dataset]:
+    """Those of the backtest."""
+    ours = tasks_in(pairs["train"])[RANKING]
+    return {**pairs, "train": pairs["train"] if len(ours) == len(pairs["train"]) else pairs["train"].select(ours)}
+
+
+def costing(lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tokens of each pair, learnt and scored by the reference, and of each ranking that is judged."""
+    both = {
+        name: lengths[f"{name}, chosen"][0] + lengths[f"{name}, rejected"][0]
+        for name in ("train", "validation", "test")
+        if f"{name}, chosen" in lengths
+    }
+    asked = {name: lengths[f"{name}, asked"][0] for name in ("validation", "test") if f"{name}, asked" in lengths}
+    return {"reference": np.concatenate(list(both.values())), "train": both["train"], **asked}
 
 
 def describe_start(model: StartArguments, start: dict | None, manifest: dict) -> dict:
     """What a preference run's manifest says beside, or other than, a fine-tune's."""
-    described = {**manifest, "task": RANKING, "method": "dpo", "start": None}
+    described = {**manifest, "task": RANKING, "tasks": [RANKING], "method": "dpo", "start": None}
     if start is None:
         return described
     seen, own = start["splits"]["train"], manifest["splits"]["train"]
@@ -337,7 +378,7 @@ def finish(trainer: PreferenceTrainer, pairs: Pairs, manifest: dict, adapter: st
         print(what_next(trainer))
 
 
-def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: str) -> list[dict]:
+def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str | None, commonest: dict) -> list[dict]:
     """The tuned model beside its start, its base, a random one if it is tiny, and always the commonest answer, on each
     split."""
     results, base, untrained = [], name_of_base(trainer), random_base(trainer)
@@ -353,7 +394,8 @@ def report(trainer: PreferenceTrainer, splits: dict, scored: dict, adapter: str 
             given = predictions(split, found)
             more = mean_money(split, given) | pair_metrics(split, found, start, trainer.beta)
             results.append({**judge(name, split, who, given), **more})
-        results.append(judge(name, split, f"always {commonest}", [commonest] * len(split)))
+        always = commonest[RANKING]
+        results.append(judge(name, split, f"always {always}", [always] * len(split)))
     return results
 
 

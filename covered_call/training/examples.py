@@ -51,21 +51,25 @@ class Examples:
         splits: as encode_split makes them; of a shuffled training split a copy for each epoch, one after another.
         tokenizer: of the model.
         answers: the tokens of each answer.
+        labels: the answers that a decision admits.
         sampler: of the training records.
-        commonest: the answer that the teacher gave most often in the training split.
-        seen: of the training split; see tuned_on.
+        commonest: of each task the answer that the teacher gave most often in the training split.
+        seen: of each task; see tuned_on.
         hashes: of the data files by path, from before they were read.
         grounds: of what explains the answers; None if nothing does.
+        mix: what each source of a mix is, as a manifest has it; None without a mix.
     """
 
     splits: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     answers: dict[str, tuple[int, ...]]
-    sampler: "EpochSampler"
-    commonest: str
-    seen: dict
+    labels: list[str]
+    sampler: "EpochOrder"
+    commonest: dict[str, str]
+    seen: dict[str, dict]
     hashes: dict[str, str]
     grounds: Grounds | None
+    mix: list[dict] | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,13 +91,25 @@ def check_model(model: ModelArguments) -> None:
         raise RecipeError(f"{model.model_name_or_path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def load_splits(backtest: Backtest, name: str, seed: int, **options) -> DatasetDict:
-    """A config's splits, with an error for one that is too small to train or choose on."""
+def load_splits(
+    backtest: Backtest, name: str, seed: int, max_records_per_market: int | None = None, **options
+) -> DatasetDict:
+    """A config's splits, the training split capped, with an error for one that is too small to train or choose on."""
     splits = backtest.load(name, seed=seed, **options)
     for split in ("train", "validation"):
         if split not in splits:
             raise RecipeError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
+    if max_records_per_market:
+        splits["train"] = cap_markets(splits["train"], max_records_per_market)
     return splits
+
+
+def cap_markets(train: Dataset, most: int) -> Dataset:
+    """At most so many records of each underlying and exit style, evenly spaced, all in their order."""
+    markets = pd.Series(list(zip(train["underlying"], train["exit_style"], strict=True)))
+    groups = markets.groupby(markets).indices.values()
+    kept = [places[np.arange(min(len(places), most)) * len(places) // min(len(places), most)] for places in groups]
+    return train.select(np.sort(np.concatenate(kept)))
 
 
 def shuffle_epochs(train: Dataset, seed: int, copies: int, grounds: Grounds | None = None) -> Dataset:
@@ -135,7 +151,11 @@ def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: s
 
 
 def build_base_if_tiny(model: ModelArguments, train: Dataset, training: RunArguments) -> None:
-    """Builds the tiny Phi-3 that a recipe with tiny_base_steps asks for, unless it stands there already."""
+    """Builds the tiny Phi-3 that a recipe with tiny_base_steps asks for, unless it stands there already.
+
+    Args:
+        train: chats, each with its answer last, under "messages".
+    """
     if not model.tiny_base_steps or os.path.isdir(model.model_name_or_path):
         return
     chats = train.map(
@@ -178,15 +198,16 @@ def tuned_on(train: Dataset) -> dict:
 
 
 def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
-    """Token ids of each chat, with labels on its answer alone, and not on what explains it, and the answers that its
-    task admits."""
+    """Token ids of each chat, with labels on its answer alone, and not on what explains it, its task, and the answers
+    that this admits."""
 
     def tokens(rows: dict, code: str) -> dict:
         shown = map(len, rows["candidates"]) if task == RANKING else [1] * len(rows["label"])
-        prompts = [chat[:-1] for chat in rows["messages"]]
+        prompts, said = zip(*((chat[:-1], chat[-1]["content"]) for chat in rows["messages"]), strict=True)
         return {
-            **encode_answers(tokenizer, prompts, [chat[-1]["content"] for chat in rows["messages"]]),
+            **encode_answers(tokenizer, list(prompts), list(said), explained="\n" in said[0]),
             "answers": [admissible_answers(task, number) for number in shown],
+            "task": [task] * len(prompts),
         }
 
     unused = set(split.column_names) - {"label", "decision_id", "decision_time"}
@@ -194,17 +215,16 @@ def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) 
     return split.map(tokens, batched=True, fn_kwargs=given, remove_columns=list(unused), desc="Tokenising")
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str]) -> dict:
-    """Token ids of each prompt with its answer, and labels on the answer alone, by column; of several lines the first
-    is the answer."""
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str], explained: bool = False
+) -> dict:
+    """Token ids of each prompt with its answer, and labels on the answer alone, by column; of an explained one on
+    its first line."""
     chats = [
         [*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers, strict=True)
     ]
     encoded = encode(tokenizer, chats)
-    ends = [
-        first_line(tokenizer, ids) if "\n" in answer else len(ids)
-        for answer, (_, ids) in zip(answers, encoded, strict=True)
-    ]
+    ends = [first_line(tokenizer, ids) if explained else len(ids) for _, ids in encoded]
     return {
         "input_ids": [prompt + ids for prompt, ids in encoded],
         "labels": [
@@ -217,6 +237,19 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]]
 def prompt_length(labels: list[int]) -> int:
     """Of a record: the tokens before its answer."""
     return next(place for place, label in enumerate(labels) if label != IGNORE)
+
+
+def tasks_in(split: Dataset) -> dict[str, list[int]]:
+    """The records of each task of a split, in their order."""
+    found: dict[str, list[int]] = {}
+    for place, task in enumerate(split["task"]):
+        found.setdefault(task, []).append(place)
+    return found
+
+
+def times_in(split: Dataset) -> list:
+    """When its decisions were taken; records of a file are of none."""
+    return [time for time in split["decision_time"] if time is not None]
 
 
 def offered(splits: DatasetDict) -> list[str]:
@@ -232,37 +265,29 @@ def is_trade(label: str) -> bool:
 # Order
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """The records of an epoch, in an order that is a law of the seed and the epoch alone.
-
-    Args:
-        trades: for each record of the training split, whether the teacher traded.
-        balance: with "downsample", an epoch takes as many records of either kind; the others take turns.
+class EpochOrder(torch.utils.data.Sampler):
+    """The records of an epoch, in an order that is a law of the seed and the epoch alone; a subclass draws them.
 
     Attributes:
-        copies: how many times over the data set holds the split, each differently shuffled inside; epoch e draws
-            from copy e.
+        records: of the training data, each counted once.
         lengths: tokens of each record of the data set, if those of like length are to come together.
         step: records of an optimiser step, on all processes.
+        mean_answer: tokens of an epoch's answers on average, if each record is to count the same in the loss.
     """
 
-    def __init__(self, trades: list[bool], balance: str, seed: int):
-        self.kinds = [np.flatnonzero(np.array(trades) == kind) for kind in (True, False)]
-        self.records, self.balance, self.seed, self.copies, self.epoch = len(trades), balance, seed, 1, 0
-        self.lengths, self.step = None, 1
-        smaller = min(map(len, self.kinds))
-        if balance != "none" and not smaller:
-            raise RecipeError(f"balance: {balance} needs both trades and non-trades in the training split.")
-        self.takes = [smaller if balance == "downsample" else len(kind) for kind in self.kinds]
+    records: int
+
+    def __init__(self, seed: int):
+        self.seed, self.epoch, self.lengths, self.step, self.mean_answer = seed, 0, None, 1, None
 
     def __len__(self) -> int:
-        return sum(self.takes)
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        drawn = [rng.permutation(kind)[:take] for kind, take in zip(self.kinds, self.takes, strict=True)]
-        start = self.epoch % self.copies * self.records
-        return iter(self.alike(start + rng.permutation(np.concatenate(drawn)), rng).tolist())
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def group(self, lengths: np.ndarray, step: int) -> None:
+        self.lengths, self.step = lengths, step
 
     def alike(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The order changed so that micro-batches hold records of like length, which need little padding.
@@ -282,15 +307,48 @@ class EpochSampler(torch.utils.data.Sampler):
         by_length = np.argsort(self.lengths[steps], axis=1, kind="stable")
         return np.concatenate([np.take_along_axis(steps, by_length, axis=1).ravel(), order[whole:]])
 
-    def group(self, lengths: np.ndarray, step: int) -> None:
-        self.lengths, self.step = lengths, step
+    def weight_of(self, answer: str) -> float:
+        """Of an answer in the loss, 1 on average over an epoch's answers to decisions."""
+        raise NotImplementedError
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+
+class EpochSampler(EpochOrder):
+    """All records once an epoch, or as many trades as non-trades.
+
+    Args:
+        trades: for each record of the training split, whether the teacher traded.
+        balance: with "downsample", an epoch takes as many records of either kind; the others take turns.
+
+    Attributes:
+        copies: how many times over the data set holds the split, each differently shuffled inside; epoch e draws
+            from copy e.
+    """
+
+    def __init__(self, trades: list[bool], balance: str, seed: int):
+        super().__init__(seed)
+        self.kinds = [np.flatnonzero(np.array(trades) == kind) for kind in (True, False)]
+        self.records, self.balance, self.copies = len(trades), balance, 1
+        smaller = min(map(len, self.kinds))
+        if balance != "none" and not smaller:
+            raise RecipeError(f"balance: {balance} needs both trades and non-trades in the training split.")
+        self.takes = [smaller if balance == "downsample" else len(kind) for kind in self.kinds]
+
+    def __len__(self) -> int:
+        return sum(self.takes)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        drawn = [rng.permutation(kind)[:take] for kind, take in zip(self.kinds, self.takes, strict=True)]
+        start = self.epoch % self.copies * self.records
+        return iter(self.alike(start + rng.permutation(np.concatenate(drawn)), rng).tolist())
 
     def weights(self) -> list[float]:
         """Loss weight of a trade and of a non-trade: 1 on average, the same total for both."""
         return [self.records / (2 * len(kind)) if self.balance == "weight" else 1.0 for kind in self.kinds]
+
+    def weight_of(self, answer: str) -> float:
+        trade, other = self.weights()
+        return trade if is_trade(answer) else other
 
     def __str__(self) -> str:
         return " and ".join(

@@ -26,14 +26,15 @@ from huggingface_hub.utils import validate_repo_id
 from covered_call.candidates.data_options import flags
 from covered_call.candidates.options import PreferenceConfig
 from covered_call.candidates.source import HOME
-from covered_call.language_model.manifest import read_manifest
+from covered_call.language_model.manifest import for_task, read_manifest
 from covered_call.training.keys import RANKING, DataArguments, ModelArguments, PairArguments, StartArguments
 from covered_call.training.runs import RecipeError, begun_run, refuse_finished
+from covered_call.training.sources import check_files
 
 logger = logging.getLogger(__name__)
 
 RECIPES = HOME / "configs"
-SFT_RECIPES, DPO_RECIPES = ("per_candidate", "ranking", "tiny"), ("preference", "tiny_dpo")
+SFT_RECIPES, DPO_RECIPES = ("per_candidate", "ranking", "mixed", "tiny_mixed", "tiny"), ("preference", "tiny_dpo")
 HELP = ("-h", "--help", "--help_all", "--help-all")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DEADLINE = 3.0  # seconds that the Hub has to answer
@@ -75,6 +76,7 @@ def check(stage: str, command: "Command") -> None:
     if run.output_dir:
         check_output(Path(str(run.output_dir)), run.overwrite_output_dir, run.dry_run)
     data.backtest()
+    check_files(data.sources)
     if isinstance(data, PairArguments):
         PreferenceConfig(name="preference", **data.pairing()).check()
     start = read_start(str(model.adapter)) if getattr(model, "adapter", None) else None
@@ -194,9 +196,10 @@ def read_start(folder: str) -> dict:
         PolicyError: if it has not finished, its prompts are not today's, or a file is not as it was saved.
     """
     start = read_manifest(folder)
-    if start["task"] != RANKING or not start["adapter"]:
+    tasks = start.get("tasks") or [start["task"]]
+    if RANKING not in tasks or not start["adapter"]:
         raise RecipeError(
-            f"{folder} is a fine-tune of {start['task']}{'' if start['adapter'] else ', of all weights'}: "
+            f"{folder} is a fine-tune of {' and '.join(tasks)}{'' if start['adapter'] else ', of all weights'}: "
             f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with covered-call "
             "train --config ranking, or start from a base: model_name_or_path."
         )
@@ -205,7 +208,7 @@ def read_start(folder: str) -> dict:
             f"{folder} explains its answers, and pairs are of answers alone, which would end where it goes on. Start "
             "from a fine-tune without explain."
         )
-    return start
+    return for_task(folder, start, RANKING)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,18 +6,35 @@ training makes them once more.
 
 import argparse
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.data_options import backtest_of, recipe_keys
-from covered_call.candidates.options import ANSWERS, CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
+from covered_call.candidates.options import (
+    ANSWERS,
+    CHATS,
+    CONTEXT,
+    DATA,
+    OUTCOMES,
+    PAIRS,
+    SPLITS,
+    PreferenceConfig,
+    names_of,
+)
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
+from covered_call.training.sources import Source, read_mix, sources_of
 
 RANKING = "per_decision_ranking"
+SHORT_NAMES = {"per_candidate": "candidate", RANKING: "ranking"}  # of the tasks of one model, before their metrics
 Quantization = Literal["int4", "int8", "none"]
 Balance = Literal["none", "downsample", "weight"]
 BALANCES = get_args(Balance)
+WeightBy = Literal["token", "record"]
+if TYPE_CHECKING:
+    TextAtFirst = Any  # a list, once it was read
+else:
+    TextAtFirst = str | None
 
 
 @dataclass
@@ -73,6 +90,8 @@ class StartArguments(ModelArguments):
 class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
     """What load_candidates is called with; what is not given takes its default there."""
 
+    mixed: ClassVar[tuple[str, ...]] = CHATS  # the configs that a mix may hold
+
     dataset_config: str = field(metadata={"help": f"What is asked: per_candidate or {RANKING}."})
     candidate_order: str | None = field(
         default=None,
@@ -95,6 +114,28 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
             "help": "With explain: what the mean loss of an explanation's tokens counts beside that of its answer's."
         },
     )
+    mix: TextAtFirst = field(
+        default=None,
+        metadata={
+            "help": "Sources of an epoch's records, each with its share: configs of the backtest, and files of other "
+            "chats; dataset_config is then the task that a checkpoint is chosen by; default: dataset_config alone",
+            "metavar": "LIST",
+        },
+    )
+    max_records_per_market: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on at most so many records of an underlying and exit style, evenly spaced; default: all.",
+            "metavar": "N",
+        },
+    )
+    weight_by: WeightBy = field(
+        default="token",
+        metadata={
+            "help": "What counts the same in the loss: each token of an answer, so that longer answers count for "
+            "more, or each record."
+        },
+    )
     max_eval_records: int | None = field(
         default=None,
         metadata={
@@ -108,6 +149,30 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
             raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
         if not 0 <= self.explanation_weight <= 10:
             raise RecipeError(f"explanation_weight: {self.explanation_weight} is none: give 0 to 10.")
+        if self.weight_by not in get_args(WeightBy):
+            raise RecipeError(f"weight_by: {self.weight_by!r} is none of {', '.join(get_args(WeightBy))}.")
+        most = self.max_records_per_market
+        if most is not None and (not isinstance(most, int) or most < 1):
+            raise RecipeError(f"max_records_per_market: {most!r} is no number of records: give 1 or more.")
+        self.mix = read_mix(self.mix, self.mixed)
+        if self.mix and self.explain:
+            raise RecipeError("explain: of a mix answers stand alone. Remove mix, or explain.")
+        if self.mix and self.dataset_config not in self.configs:
+            raise RecipeError(
+                f"dataset_config: {self.dataset_config} is not in the mix: it is the task that a checkpoint is chosen "
+                f"by, so give one of {', '.join(self.configs)}."
+            )
+
+    @property
+    def sources(self) -> list[Source]:
+        """What an epoch is drawn from; without a mix one config."""
+        return sources_of(self.mix, self.dataset_config)
+
+    @property
+    def configs(self) -> list[str]:
+        """Those of the sources, the one that a checkpoint is chosen by first."""
+        found = [source.name for source in self.sources if not source.is_file]
+        return sorted(found, key=lambda name: name != self.dataset_config)
 
     def backtest(self) -> Backtest:
         """What the splits are made of, read when it is first asked for; a shuffle is left to the training split.
@@ -123,10 +188,12 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
 class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceConfig)):
     """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
 
+    mixed: ClassVar[tuple[str, ...]] = ("preference",)
     dataset_config: str = field(default="preference", init=False)
     balance: Balance = field(default="none", init=False)  # each answer's own share: benchmarks/pair_balance.py
     explain: bool | None = field(default=None, init=False)  # pairs are of answers alone
     explanation_weight: float = field(default=0.0, init=False)
+    weight_by: WeightBy = field(default="token", init=False)  # DPO's loss is a pair's
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from covered_call.language_model.loading import (
     load_config,
 )
 from covered_call.language_model.scoring import ROW_TOKENS
-from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_length
-from covered_call.training.keys import DataArguments, ModelArguments
+from covered_call.training.cost import describe_cost
+from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_length, tasks_in
+from covered_call.training.keys import SHORT_NAMES, DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
+from covered_call.training.mixture import describe_loss, lay_out_sources, settle_metric
 from covered_call.training.recipe import RunArguments, TrainingArguments
 from covered_call.training.runs import RecipeError, begun_run
 from covered_call.training.trainers import lora_config
@@ -49,16 +52,32 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
     training.settle(plan, model.quantization)
     sampler.group(lengths["train"][0], global_batch(training))
     rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
+    training.metric_for_best_model = settle_metric(training.metric_for_best_model, data.configs)
     facts = {
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
         "answers": describe_answers(tokenizer, answers),
-        "balance": f"{data.balance}: an epoch takes {sampler}",
+        "balance": f"{data.balance}: {'a pass over each takes' if data.mix else 'an epoch takes'} {sampler}",
+        "loss": describe_loss(data),
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
+        "cost": cost_of(training, len(sampler), {name: total for name, (total, _) in lengths.items()}, data),
     }
-    shown = {**splits, "train": splits["train"].select(range(sampler.records))}
-    return lay_out_preflight(
-        f"{data.dataset_config} on {model.model_name_or_path}, {model.quantization}", shown, facts
-    )
+    what = f"{' and '.join(data.configs)} on {model.model_name_or_path}, {model.quantization}"
+    sources = lay_out_sources(examples, count_steps(training, len(sampler))[1])
+    return lay_out_preflight(what, shown_splits(examples), facts, sources)
+
+
+def shown_splits(examples: Examples) -> dict[str, Dataset]:
+    """The records of each split and, where there are several, of each task; of copies the first."""
+    splits, sampler = examples.splits, examples.sampler
+    if not examples.mix:
+        return {**splits, "train": splits["train"].select(range(sampler.records))}
+    found = {}
+    for name, split in splits.items():
+        for task, places in tasks_in(split).items():
+            if task in SHORT_NAMES:
+                own = [source["records"] for source in examples.mix if source["source"] == task and name == "train"]
+                found[f"{name}, {SHORT_NAMES[task]}"] = split.select(places[: own[0]] if own else places)
+    return found
 
 
 def check_records(
@@ -70,14 +89,15 @@ def check_records(
     control = control_tokens(tokenizer)
     [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
     template = control_in(prompt + answer, control)
-    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id"])):
-        if strange := control_beside(template, row["input_ids"], control):
+    for index, row in enumerate(split.select_columns(["input_ids", "labels", "label", "decision_id", "task"])):
+        ours = row["task"] in SHORT_NAMES  # the chats of files, of other roles perhaps, were looked at when encoded
+        if ours and (strange := control_beside(template, row["input_ids"], control)):
             raise RecipeError(
                 f"{name}, {row['decision_id']}: a name holds the text {strange}, which is a control token of the "
                 "model. Correct the file."
             )
         label_ids = tuple(token for token in row["labels"] if token != IGNORE)
-        if label_ids != answers[row["label"]]:
+        if label_ids != answers.get(row["label"], label_ids):  # what a file's records answer need not be there
             raise RecipeError(
                 f"{name}, {row['decision_id']}: the loss would be on the tokens {label_ids}, and the answer "
                 f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
@@ -189,6 +209,12 @@ def describe_work(
     }
 
 
+def cost_of(training: RunArguments, records: int, lengths: dict[str, np.ndarray], data: DataArguments) -> str:
+    """What a run costs of which an epoch takes so many records; for ``lengths`` see describe_cost."""
+    steps, _ = count_steps(training, records)
+    return describe_cost(training, steps, global_batch(training), lengths, data.max_eval_records)
+
+
 def describe_plan(plan: Plan) -> str:
     kept = {0: "all activations kept", 1: "every layer computed twice"}
     twice = kept.get(plan.checkpoint_every, f"1 layer in {plan.checkpoint_every} computed twice")
@@ -203,12 +229,16 @@ def compare(gib: float, there: float | None, awaited: bool) -> str:
     return f"; {whose} only {there:.1f}" if gib > there else f", of {there:.1f} that {whose}"
 
 
-def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, str]) -> str:
+def lay_out_preflight(
+    what: str, splits: dict[str, Dataset], facts: dict[str, str], sources: Sequence[str] = ()
+) -> str:
+    width = max(11, *(len(name) + 1 for name in splits))
     return "\n".join(
         [
             f"\nPreflight of {what}\n",
-            f"{'split':<11}{'records':>8}{'decisions':>10}  {'from':<11}{'to':<11}{'trades':>7}  answers",
-            *(describe_split(name, split) for name, split in splits.items()),
+            f"{'split':<{width}}{'records':>8}{'decisions':>10}  {'from':<11}{'to':<11}{'trades':>7}  answers",
+            *(f"{name:<{width}}{describe_split(split)}" for name, split in splits.items()),
+            *sources,
             "",
             *(f"{what:<11}{fact}" for what, fact in facts.items()),
             "",
@@ -216,11 +246,11 @@ def lay_out_preflight(what: str, splits: dict[str, Dataset], facts: dict[str, st
     )
 
 
-def describe_split(name: str, split: Dataset) -> str:
+def describe_split(split: Dataset) -> str:
     times = split["decision_time"]
     share = sum(map(is_trade, split["label"])) / len(split)
     return (
-        f"{name:<11}{len(split):>8,}{len(set(split['decision_id'])):>10,}  {min(times).date()!s:<11}"
+        f"{len(split):>8,}{len(set(split['decision_id'])):>10,}  {min(times).date()!s:<11}"
         f"{max(times).date()!s:<11}{share:>7.1%}  {count_labels(split['label'])}"
     )
 

@@ -97,6 +97,22 @@ class RunArguments(Mixed):
         },
     )
 
+    tokens_per_second: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a GPU trains on in a second, as benchmarks/gpu_memory.py measures them: for the "
+            "preflight's hours; default: unknown",
+            "metavar": "N",
+        },
+    )
+    price_per_hour: float | None = field(
+        default=None,
+        metadata={
+            "help": "What an hour of the machine costs: for the preflight; default: unknown",
+            "metavar": "MONEY",
+        },
+    )
+
     def __post_init__(self):
         self.refuse()
         self.find_device()
@@ -122,6 +138,10 @@ class RunArguments(Mixed):
             default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) not in (default, key == "completion_only_loss"):
                 raise RecipeError(f"{key}: {getattr(self, key)!r} cannot be set: {reason}. Remove it.")
+
+        for key in ("tokens_per_second", "price_per_hour"):
+            if (value := getattr(self, key)) is not None and not value > 0:
+                raise RecipeError(f"{key}: {value:g} is not above 0: leave it out where it is not known.")
 
     def find_device(self) -> None:
         """A GPU and its 16 bits; a dry run may go without."""

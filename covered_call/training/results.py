@@ -20,6 +20,7 @@ from covered_call.candidates.builder import fingerprint
 from covered_call.candidates.context_lines import context_names
 from covered_call.candidates.decisions import hashes_of
 from covered_call.candidates.prompts import version_with
+from covered_call.candidates.source import CODE_HASH
 from covered_call.language_model.loading import base_revision
 from covered_call.language_model.manifest import CALIBRATION, MANIFEST, RECIPE, hash_of
 from covered_call.language_model.policy import best_temperature
@@ -27,7 +28,7 @@ from covered_call.language_model.scoring import Scored
 from covered_call.language_model.tiny_phi3 import made_tiny, random_phi3
 from covered_call.tables import align
 from covered_call.training.card import Panel, plot_course
-from covered_call.training.examples import Examples
+from covered_call.training.examples import Examples, tasks_in, times_in
 from covered_call.training.keys import DataArguments, ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import RecipeError, of_the_run, open_run
@@ -55,6 +56,7 @@ def describe_run(
             raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")
     return {
         "task": data.dataset_config,
+        "tasks": data.configs,
         "base_model": model.model_name_or_path,
         "base_revision": base_revision(model.model_name_or_path),
         "quantization": model.quantization,
@@ -63,17 +65,18 @@ def describe_run(
         "prompt_version": version_with(context),
         **({"context": context} if context else {}),
         **({"explains": examples.grounds._asdict()} if examples.grounds else {}),
-        "labels": list(examples.answers),
+        "labels": examples.labels,
         "splits": {
             name: {
                 "records": sampler.records if name == "train" else len(split),
-                "from": min(split["decision_time"]).isoformat(),
-                "to": max(split["decision_time"]).isoformat(),
+                "from": min(times_in(split)).isoformat(),
+                "to": max(times_in(split)).isoformat(),
             }
             for name, split in splits.items()
         },
+        "mix": examples.mix,
         "recipe": of_the_run({**keys_of(model), **keys_of(data), **given, **training.settled()}),
-        "tuned_on": examples.seen,
+        "tuned_on": examples.seen[data.dataset_config],
         "processes": training.world_size,
         "micro_batch": training.per_device_train_batch_size,
         "seed": training.seed,
@@ -125,6 +128,7 @@ def save(
     best, why = best_step(trainer), why_saved(trainer)
     manifest = {
         **manifest,
+        "script": f"sha256:{CODE_HASH}",  # of what its loading script, too, is made of
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "steps": trainer.state.global_step,
         "best_step": best,
@@ -182,6 +186,15 @@ def random_base(trainer: ScoringTrainer) -> PreTrainedModel | None:
     """What the tiny base was before its steps, in full precision; None of another base."""
     made = made_tiny(trainer.model.config)
     return random_phi3(trainer.processing_class, made["seed"]).to(trainer.args.device) if made else None
+
+
+def calibrate_each(split: Dataset, scored: list[Scored], tasks: list[str]) -> dict:
+    """The temperature of the first task and, where there are several, that of each under "tasks"."""
+    fitted = {
+        task: calibrate_on(split.select(places), [scored[place] for place in places])
+        for task, places in tasks_in(split).items()
+    }
+    return {**fitted[tasks[0]], **({"tasks": fitted} if len(fitted) > 1 else {})}
 
 
 def calibrate_on(split: Dataset, scored: list[Scored]) -> dict[str, float]:

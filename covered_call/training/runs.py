@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # What changes nothing that comes out of a run: it may go on with another.
 NOT_OF_THE_RUN = (
     "dry_run", "overwrite_output_dir", "output_dir", "batch_tokens", "gradient_checkpointing", "model_init_kwargs",
+    "tokens_per_second", "price_per_hour",
 )  # fmt: skip
 SHARING = ("hub_", "push_to_hub")  # how the keys begin that say where a run is shared, and by whom: a token is one
 

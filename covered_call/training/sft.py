@@ -3,36 +3,41 @@
 import math
 from collections import Counter
 
-from datasets import DatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from sklearn.metrics import accuracy_score
 from transformers import set_seed
 
+from covered_call.candidates.columns import Grounds
 from covered_call.language_model.loading import answer_tokens, load_tokenizer
 from covered_call.language_model.scoring import Scored
 from covered_call.tables import markdown
-from covered_call.training.card import SFT_PANELS, fill_card
+from covered_call.training.card import fill_card, panels_of
 from covered_call.training.examples import (
-    EpochSampler,
     Examples,
     build_base_if_tiny,
     check_model,
-    encode_split,
-    is_trade,
-    load_splits,
     offered,
     shuffle_epochs,
-    thin_out,
+    tasks_in,
     tuned_on,
 )
 from covered_call.training.keys import RANKING, DataArguments, ModelArguments
+from covered_call.training.mixture import (
+    Read,
+    chats_of,
+    describe_sources,
+    encode_sources,
+    mean_answer,
+    read_sources,
+    thin_out_each,
+)
 from covered_call.training.preflight import count_steps, preflight
 from covered_call.training.recipe import SFT, TrainingArguments
 from covered_call.training.results import (
     RANDOM,
     begin_run,
-    calibrate_on,
+    calibrate_each,
     cells,
     describe_run,
     name_of_base,
@@ -74,28 +79,39 @@ def tune(model: ModelArguments, data: DataArguments, training: TrainingArguments
 def load(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Examples:
     """The splits in the tokens of the model, which is built here if it is the tiny one."""
     backtest = data.backtest()
-    explained = {"explain": True} if data.explain else {}
-    splits = load_splits(backtest, data.dataset_config, training.seed, **explained)
-    grounds = backtest.grounds(data.dataset_config) if explained else None
-    train = splits["train"]
-    build_base_if_tiny(model, train, training)
+    read = read_sources(data, backtest, training.seed)
+    grounds = backtest.grounds(data.dataset_config) if data.explain else None
+    build_base_if_tiny(model, chats_of(read), training)
     tokenizer = load_tokenizer(model.model_name_or_path)
-    sampler = EpochSampler([is_trade(label) for label in train["label"]], data.balance, training.seed)
-    if data.candidate_order == "shuffle" and data.dataset_config == RANKING:
-        sampler.copies = math.ceil(count_steps(training, len(sampler))[1])
-        splits["train"] = shuffle_epochs(train, training.seed, sampler.copies, grounds)
-    task = data.dataset_config
-    encoded = DatasetDict({name: encode_split(split, tokenizer, task) for name, split in splits.items()})
+    train = {task: splits["train"] for task, splits in read.asked.items()}
+    if data.candidate_order == "shuffle" and RANKING in train:
+        shuffle_rankings(read, training, grounds)
+    splits, sampler = encode_sources(read, tokenizer), read.sampler
+    sampler.mean_answer = mean_answer(splits["train"], sampler) if data.weight_by == "record" else None
+    answers = answer_tokens(
+        tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits), bool(data.explain)
+    )
+    seen = {task: tuned_on(split) for task, split in train.items()}
     return Examples(
-        splits=encoded,
+        splits=splits,
         tokenizer=tokenizer,
-        answers=answer_tokens(tokenizer, train[0]["messages"][:-1], offered(encoded), bool(explained)),
+        answers=answers,
+        labels=list(answers),
         sampler=sampler,
-        commonest=Counter(train["label"]).most_common(1)[0][0],
-        seen=tuned_on(train),
+        commonest={task: Counter(split["label"]).most_common(1)[0][0] for task, split in train.items()},
+        seen=seen,
         hashes=backtest.hashes,
         grounds=grounds,
+        mix=describe_sources(data.sources, read.mixture, read.files, seen, backtest.hashes) if read.mixture else None,
     )
+
+
+def shuffle_rankings(read: Read, training: TrainingArguments, grounds: Grounds | None) -> None:
+    """The candidates of each training ranking in another order, each time that the rankings are gone through."""
+    epochs = count_steps(training, len(read.sampler))[1]
+    own = read.samplers[RANKING]
+    own.copies = math.ceil(read.mixture.passes(epochs)[RANKING] if read.mixture else epochs)
+    read.asked[RANKING]["train"] = shuffle_epochs(read.asked[RANKING]["train"], training.seed, own.copies, grounds)
 
 
 def make_trainer(
@@ -107,12 +123,12 @@ def make_trainer(
         model=base,
         args=training,
         train_dataset=examples.splits["train"],
-        eval_dataset=thin_out(examples.splits["validation"], data.max_eval_records),
+        eval_dataset=thin_out_each(examples.splits["validation"], data.max_eval_records),
         processing_class=examples.tokenizer,
         peft_config=adapter,
         sampler=examples.sampler,
         answers=examples.answers,
-        explanation_weight=data.explanation_weight,
+        explanation_weight=data.explanation_weight if data.explain else 0.0,
     )
 
 
@@ -121,10 +137,10 @@ def finish(trainer: AnswerTrainer, examples: Examples, manifest: dict) -> None:
     judged = {name: examples.splits[name] for name in ("validation", "test") if name in examples.splits}
     scored = {name: trainer.score(split) for name, split in judged.items()}
     results = report(trainer, judged, scored, examples.commonest)
-    calibration = calibrate_on(judged["validation"], scored["validation"])
-    save(trainer, manifest, results, calibration, SFT_PANELS, model_card)
+    calibration = calibrate_each(judged["validation"], scored["validation"], manifest["tasks"])
+    save(trainer, manifest, results, calibration, panels_of(manifest["tasks"]), model_card)
     if trainer.args.is_first:
-        print(table(results, COLUMNS))
+        print(table(results, columns_of(results)))
         print(what_next(trainer))
 
 
@@ -139,9 +155,15 @@ IMITATES = "It imitates a covered-call backtest (the teacher)"
 COPIES = "it copies a rule, on the markets of those dates; agreeing with the teacher is no evidence of profit."
 
 
-def report(trainer: AnswerTrainer, splits: dict, scored: dict[str, list[Scored]], commonest: str) -> list[dict]:
+def columns_of(results: list[dict]) -> dict[str, str]:
+    """The task is a column where there are several."""
+    several = len({result["task"] for result in results}) > 1
+    return {"task": "task", **COLUMNS} if several else COLUMNS
+
+
+def report(trainer: AnswerTrainer, splits: dict, scored: dict[str, list[Scored]], commonest: dict) -> list[dict]:
     """Accuracy and balanced accuracy of the tuned model, of its base, of a random one if it is tiny, and of always the
-    commonest answer."""
+    commonest answer; of each task apart."""
     results, untrained = [], random_base(trainer)
     for name, split in splits.items():
         answers = {"tuned model": predictions(split, scored[name])}
@@ -150,19 +172,25 @@ def report(trainer: AnswerTrainer, splits: dict, scored: dict[str, list[Scored]]
                 answers[name_of_base(trainer)] = predictions(split, trainer.score(split))
         if untrained:
             answers[RANDOM] = predictions(split, trainer.score(split, untrained))
-        answers[f"always {commonest}"] = [commonest] * len(split)
-        for who, given in answers.items():
-            results.append(
-                {
-                    "split": name,
-                    "records": len(split),
-                    "answers_by": who,
-                    "accuracy": float(accuracy_score(split["label"], given)),
-                    "balanced_accuracy": balanced_accuracy(split["label"], given),
-                }
-            )
+        labels = split["label"]
+        for task, places in tasks_in(split).items():
+            its = {who: [given[place] for place in places] for who, given in answers.items()}
+            its[f"always {commonest[task]}"] = [commonest[task]] * len(places)
+            results += [judge(name, task, who, [labels[p] for p in places], given) for who, given in its.items()]
     return results
 
 
+def judge(name: str, task: str, who: str, labels: list[str], given: list[str]) -> dict:
+    return {
+        "split": name,
+        "task": task,
+        "records": len(labels),
+        "answers_by": who,
+        "accuracy": float(accuracy_score(labels, given)),
+        "balanced_accuracy": balanced_accuracy(labels, given),
+    }
+
+
 def model_card(manifest: dict, folder: str) -> ModelCard:
-    return fill_card(manifest, folder, "sft", IMITATES, markdown(cells(manifest["results"], COLUMNS)), COPIES)
+    results = manifest["results"]
+    return fill_card(manifest, folder, "sft", IMITATES, markdown(cells(results, columns_of(results))), COPIES)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from covered_call.language_model.loading import load_base
 from covered_call.language_model.manifest import CHECKPOINT
 from covered_call.language_model.scoring import Scored, head_at, score_answers
 from covered_call.language_model.training_log import talk_plainly
-from covered_call.training.examples import IGNORE, EpochSampler, is_trade, prompt_length
-from covered_call.training.keys import ModelArguments
+from covered_call.training.examples import IGNORE, EpochOrder, is_trade, prompt_length, tasks_in
+from covered_call.training.keys import SHORT_NAMES, ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import TrainingStopped
 
@@ -76,7 +76,7 @@ class ScoringTrainer(Mixed):
         answers: the tokens of each answer.
     """
 
-    def __init__(self, *args, sampler: EpochSampler, answers: dict[str, tuple[int, ...]], **kwargs):
+    def __init__(self, *args, sampler: EpochOrder, answers: dict[str, tuple[int, ...]], **kwargs):
         self.sampler, self.answers = sampler, answers
         super().__init__(*args, callbacks=[StopOnTrouble(), FindBest()], **kwargs)
         talk_plainly(self)
@@ -105,7 +105,7 @@ class ScoringTrainer(Mixed):
         # The run was killed after its last step. The Trainer asks whether that was the last only once it took another.
         self.control.should_training_stop = True
 
-    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return self.sampler
 
     def training_step(self, *args, **kwargs):
@@ -127,7 +127,15 @@ class ScoringTrainer(Mixed):
         return metrics
 
     def measure(self, split: Dataset, scored: list[Scored]) -> dict[str, float]:
-        return answer_metrics(split, scored)
+        """Of each task apart, with its name before each metric's if there are several."""
+        parts = tasks_in(split)
+        if len(parts) == 1:
+            return answer_metrics(split, scored)
+        found = {}
+        for task, places in parts.items():
+            metrics = answer_metrics(split.select(places), [scored[place] for place in places])
+            found |= {f"{SHORT_NAMES[task]}_{name}": value for name, value in metrics.items()}
+        return found
 
     def score(self, split: Dataset, model: torch.nn.Module | None = None) -> list[Scored]:
         """The scores of each record's admissible answers, every process taking its share of the decisions.
@@ -165,14 +173,13 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
     def __init__(
         self,
         *args,
-        sampler: EpochSampler,
+        sampler: EpochOrder,
         answers: dict[str, tuple[int, ...]],
         explanation_weight: float = 0.0,
         **kwargs,
     ):
         self.explanation_weight = explanation_weight
-        trade, other = sampler.weights()
-        self.weights = {tokens: trade if is_trade(answer) else other for answer, tokens in answers.items()}
+        self.weights = {tokens: sampler.weight_of(answer) for answer, tokens in answers.items()}
         super().__init__(*args, sampler=sampler, answers=answers, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -181,6 +188,7 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
         labels = inputs.pop("labels")
         asked = labels != IGNORE
         behind = asked.cumsum(1).bool() & ~asked & inputs["attention_mask"].bool()
+        behind &= self.explanation_weight > 0
         rows, columns = places = (asked | behind)[:, 1:].nonzero().T  # whose next token is an answer's, or explains it
         with head_at(model, places):
             outputs = model(**inputs, use_cache=False)
@@ -197,8 +205,12 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def weights_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Of each row: its answer's; a record that is none of the teacher's counts 1."""
         answers = [tuple(token for token in row if token != IGNORE) for row in labels.tolist()]
-        return torch.tensor([self.weights[answer] for answer in answers], device=labels.device)
+        weights, mean = [self.weights.get(answer, 1.0) for answer in answers], self.sampler.mean_answer
+        if mean:
+            weights = [weight * mean / len(answer) for weight, answer in zip(weights, answers, strict=True)]
+        return torch.tensor(weights, device=labels.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,13 +269,17 @@ class StopOnTrouble(TrainerCallback):
             )
 
     def on_evaluate(self, args, state, control, **kwargs):
-        used = [entry["eval_answers_used"] for entry in state.log_history if "eval_answers_used" in entry]
-        if args.collapse_patience and used[-args.collapse_patience :] == [1] * args.collapse_patience:
-            raise TrainingStopped(
-                f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, every answer was "
-                "the same: the model has collapsed onto one class. Try balance: downsample or weight, another "
-                "learning_rate, or more steps between evaluations; collapse_patience 0 lets it go on."
-            )
+        for key in sorted({key for entry in state.log_history for key in entry if key.endswith("answers_used")}):
+            used = [entry[key] for entry in state.log_history if key in entry]
+            if args.collapse_patience and used[-args.collapse_patience :] == [1] * args.collapse_patience:
+                self.collapsed(args, state)
+
+    def collapsed(self, args, state) -> NoReturn:
+        raise TrainingStopped(
+            f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, every answer was "
+            "the same: the model has collapsed onto one class. Try balance: downsample or weight, another "
+            "learning_rate, or more steps between evaluations; collapse_patience 0 lets it go on."
+        )
 
 
 class FindBest(TrainerCallback):

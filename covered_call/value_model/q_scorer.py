@@ -3,6 +3,7 @@
     covered-call q-scorer                                            # on the simulated sample
     covered-call q-scorer --data_files 'runs/*.csv' --optimize       # search threshold and gates on validation
     covered-call q-scorer --data_files 'runs/*.csv' --horizon 3 --fee 0.0003 --positive_weight 1.5
+    covered-call q-scorer --data_files 'runs/*.csv' --deploy out/live/q_scorer.zip
     covered-call evaluate --baselines-only --q_scorer out/q_scorer/q_scorer.zip
 
 A regressor predicts each candidate's net outcome (``q_sell``; holding is worth 0), a classifier the probability that
@@ -10,7 +11,9 @@ it is positive. The best candidate is sold if both like it enough, else nothing 
 spot, and thresholds are in % of spot: the same number then means the same at 4,000 and at 100,000 USD, and for any
 underlying. What is told of outcomes is in USD a unit of underlying, as everywhere else.
 
-The test split is never looked at. A saved file is a zip of numbers and text: loading one runs no code of its own.
+--deploy puts it where a running chain or agent reads it, in one step, if the walk forward brought more than never
+selling. The test split is never looked at. A saved file is a zip of numbers and text: loading one runs no code of
+its own.
 """
 
 import argparse
@@ -25,9 +28,9 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.tables import align
 from covered_call.value_model.gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
-from covered_call.value_model.learning import Fitted, Gates, check_weight, fit_offset, gates_text, learn
-from covered_call.value_model.scorer import FILE_NAME, to_bytes
-from covered_call.value_model.walk_forward import FOLDS, fold_json, fold_rows, walk_forward
+from covered_call.value_model.learning import Fitted, Gates, QScorerError, check_weight, fit_offset, gates_text, learn
+from covered_call.value_model.scorer import FILE_NAME, save, to_bytes
+from covered_call.value_model.walk_forward import FOLDS, Fold, fold_json, fold_rows, pooled, walk_forward
 
 GRID, PICTURE = "grid.csv", "grid.png"
 
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
         old = (GRID, PICTURE) if (folder / FILE_NAME).is_file() else ()
         atomic.write_together(folder, {FILE_NAME: to_bytes(fitted), **made}, old)
     print(f"Saved {', '.join(str(folder / name) for name in (FILE_NAME, *made))}: {gates_text(fitted.gates)}")
+    if args.deploy:
+        deploy(fitted, Path(args.deploy), args.force)
     told = context_words(backtest.options)
     print(
         "Next: judge it on the test split: covered-call evaluate --baselines-only --q_scorer "
@@ -70,6 +75,27 @@ def context_words(options: CoveredCallCandidatesConfig) -> str:
     changed = {one.name: value for one, value in known.items() if value != one.default}
     words = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in changed.items()}
     return "".join(f" --{name} {shlex.join(map(str, its))}" for name, its in words.items())
+
+
+def deploy(fitted: Fitted, path: Path, force: bool) -> None:
+    """Replaces the file in one step, for policies that read it meanwhile.
+
+    Raises:
+        QScorerError: if the scorers of the walk forward did not bring more than never selling, unless that is forced.
+    """
+    walked, said = fitted.metadata["walked"], "no outcome that is known"
+    mean = walked["mean_pnl"]
+    if mean is not None:
+        where = f"above 0 in {walked['above']} of {walked['of']} folds"
+        said = f"{mean:+,.2f} USD a decision over {walked['decisions']:,}, {where}, and never selling 0"
+    if not force and not (mean is not None and mean > 0):
+        raise QScorerError(
+            f"Not deployed to {path}: walked forward, such scorers brought {said}. Give other data or "
+            "options, or --force."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(fitted, path)
+    print(f"Deployed to {path}{', as forced' if force else ''}: walked forward, such scorers brought {said}.")
 
 
 def fit_all(
@@ -92,20 +118,21 @@ def fit_all(
         print(split_sentence(name, fitted.metadata[name]))
     print(f"Offset fitted on validation: {100 * fitted.metadata['offset']:+.3f} % of spot")
     folds = walk([*train, *validation], args, gates, config) if args.folds else []
+    told = {"walk_forward": [fold_json(fold) for fold in folds], "walked": pooled(folds, config)}
     if search:
         print("\n".join(search_lines(search)))
-    return fitted._replace(metadata=fitted.metadata | {"walk_forward": folds} | more), made
+    return fitted._replace(metadata=fitted.metadata | told | more), made
 
 
 def walk(
     entries: list[LoggedDecision], args: argparse.Namespace, gates: Gates, config: CoveredCallCandidatesConfig
-) -> list[dict]:
-    """Prints how scorers that were fitted on the past held, fold by fold; returns the same as JSON holds it."""
+) -> list[Fold]:
+    """Prints how scorers that were fitted on the past held, fold by fold."""
     print(f"Walking forward in {args.folds} folds ...", flush=True)
     folds = walk_forward(entries, args.folds, config, args.positive_weight, gates)
     table = align(fold_rows(folds))
     print(f"\nWalk forward over train and validation, {gates_text(gates)}; money in USD:\n\n{table}\n")
-    return [fold_json(fold) for fold in folds]
+    return folds
 
 
 def split_sentence(name: str, found: dict) -> str:
@@ -143,7 +170,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     run.add_argument(
         *flags("output_dir"), metavar="DIR", default="out/q_scorer", help=f"for {FILE_NAME}; default: %(default)s"
     )
+    run.add_argument(
+        "--deploy", metavar="FILE", help="replace this file too, if the walk forward brought more than never selling"
+    )
+    run.add_argument("--force", action="store_true", help="deploy whatever the walk forward brought")
     args = parser.parse_args(arguments)
+    if args.deploy and not (args.folds or args.force):
+        parser.error("--deploy asks the walk forward: give --folds 1 or more, or --force.")
     if args.optimize and (args.threshold, args.min_confidence, args.min_abs_return) != (None, None, None):
         parser.error("--optimize finds threshold, min_confidence and min_abs_return: do not give them too.")
     if args.folds < 0:

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -163,18 +163,33 @@ class QScorer:
         path: the file to watch, if any.
         check_every: seconds between looks at the file's time stamp, at the next ``decide`` after them; 0 looks at
             every one.
+        taken: told of each model that is read, with "sha256:" and the hash of its file, before it decides; a
+            QScorerError of its refuses the model.
     """
 
-    def __init__(self, fitted: Fitted, path: str | os.PathLike | None = None, check_every: float = 60.0):
-        self.fitted, self.path, self.check_every = fitted, path, check_every
+    def __init__(
+        self,
+        fitted: Fitted,
+        path: str | os.PathLike | None = None,
+        check_every: float = 60.0,
+        taken: Callable[[Fitted, str], None] = lambda fitted, sha256: None,
+    ):
+        self.fitted, self.path, self.check_every, self.taken = fitted, path, check_every, taken
         self.stamp = stamp(path) if path else None
         self.next_check = monotonic() + check_every
 
     @classmethod
-    def load(cls, path: str | os.PathLike, check_every: float = 60.0) -> "QScorer":
-        """Raises QScorerError if the file cannot be used: see read."""
+    def load(
+        cls,
+        path: str | os.PathLike,
+        check_every: float = 60.0,
+        taken: Callable[[Fitted, str], None] = lambda fitted, sha256: None,
+    ) -> "QScorer":
+        """Raises QScorerError if the file cannot be used: see read, and taken."""
         seen = stamp(path)  # before it is read: if it is replaced meanwhile, the next look sees another stamp
-        scorer = cls(read(path), path, check_every)
+        fitted, sha256 = read_hashed(path)
+        taken(fitted, sha256)
+        scorer = cls(fitted, path, check_every, taken)
         scorer.stamp = seen
         return scorer
 
@@ -203,10 +218,12 @@ class QScorer:
 
     def reload(self, path: str | os.PathLike) -> None:
         try:
-            self.fitted = read(path)
+            fitted, sha256 = read_hashed(path)
+            self.taken(fitted, sha256)
+            self.fitted = fitted
             logger.info("%s has been replaced, and read again.", path)
         except Exception as error:  # whatever it is: a policy that decides must not stop for a file
-            logger.warning("The Q-scorer goes on with the model it has, for its new file is broken. %s", error)
+            logger.warning("The Q-scorer goes on with the model it has, for its new file is refused. %s", error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +250,12 @@ def to_bytes(fitted: Fitted) -> bytes:
 
 
 def read(path: str | os.PathLike) -> Fitted:
-    """A saved scorer.
+    """A saved scorer; raises as read_hashed."""
+    return read_hashed(path)[0]
+
+
+def read_hashed(path: str | os.PathLike) -> tuple[Fitted, str]:
+    """A saved scorer, and "sha256:" with the hash of the very bytes that it was read from.
 
     Raises:
         QScorerError: if it is not whole, or was made by another version of this file, or holds what cannot be.
@@ -243,13 +265,16 @@ def read(path: str | os.PathLike) -> Fitted:
     try:
         if os.path.getsize(path) > 2 * MAX_PART:
             raise ValueError(f"it has more than {2 * MAX_PART:,} bytes")
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file:
+            content = file.read()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             metadata, models = (read_part(archive, name) for name in (METADATA, MODELS))
         metadata = parse(metadata)
         check_metadata(metadata)
         if hashlib.sha256(models).hexdigest() != metadata.pop(SHA256):
             raise ValueError(f"the sha256 of {MODELS} is not the one that {METADATA} states")
-        return Fitted(*read_trees(parse(models), metadata), metadata)
+        fitted = Fitted(*read_trees(parse(models), metadata), metadata)
+        return fitted, f"sha256:{hashlib.sha256(content).hexdigest()}"
     except Exception as error:  # whatever a zip and JSON of another's making bring about
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise QScorerError(f"{path} is not a whole Q-scorer: {reason[:300].rstrip('.')}. Fit it again.") from None

@@ -25,6 +25,7 @@ from covered_call.value_model.scorer import picks_of
 logger = logging.getLogger(__name__)
 
 FOLDS = 5
+CALIBRATION_BINS = 10
 OFFSET_SHARE = 0.1  # of a fold's past, its latest part, is kept from the models to fit the offset on
 
 
@@ -138,6 +139,11 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
+def calibration_bin(probability: np.ndarray) -> np.ndarray:
+    """0 to CALIBRATION_BINS - 1: the bins of the expected calibration error (Naeini et al. 2015), of equal width."""
+    return np.minimum(np.nan_to_num(probability) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
+
+
 def draw_reliability(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Plot:
     """Mean realised against mean predicted outcome in tenths of the candidates, by prediction, in % of spot.
 
@@ -246,6 +252,18 @@ def walk_forward(
         picks = picks_of(fitted, columns, predicted)
         found.append(Fold(fitted, block, picks, compare(columns, predicted.values, picks, config)))
     return found
+
+
+def pooled(folds: Sequence[Fold], config: CoveredCallCandidatesConfig) -> dict:
+    """Over all decisions that were judged and of which it is known, the mean of what came, USD; None of none."""
+    came = []
+    for fold in folds:
+        columns = columns_of(fold.entries)
+        its = at(fold.picks, net_outcomes(columns, config), columns)
+        came.append(its[~np.isnan(its)])
+    known = np.concatenate([np.zeros(0), *came])
+    above = sum(mean(its) > 0 for its in came)
+    return {"mean_pnl": mean(known) if len(known) else None, "decisions": len(known), "above": above, "of": len(folds)}
 
 
 HEAD = ("fold", "learnt to", "outcomes", "judged from", "to", "decisions", "correlation", "trade rate",

@@ -350,7 +350,8 @@ NUMERIC = {
     "fee", "fee_cap", "half_spread", "slippage", "delivery_fee", "expiry_tolerance", "horizon", "settle_hours",
     "take_profit", "defend", "min_dte_to_roll", "max_rolls", "roll_min_score", "roll_delta", "iv_lag", "iv_shift",
     "max_iv", "seed", "lora_r", "lora_alpha", "lora_dropout", "tiny_base_steps", "max_eval_records", "threshold",
-    "min_confidence", "min_abs_return", "positive_weight", "folds", "batch_tokens", "beta", "label_offset_hours",
+    "min_confidence", "min_abs_return", "positive_weight", "folds", "batch_tokens", "beta", "max_records_per_market",
+    "label_offset_hours",
 }  # fmt: skip
 
 

@@ -286,3 +286,42 @@ def test_messages_name_options_as_the_command_line_does(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [*GOOD[:2], GOOD[2] | {"score": "?"}, *GOOD[3:]])
     said = exits_with_one_line(capsys, "--input", path)
     assert said.endswith("or drop such decisions whole with --on_bad_rows skip.")
+
+
+# --- Pairs and values
+
+
+def test_preference_and_q_values_are_lines_with_all_columns(tmp_path, capsys):
+    market = {"exit_style": "hold_to_expiry", "dte": 1.0}
+    rows = [one for day in range(6) for one in decision(day, sold=0, spot=60000.0 + 4000 * (day % 2), **market)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    main(["--input", path, "--configs", "preference", "q_values", "--fee", "0.001", "--min_edge", "1"])
+    assert files(tmp_path) == ["a.csv", "a_preference.jsonl", "a_q_values.jsonl"]
+    pairs, values = (
+        [json.loads(line) for line in (tmp_path / f"a_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("preference", "q_values")
+    )
+    assert pairs and all(pair["chosen_outcome"] - pair["rejected_outcome"] >= 1 for pair in pairs)
+    assert [m["role"] for m in pairs[0]["prompt"]] == ["system", "user"]
+    assert pairs[0]["chosen"] == [{"role": "assistant", "content": pairs[0]["chosen_label"]}]
+    expected = records(path, "q_values", fee=0.001)
+    assert [row["q_sell"] for row in values] == [row["q_sell"] for row in expected]
+    assert values[0]["decision_time"] == expected[0]["decision_time"].isoformat()
+    assert "records of 6 decisions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--min_edge", "1"], "min_edge is of pairs: see --configs preference"),
+        (["--configs", "q_values", "--min_edge", "1"], "min_edge is of pairs"),
+        (["--fee", "0.1"], "fee says nothing of lines"),
+        (["--configs", "q_values", "--splits", "train"], "splits says nothing of lines"),
+        (["--configs", "preference", "--hindsight"], "hindsight is for per_candidate and per_decision_ranking"),
+        (["--configs", "q_values", "--engine", "ray", "--output_dir", "x"], "q_values is exported here alone"),
+    ],
+)
+def test_an_option_that_says_nothing_of_what_is_exported_is_refused(words, message, tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", GOOD)
+    assert message in exits_with_one_line(capsys, "--input", path, *words)
+    assert files(tmp_path) == ["a.csv"]

@@ -75,7 +75,7 @@ def test_the_model_reads_as_many_tokens_at_once_as_it_is_told(
     use(monkeypatch, lambda *options: loaded.append(options) or Stub())
     options = ["--model", "out/x", "--data_files", backtest, "--output_dir", tmp_path / "report", *given]
     assert run(capsys, *options)[0] == 0
-    assert loaded == [("out/x", expected)]
+    assert loaded == [("out/x", expected, None)]  # of a model of one task
     assert run(capsys, *options, "--batch_tokens", "0")[0] == 2
 
 

@@ -8,8 +8,8 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation.cases import make_cases
 from covered_call.evaluation.luck import LEVEL, against_luck, placebo, reality_check
-from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, TEACHER, Row, Trial
+from covered_call.resampling import draw
 
 
 @pytest.mark.parametrize("edge", [0.0, 0.15, 0.5])

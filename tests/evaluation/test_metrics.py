@@ -20,7 +20,7 @@ from sklearn.metrics import (
 from covered_call.candidates.columns import microseconds
 from covered_call.evaluation import metrics
 from covered_call.evaluation.metrics import METRICS, NO_BELIEFS, Beliefs, Played
-from covered_call.evaluation.resampling import as_it_was, draw, month_starts
+from covered_call.resampling import as_it_was, draw, month_starts
 
 pytestmark = on_the_default_stack
 

@@ -8,8 +8,8 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation.cases import bounds, difference, make_cases
 from covered_call.evaluation.money import held, judge, make_groups
-from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import HODL, TEACHER, Row
+from covered_call.resampling import draw
 
 pytestmark = on_the_default_stack
 

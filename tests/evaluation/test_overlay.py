@@ -12,7 +12,7 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import net_of
 from covered_call.candidates.pricing import Calls, Sales
 from covered_call.evaluation.overlay import Overlay, gains, make_overlay, risk_of
-from covered_call.evaluation.resampling import draw
+from covered_call.resampling import draw
 
 DAY = 86_400_000_000
 COSTS = CoveredCallCandidatesConfig(fee=0.0003, half_spread=0.035, delivery_fee=0.00015)

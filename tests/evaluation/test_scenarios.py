@@ -12,7 +12,6 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.pricing import black_scholes_call, trading_cost
 from covered_call.evaluation.cases import make_cases
-from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import Row
 from covered_call.evaluation.scenarios import (
     FEE,
@@ -24,6 +23,7 @@ from covered_call.evaluation.scenarios import (
     scenarios_of,
     zero_of,
 )
+from covered_call.resampling import draw
 
 OPTIONS = CoveredCallCandidatesConfig()
 

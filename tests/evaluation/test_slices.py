@@ -9,9 +9,9 @@ from conftest import decision, write_csv
 from covered_call.candidates.decisions import Decisions, read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.evaluation.cases import make_cases
-from covered_call.evaluation.resampling import draw
 from covered_call.evaluation.rows import Row
 from covered_call.evaluation.slices import TREND, VOL, buckets, regimes
+from covered_call.resampling import draw
 
 
 def read(rows: list[dict], path) -> Decisions:

@@ -1,4 +1,4 @@
-"""Deribit's public API on 127.0.0.1, with what a test has given it, and with its faults.
+"""Deribit's API on 127.0.0.1, with what a test has given it, and with its faults.
 
 with Exchange() as exchange:
     exchange.summaries["BTC"] = [summary("BTC-26DEC25-90000-C")]
@@ -18,9 +18,11 @@ DAY = 86_400_000
 
 
 class Fault(NamedTuple):
-    """What goes wrong with a request: a delay, an HTTP status, an error of Deribit's, other content, a hang-up."""
+    """What goes wrong with a request: a delay, an HTTP status, an error of Deribit's, other content, a hang-up; late
+    is a delay after what was asked for is done."""
 
     delay: float = 0.0
+    late: float = 0.0
     status: int = 200
     code: int | None = None
     content: str | None = None
@@ -34,6 +36,9 @@ class Exchange:
         faults: from the number of a request, counted from 0, to its fault or None.
         page: candles of the vol index in an answer.
     """
+
+    testnet = False
+    methods = {"public": ("get_book_summary_by_currency", "get_tradingview_chart_data", "get_volatility_index_data")}
 
     def __init__(self):
         self.summaries: dict[str, list] = {}
@@ -55,7 +60,7 @@ class Exchange:
         self.server.shutdown()
         self.server.server_close()
 
-    # The methods: what is asked for, or the code of an error
+    # The methods: what is asked for, a number as a float, or the code of an error, an int
 
     def get_book_summary_by_currency(self, currency: str, kind: str):
         return self.summaries.get(currency, INVALID_PARAMS) if kind == "option" else INVALID_PARAMS
@@ -75,8 +80,9 @@ class Exchange:
         data = [[tick, close + 1, close + 2, close - 2, close] for tick, close in found[-self.page :]]
         return {"data": data, "continuation": found[-self.page - 1][0] if len(found) > self.page else None}
 
-
-METHODS = ("get_book_summary_by_currency", "get_tradingview_chart_data", "get_volatility_index_data")
+    def refusal(self, area: str, path: str, headers) -> int | None:
+        """The code of the error that a request is, whatever it asks for."""
+        return None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,15 +95,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         url = urlsplit(self.path)
-        method, params = url.path.removeprefix("/api/v2/public/"), dict(parse_qsl(url.query))
+        area, _, method = url.path.removeprefix("/api/v2/").partition("/")
+        params = dict(parse_qsl(url.query))
         number = len(self.exchange.requests)
         self.exchange.requests.append((method, params))
         fault = self.exchange.faults(number) or Fault()
         time.sleep(fault.delay)
-        if method not in METHODS:
+        if method not in self.exchange.methods.get(area, ()):
             return self.send("Not Found", 404)
-        result = getattr(self.exchange, method)(**params) if fault.code is None else fault.code
+        refusal = fault.code or self.exchange.refusal(area, self.path, self.headers)
+        result = getattr(self.exchange, method)(**params) if refusal is None else refusal
         body = self.envelope(result) if fault.content is None else fault.content
+        time.sleep(fault.late)
         if fault.cut:
             self.close_connection = True
             return None
@@ -106,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def envelope(self, result) -> str:
         now = time.time_ns() // 1000
-        rest = {"jsonrpc": "2.0", "usIn": now, "usOut": now + 1, "usDiff": 1, "testnet": False}
+        rest = {"jsonrpc": "2.0", "usIn": now, "usOut": now + 1, "usDiff": 1, "testnet": self.exchange.testnet}
         if isinstance(result, int):
             return json.dumps({"error": {"code": result, "message": "As the test wants it"}} | rest)
         return json.dumps({"result": result} | rest)

@@ -57,6 +57,7 @@ def test_an_adapter_is_pushed_in_one_commit_privately_without_checkpoints_and_lo
         "adapter_config.json",
         "adapter_model.safetensors",
         "manifest.json",
+        "requirements.txt",
     ]
     assert "nothing to push" in push("--adapter", adapter, "user/ranking")
     # Weights of another kind would be loaded beside, or in place of, these; what is not ours stays.
@@ -109,7 +110,7 @@ def test_what_lies_in_the_folder_and_training_did_not_save_is_not_pushed_and_nam
     (adapter / "training_args.bin").write_bytes(b"a pickle")
     os.mkfifo(adapter / "pipe")  # whoever opens it waits for ever
     printed = push("--adapter", adapter, "user/ranking")
-    pushed = ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    pushed = ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "requirements.txt"]
     assert list(hub.files("user/ranking")) == pushed
     left_out = "checkpoint-5/, id_rsa, link.json, model.safetensors, notes/, pipe, runs/, training_args.bin, x.tmp"
     assert f"Not shared, for training did not save it to be loaded: {left_out}" in printed

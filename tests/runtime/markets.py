@@ -9,6 +9,7 @@ from covered_call.candidates.pricing import black_scholes_call
 from covered_call.candidates.schema import Candidate, Decision
 from covered_call.runtime.engine import Steps, fall_back
 from covered_call.runtime.paper import Begun
+from covered_call.runtime.risk import after_buy_back
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import ENTRIES, Intention, MarketState, Portfolio, Proposal, Quote, Veto
 
@@ -23,7 +24,8 @@ def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, date
     def vetoes_of(
         intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime
     ) -> list[Veto]:
-        count = sum(one.underlying == state.decision.underlying for one in portfolio.positions)
+        stay = after_buy_back(portfolio, intention).positions
+        count = sum(one.underlying == state.decision.underlying for one in stay)
         if intention.action not in ENTRIES or count < positions:
             return []
         return [Veto("max_positions", count, positions, f"{count} open call(s), and {positions} are the most")]

@@ -3,7 +3,7 @@
 import os
 import time
 
-from covered_call.runtime.worker import Said
+from covered_call.runtime.answers import Said
 
 
 class Stub:

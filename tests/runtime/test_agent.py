@@ -173,9 +173,9 @@ def test_the_snapshots_of_files_are_taken_by_time(here, capsys):
         ("policy: {quality: a}", "'quality' is no key of policy. Did you mean"),
         ("policy: {rule: {treshold: 3}}", "'treshold' is no key of policy.rule. Did you mean threshold?"),
         ("policy: {rule: {threshold: high}}", "policy.rule.threshold: 'high' is not a score."),
-        ("policy: {}", "policy: {} is not one of llm, q, rule."),
+        ("policy: {}", "policy: {} is not one of llm, q, rule, openai."),
         ("policy: {llm: 3}", "policy.llm: 3 is not a folder"),
-        ("policy: rule", "policy: 'rule' has no keys. Give some of llm, q, rule."),
+        ("policy: rule", "policy: 'rule' has no keys. Give some of llm, q, rule, openai."),
         ("sizing: {units: 0}", "sizing: units=0: give a number above 0."),
         ("sizing: {units: .nan}", "sizing.units: nan is not a number."),
         ("sizing: {unit: 1}", "'unit' is no key of sizing. Did you mean units?"),
@@ -265,8 +265,8 @@ def test_the_help_has_each_mode_with_an_example(capsys):
     assert all(f"covered-call agent {mode}" in said for mode in ("replay", "shadow", "paper "))
 
 
-def test_without_a_language_model_torch_is_not_imported(here):
-    check = "import sys, covered_call.runtime.agent; assert not {'torch', 'transformers'} & set(sys.modules)"
+def test_without_a_language_model_and_an_exchange_neither_torch_nor_ccxt_is_imported(here):
+    check = "import sys, covered_call.runtime.agent; assert not {'torch', 'transformers', 'ccxt'} & set(sys.modules)"
     assert python("-c", check, cwd=here, PYTHONPATH=str(ROOT)).returncode == 0
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from conftest import REAL_DATA, decision, needs_real_data, read_candidates, write_csv
-from market.quotes import chain, write_harvest
+from market.quotes import chain, quote, write_harvest
 from markets import walk
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -118,7 +118,7 @@ def test_what_exits_close_is_bought_back_at_the_ask():
 def rolling() -> Steps:
     into = quoted_states(3)[2].decision.candidates[1].instrument
     return exits_by(Intention(ROLL, "an id", name_of_the_sold(), 0.1),
-        Intention(SELL_CALL, "an id", into, 0.1, None, (ROLLED,)))  # fmt: skip
+        Intention(SELL_CALL, "an id", into, 0.1, None, (ROLLED,), name_of_the_sold()))  # fmt: skip
 
 
 def test_a_roll_is_a_close_and_then_a_sale_of_one_roll_more():
@@ -340,7 +340,15 @@ def test_a_snapshot_is_a_state_with_the_quotes_of_all_its_calls(tmp_path):
     assert len(state.decision.candidates) == 3 and len(state.quotes) == 6
     quote = state.quotes[state.decision.candidates[0].instrument]
     assert 0 < quote.bid < quote.mark < quote.ask < state.decision.spot and quote.open_interest == 100.0
-    assert state.snapshot_time == state.decision.decision_time and set(state.context.values()) == {None}
+    assert state.snapshot_time == state.decision.decision_time
+    assert {name for name, value in state.context.items() if value is not None} == {"atm_iv"}
+
+
+def test_the_vol_at_the_money_is_of_the_call_nearest_to_its_forward_at_the_expiry_nearest_to_a_week(tmp_path):
+    rows = [quote(f"BTC-19DEC25-{strike}-C", iv=iv) for strike, iv in ((88_000, 50.0), (93_000, 45.0), (98_000, 40.0))]
+    path = write_harvest(tmp_path / "a.parquet", [*rows, quote("BTC-27MAR26-93000-C", iv=90.0)])
+    (state,) = states_from(read_snapshots(path), PRESETS["backtest"])
+    assert state.context["atm_iv"] == 0.45
 
 
 def test_paper_sells_a_snapshots_call_at_its_bid(tmp_path):

@@ -113,10 +113,18 @@ def test_equity_is_what_is_left_if_all_is_bought_back_now():
     portfolio = apply(NOTHING, opened())
     now = marked(portfolio, 1, 96_000.0, 1_100.0, 0.3)
     assert now.equity_usd == pytest.approx(portfolio.cash_usd + 96_000.0 - 0.1 * 1_100.0)
-    assert now.net_delta == pytest.approx(-0.1 * 0.3) and now.time == START + DAY
+    assert now.net_delta == pytest.approx({"BTC": -0.1 * 0.3}) and now.time == START + DAY
     assert marked(portfolio, 1, 96_000.0).equity_usd is None  # nobody says what the call costs
-    assert marked(portfolio, 1, 96_000.0).net_delta == 0
+    assert marked(portfolio, 1, 96_000.0).net_delta == {"BTC": 0}
     assert apply(NOTHING, Marked(START, {}, {}, {})).equity_usd is None
+
+
+def test_net_deltas_of_two_coins_do_not_add_up():
+    event = opened()
+    ether = event.position._replace(instrument="ETH-10JAN25-4000-C", underlying="ETH", units=-5.0)
+    portfolio = apply_all(NOTHING, [event, event._replace(position=ether)])
+    deltas = {CALL: 0.3, ether.instrument: 0.4}
+    assert apply(portfolio, Marked(START, {}, {}, deltas)).net_delta == pytest.approx({"BTC": -0.03, "ETH": -2.0})
 
 
 def test_peaks_are_of_all_times_and_of_the_utc_day():

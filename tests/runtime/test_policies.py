@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from markets import CONFIG, decide, rich_if_volatile
 
 from covered_call.language_model.manifest import PolicyError
+from covered_call.language_model.policy import Answer
+from covered_call.runtime.answers import Said
 from covered_call.runtime.engine import Agent
 from covered_call.runtime.paper import Opened, apply, begin
 from covered_call.runtime.policies import (
@@ -23,7 +25,7 @@ from covered_call.runtime.policies import (
     proposals_of,
 )
 from covered_call.runtime.state import Position, Proposal
-from covered_call.runtime.worker import Said, Worker, WorkerError
+from covered_call.runtime.worker import Worker, WorkerError, answer_of
 from covered_call.value_model.learning import Gates, fit
 from covered_call.value_model.scorer import QScorer
 from runtime.markets import BEGUN, DAY, FREELY, START, quoted_state, quoted_states
@@ -249,6 +251,21 @@ def test_a_hung_model_is_killed_and_the_decision_falls_back_in_time(worker):
     assert llm.error == "TimeoutError: no answer after 1 s" and cycle.plan.fused == (rule, "fallback", {})
     worker.timeout_s = 60.0
     assert model.propose(at(95_000.0), NOTHING, SURE).confidence == 0.9  # it has been started again
+
+
+def test_of_a_ranking_all_probabilities_are_told_by_instrument():
+    class Ranks:
+        def decide(self, decisions):
+            scores = {"1": math.log(0.2), "2": math.log(0.7), "NO_TRADE": math.log(0.1)}
+            return [Answer(1, "B", 0.7, 0.5, scores, False, ())]
+
+    state = quoted_state()
+    first, second = (one.instrument for one in state.decision.candidates)
+    kind, answer = answer_of(Ranks(), state.decision)
+    assert (kind, answer[:4]) == ("answer", ("B", 0.7, 0.5, False))
+    assert answer[4] == pytest.approx({first: 0.2, second: 0.7, "NO_TRADE": 0.1})
+    proposal = LanguageModel(Told(Said(*answer))).propose(state, NOTHING)
+    assert proposal.probabilities == answer[4]
 
 
 def test_a_process_that_ends_and_a_policy_that_fails_are_errors(worker):

@@ -98,7 +98,7 @@ EDGES = {
     ),
     "expiry_exposure": Edge(of_one_expiry, 0.5, True, False, 0.2, 1.0),
     "margin": Edge(lambda v: {"portfolio": account(margin_used_pct=v)}, 72, True, True, 0, 100),
-    "net_delta": Edge(lambda v: {"portfolio": account(net_delta=0.03 - v)}, 5, True, False, 0, 50),
+    "net_delta": Edge(lambda v: {"portfolio": account(net_delta={"BTC": 0.03 - v})}, 5, True, False, 0, 50),
     "daily_drawdown": Edge(on_the_day, 5, True, True, 0, 90),
     "dd_buffer": Edge(
         lambda v: {"portfolio": account(equity_usd=1e5 * (1 - (1 - v) / 4), peak_equity_usd=1e5)}, 0.2, False, False,
@@ -179,7 +179,10 @@ def cases(draw) -> dict:
     results = draw(st.lists(st.sampled_from([-10.0, 0.0, 10.0]), max_size=14))
     held = draw(st.lists(st.sampled_from(["BTC-19DEC25-98000-C", "BTC-16DEC25-96000-C"]), max_size=2))
     money = {name: draw(CHANCES) for name in ("equity_usd", "peak_equity_usd", "day_peak_usd", "margin_used_pct")}
-    money |= {"holdings": {"BTC": draw(st.sampled_from([0.0, 0.1, 1.0]))}, "net_delta": draw(st.sampled_from([-5, 0]))}
+    money |= {
+        "holdings": {"BTC": draw(st.sampled_from([0.0, 0.1, 1.0]))},
+        "net_delta": {"BTC": draw(st.sampled_from([-5, 0]))},
+    }
     closed = trades(*results, days_ago=draw(st.sampled_from([1, 9])))
     portfolio = account(**money, positions=tuple(map(position, held)), trades=closed)
     its = quote(bid=draw(CHANCES), ask=draw(CHANCES), open_interest=draw(CHANCES))
@@ -218,7 +221,7 @@ def worst() -> dict:
     held = (position("BTC-19DEC25-98000-C", -1.0, 7.0),)
     bad = account(
         equity_usd=-1.0, peak_equity_usd=1e6, day_peak_usd=1e6, holdings={}, positions=held, margin_used_pct=99.0,
-        net_delta=-50.0, trades=trades(*[-9.0] * 12),
+        net_delta={"BTC": -50.0}, trades=trades(*[-9.0] * 12),
     )  # fmt: skip
     quotes = [quote(bid=None, ask=None, open_interest=0.0)]
     candidates = [CANDIDATES[0]._replace(ivrv_ratio=0.1)]
@@ -246,6 +249,14 @@ def test_the_kill_switch_alone_stops_an_exit(action):
 @pytest.mark.parametrize("action", [NO_TRADE, HOLD])
 def test_nothing_is_against_doing_nothing(action):
     assert codes(**worst(), intention=Intention(action, "an id")) == []
+
+
+def test_a_roll_takes_the_place_of_one_position_alone():
+    held = account(positions=(position(units=-0.4), position(units=-0.5)))  # of one call, sold twice
+    roll = sale(LATER, 0.6, replaces="BTC-16DEC25-96000-C")
+    assert codes(portfolio=held, intention=roll, max_positions=2) == ["not_covered"]
+    assert codes(portfolio=held, intention=roll._replace(units=0.5), max_positions=2) == []
+    assert codes(portfolio=held, intention=roll._replace(units=0.5)) == ["max_positions"]
 
 
 def test_a_rolls_sale_takes_the_place_of_what_is_bought_back():
@@ -377,8 +388,8 @@ def test_the_name_says_which_expiry_it_is():
 
 
 def test_a_negative_net_delta_counts_as_a_positive_one():
-    assert codes(portfolio=account(net_delta=5.02)) == []
-    ((_, value, limit, _),) = judged(portfolio=account(net_delta=5.5))
+    assert codes(portfolio=account(net_delta={"BTC": 5.02, "ETH": -90.0})) == []
+    ((_, value, limit, _),) = judged(portfolio=account(net_delta={"BTC": 5.5, "ETH": -90.0}))
     assert value == pytest.approx(5.47) and limit == 5
 
 

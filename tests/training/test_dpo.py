@@ -71,7 +71,10 @@ def changed(start, tmp_path, **changes) -> str:
 @pytest.mark.parametrize(
     "changes, error",
     [
-        ({"task": "per_candidate"}, "is a fine-tune of per_candidate: pairs are answers to per_decision_rank"),
+        (
+            {"task": "per_candidate", "tasks": ["per_candidate"]},
+            "is a fine-tune of per_candidate: pairs are answers to per_decision_rank",
+        ),
         ({"prompt_version": "another"}, "tuned on prompts of version another"),
         ({"finished": None}, "has not finished"),
         ({"base_revision": "sha256:0"}, "not the one that .* was tuned on"),

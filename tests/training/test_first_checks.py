@@ -57,7 +57,10 @@ def test_a_command_that_may_work_goes_on(monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--config", "tinny"], "--config tinny: neither a file nor one of per_candidate, ranking, tiny"),
+        (
+            ["--config", "tinny"],
+            "--config tinny: neither a file nor one of per_candidate, ranking, mixed, tiny_mixed, tiny",
+        ),
         (["--config", "runs.csv"], "runs.csv holds no keys"),
         (["--quantization", "int5"], "quantization: 'int5' is none of int4, int8, none"),
         (["--lora_r", "0"], "lora_r: 0 trains all weights, which int4 freezes"),

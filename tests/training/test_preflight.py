@@ -73,7 +73,7 @@ def test_max_length_beyond_the_models_context_is_refused(words):
 
 def test_a_record_whose_loss_is_not_its_whole_answer_is_named():
     prompt, (*_, end) = encode(READER, [[{"role": role, "content": "x"} for role in ROLES]])[0]
-    row = {"labels": [[IGNORE, 7]], "label": ["SKIP"], "decision_id": ["BTC|2024"]}
+    row = {"labels": [[IGNORE, 7]], "label": ["SKIP"], "decision_id": ["BTC|2024"], "task": ["per_candidate"]}
     row["input_ids"] = [[*prompt, 7, end]]
     with pytest.raises(RecipeError, match=r"train, BTC\|2024: .* tokens \(7,\), and the answer SKIP is \(7, 2\)"):
         check_records("train", Dataset.from_dict(row), {"SKIP": (7, 2)}, READER)

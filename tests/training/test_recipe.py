@@ -18,7 +18,7 @@ from .conftest import parse, recipe
 
 
 def test_the_recipes_that_the_readme_names_are_there():
-    assert list(SFT.recipes) == ["per_candidate", "ranking", "tiny"]
+    assert list(SFT.recipes) == ["per_candidate", "ranking", "mixed", "tiny_mixed", "tiny"]
 
 
 def test_every_recipe_belongs_to_one_of_the_two_scripts():
@@ -30,9 +30,10 @@ def test_every_recipe_belongs_to_one_of_the_two_scripts():
 def test_every_recipe_parses_and_keeps_the_best_checkpoint(name):
     model, data, training = parse("--config", name, "--use_cpu", "true", "--bf16", "false")
     assert training.output_dir == f"out/{name}"
-    assert data.dataset_config == {"ranking": "per_decision_ranking"}.get(name, "per_candidate")
+    assert data.dataset_config == ("per_candidate" if name in ("per_candidate", "tiny") else "per_decision_ranking")
     assert model.quantization == "int4"
-    assert training.load_best_model_at_end and training.metric_for_best_model == "balanced_accuracy"
+    metric = "ranking_balanced_accuracy" if "mixed" in name else "balanced_accuracy"
+    assert training.load_best_model_at_end and training.metric_for_best_model == metric
     assert training.save_steps % training.eval_steps == 0
 
 
@@ -48,7 +49,9 @@ def test_every_recipe_of_preferences_parses_and_keeps_the_best_checkpoint(name):
 def test_a_recipe_of_the_other_script_is_not_taken_for_ones_own():
     with pytest.raises(RecipeError, match="ranking: neither a file nor one of preference, tiny_dpo"):
         parse("--config", "ranking", script=DPO)
-    with pytest.raises(RecipeError, match="preference: neither a file nor one of per_candidate, ranking, tiny"):
+    with pytest.raises(
+        RecipeError, match="preference: neither a file nor one of per_candidate, ranking, mixed, tiny_mixed, tiny"
+    ):
         parse_recipe(["--config", "preference"])
 
 
@@ -149,7 +152,7 @@ def test_an_abbreviated_key_is_unknown_rather_than_guessed():
 
 @pytest.mark.parametrize("words", [[], ["--config", "tinny"]])
 def test_a_missing_recipe_names_those_there_are(words):
-    with pytest.raises(RecipeError, match="per_candidate, ranking, tiny"):
+    with pytest.raises(RecipeError, match="per_candidate, ranking, mixed, tiny_mixed, tiny"):
         parse(*words)
 
 

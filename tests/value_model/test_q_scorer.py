@@ -186,6 +186,33 @@ def test_help_shows_each_option_in_its_group_with_its_unit_and_default(verb, com
     assert "None" not in text and "%%" not in text
 
 
+def test_what_walked_forward_above_never_selling_is_deployed_in_one_step(backtest, tmp_path, capsys):
+    live = tmp_path / "live" / "q_scorer.zip"
+    run("--data_files", backtest, *SPLITS, "--folds", 2, "--output_dir", tmp_path / "out", "--deploy", live)
+    walked = read(live).metadata["walked"]
+    assert walked["mean_pnl"] > 0 and walked["of"] == 2 and os.listdir(live.parent) == [live.name]
+    folds = read(live).metadata["walk_forward"]
+    assert min(f["mean_pnl"] for f in folds) <= walked["mean_pnl"] <= max(f["mean_pnl"] for f in folds)
+    assert live.read_bytes() == (tmp_path / "out" / "q_scorer.zip").read_bytes()
+    assert f"Deployed to {live}: walked forward, such scorers brought +" in capsys.readouterr().out
+
+
+def test_what_did_not_leaves_the_live_file_as_it_was_unless_it_is_forced(backtest, tmp_path, capsys):
+    live, words = tmp_path / "q_scorer.zip", ["--data_files", backtest, *SPLITS, "--output_dir", tmp_path / "out"]
+    live.write_bytes(b"old")
+    never = ["--folds", 2, "--threshold", 99, "--deploy", live]  # it never sells: 0, as never selling brings
+    with pytest.raises(SystemExit, match="error: Not deployed to .*brought .0.00 USD a decision over .* or --force"):
+        run(*words, *never)
+    assert live.read_bytes() == b"old" and (tmp_path / "out" / "q_scorer.zip").is_file()
+    run(*words, *never, "--force")
+    assert read(live).gates.threshold == 99 and "as forced" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*words, "--folds", 0, "--deploy", live)
+    assert "--deploy asks the walk forward" in capsys.readouterr().err
+    run(*words, "--folds", 0, "--deploy", live, "--force")
+    assert read(live).metadata["walked"]["mean_pnl"] is None
+
+
 def test_gates_are_given_or_searched_for(capsys):
     with pytest.raises(SystemExit):
         run("--optimize", "--threshold", "0.1")

@@ -238,7 +238,7 @@ def test_a_replaced_file_is_read_again_after_the_interval_and_not_before(fitted,
 
 def test_a_file_that_stays_is_not_read_again(saved, monkeypatch):
     scorer = QScorer.load(saved, check_every=0.0)
-    monkeypatch.setattr("covered_call.value_model.scorer.read", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("covered_call.value_model.scorer.read_hashed", lambda _: pytest.fail("read again"))
     scorer.decide([entry(0, [0.77], [0]).decision])
 
 
@@ -268,7 +268,7 @@ def test_whatever_goes_wrong_with_a_new_file_the_old_model_stays(fitted, saved, 
         raise failure
 
     save(fitted.with_gates(Gates(threshold=50.0)), saved)
-    monkeypatch.setattr("covered_call.value_model.scorer.read", fail)
+    monkeypatch.setattr("covered_call.value_model.scorer.read_hashed", fail)
     for _ in range(3):
         assert scorer.decide(asked) == before
     assert caplog.text.count("goes on with the model it has") == 1

@@ -7,7 +7,7 @@ from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covered_call.evaluation.resampling import (
+from covered_call.resampling import (
     Draws,
     as_it_was,
     block_length,
