@@ -133,7 +133,7 @@ def of_vol(value):
             value = value if value == "fit" else float(value)
         except ValueError:
             return NOTHING
-    return value if value == "fit" and isinstance(value, str) else of_number(math.ulp(0), 5)(value)
+    return value if isinstance(value, str) and value == "fit" else of_number(math.ulp(0), 5)(value)
 
 
 def of_vols(value):
