@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from covered_call import resampling
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, STATE, Columns, Grounds
 from covered_call.candidates.explanations import explanations, shown_of
 from covered_call.candidates.options import CHATS
-from covered_call.evaluation import resampling
 
 FORBIDDEN = re.compile(r"\b(rewards?|p&l|pnl|outcomes?|expired|later|profits?|loss(es)?|won|lost)\b", re.IGNORECASE)
 NO_INTERVAL = (np.nan, np.nan)
