@@ -144,7 +144,7 @@ def judge_all(
     first = not_tuned_on(model.manifest, backtest, columns) if model else []
     return Evaluation(
         args.model, args.split, backtest.files, config, backtest.decisions.replay.terms, cases, rows, trials, rule,
-        results, details, fitted_here, first, notes, study,
+        results, details, fitted_here, first, notes, study, {},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from covered_call.evaluation.overlay_plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
-from covered_call.evaluation.page import (
+from covered_call.page.html import (
     FOLDER,
     SCRIPT,
     STYLE,
@@ -26,7 +26,7 @@ from covered_call.evaluation.page import (
     html_of,
     svg_of,
 )
-from evaluation.chromium import needs_chromium
+from page.chromium import needs_chromium
 
 pytestmark = on_the_default_stack
 
