@@ -99,7 +99,10 @@ def pnl_text(usd: float, spot: float) -> str:
 
 
 def left_out_text(card: Card) -> str:
-    return f"{card.left_out:,} more calls were offered." if card.left_out else ""
+    """They have lower scores than those that are shown and that nobody sells."""
+    if not card.left_out:
+        return ""
+    return f"And {card.left_out:,} more call{'s' if card.left_out > 1 else ''}, of lower score."
 
 
 def card_markdown(card: Card, level: int = 4) -> str:
