@@ -77,13 +77,13 @@ def cards_of(
 
 
 def answers(trade: Trade, sold: dict[str, int | None], name: str, sure: float | None) -> list[str]:
-    premium = "" if math.isnan(trade.premium) else f", for a premium of {trade.premium:,.2f} USD before costs"
+    premium = "" if math.isnan(trade.premium) else f", premium {trade.premium:,.2f} USD"
     sureness = "" if sure is None else f", probability {sure:.1%}"
-    answer = f"{name} sells {trade.instrument}{premium}{sureness}."
+    answer = f"{name[0].upper()}{name[1:]} sells {trade.instrument}{premium}{sureness}."
     mine, its = sold[name], sold[TEACHER]
     if name == TEACHER or mine == its:
-        return [answer, "The teacher sells the same call."]
-    return [answer, "The teacher does not sell." if its is None else f"The teacher sells number {its + 1}."]
+        return [answer, "Teacher sells the same."]
+    return [answer, "Teacher does not sell." if its is None else f"Teacher sells number {its + 1}."]
 
 
 def probability(row: Row, columns: Columns, place: int) -> float | None:
@@ -98,18 +98,16 @@ def hindsight(trade: Trade, cases: Cases, pick: int, teacher: int | None) -> lis
     """What the answer brought, what the teacher's did, and what the best of the calls would have."""
     of = np.array([trade.place])
     its = float(outcome(cases, of, np.array([-1 if teacher is None else teacher]))[0])
-    came = [f"It brought {pnl_text(trade.pnl, trade.spot)}, against holding."]
+    came = [f"It brought {pnl_text(trade.pnl, trade.spot)}."]
     if teacher != pick:
-        came.append("Not selling, as the teacher, is 0." if teacher is None
-            else f"The teacher's call: {pnl_text(its, trade.spot)}.")  # fmt: skip
+        came.append(f"Teacher: {'0 USD' if teacher is None else pnl_text(its, trade.spot)}.")
     rows = slice(*cases.columns.offsets[trade.place : trade.place + 2].tolist())
     computed = cases.computed[rows]
     if not np.isnan(computed).any():
         best = int(computed.argmax())
         name = cases.columns.instrument[rows][best].as_py()
-        text = "no call did better than not selling" if computed[best] <= 0 else (
-            "this was the best of the calls" if best == pick
-            else f"the best of the calls, {name}: {pnl_text(float(computed[best]), trade.spot)}"
-        )  # fmt: skip
-        came.append(f"As computed, {text}.")
+        text = f"Best call, {name}: {pnl_text(float(computed[best]), trade.spot)}."
+        came.append(
+            "No call beat holding." if computed[best] <= 0 else "It was the best call." if best == pick else text
+        )
     return came

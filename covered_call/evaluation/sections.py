@@ -354,7 +354,7 @@ def trade_sections(evaluation: Evaluation, detail: Detail) -> list[Section]:
         if trades:
             text = (
                 f"Which trades are the {kind} is known in hindsight alone: by P&L vs HODL in % of spot, so against "
-                f"not selling, which is 0. {UNITS}"
+                f"not selling, which is 0. Premiums are before costs; what came is P&L vs HODL after them. {UNITS}"
             )
             cards = cards_of(trades, row, evaluation.cases, evaluation.config, evaluation.said)
             sections.append(

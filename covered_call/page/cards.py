@@ -95,7 +95,7 @@ def title_of(number: int, decision: Decision) -> str:
 
 def pnl_text(usd: float, spot: float) -> str:
     """Of one coin's worth of calls; unknown where it is NaN."""
-    return "unknown" if math.isnan(usd) else f"{usd:+,.2f} USD, {100 * usd / spot:+.2f} % of spot"
+    return "unknown" if math.isnan(usd) else f"{usd:+,.2f} USD, {100 * usd / spot:+.2f}% of spot"
 
 
 def left_out_text(card: Card) -> str:

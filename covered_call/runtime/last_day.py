@@ -68,26 +68,27 @@ def hindsight(one: Entry, outcomes: Outcomes) -> list[str]:
     settled = {
         name: outcomes[decision.decision_id, name] for name in names if (decision.decision_id, name) in outcomes
     }
-    began = {TAKEN: "One coin of it brought", NOT_FILLED: "Filled, it would have brought",
-        VETOED: "Not stopped, it would have brought"}  # fmt: skip
-    told = [f"{began[meant.fate]} {worth(settled.get(meant.instrument), decision.spot)}."] if meant.instrument else []
+    told = [f"{BEGAN[meant.fate]} {worth(settled.get(meant.instrument), decision.spot)}."] if meant.instrument else []
     known = {name: its.pnl_vs_hodl for name, its in settled.items() if its.pnl_vs_hodl is not None}
     told += [] if meant.fate == TAKEN else ["Not selling is 0."]
     if not known or len(known) < len(names):
         return [*told, f"{len(known):,} of {len(names):,} calls are settled."]
     best = max(known, key=known.__getitem__)
-    return [*told, best_text(best, known[best], decision.spot)]
+    return [*told, best_text(best, known[best], decision.spot, best == meant.instrument)]
+
+
+BEGAN = {TAKEN: "What was sold:", NOT_FILLED: "What was not filled:", VETOED: "What was stopped:"}
 
 
 def worth(settled: Settled | None, spot: float) -> str:
     if settled is None:
-        return "what is not settled yet"
+        return "not settled yet"
     if settled.pnl_vs_hodl is None or settled.settled_at is None:
-        return f"what is never to be known: {settled.why}"
-    return f"{pnl_text(settled.pnl_vs_hodl, spot)}, against holding, known at {settled.settled_at:%Y-%m-%d %H:%M} UTC"
+        return f"never to be known, {settled.why}"
+    return f"{pnl_text(settled.pnl_vs_hodl, spot)}, against holding; known at {settled.settled_at:%Y-%m-%d %H:%M} UTC"
 
 
-def best_text(name: str, usd: float, spot: float) -> str:
-    return (
-        f"The best of the calls, {name}: {pnl_text(usd, spot)}." if usd > 0 else "No call did better than not selling."
-    )
+def best_text(name: str, usd: float, spot: float, was_meant: bool) -> str:
+    if usd <= 0:
+        return "No call did better than not selling."
+    return "It was the best of the calls." if was_meant else f"The best of the calls, {name}: {pnl_text(usd, spot)}."

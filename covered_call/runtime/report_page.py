@@ -21,10 +21,10 @@ def page_of(found: dict[str, Any], cards: Sequence[Card]) -> str:
 
 def html_of(found: dict[str, Any], cards: Sequence[Card]) -> str:
     """The decisions of the last day, to be read in a browser."""
-    title, *verdict = head_lines(found)
+    title, log, fates = head_lines(found)
     section = html.Section(LAST_DAY, [UNITS], [], [], cards)
     made = [f"Made by covered-call agent report, of {found['log']}. All figures are in report.md."]
-    return html.html_of(html.Page(title, verdict, [], [section], made))
+    return html.html_of(html.Page(title, [fates, log], [], [section], made))
 
 
 def head_lines(found: dict[str, Any]) -> list[str]:

@@ -186,7 +186,8 @@ def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(mar
         "Break-even vol",
         "Calls by delta",
         "Calls by dte",
-        "The 10 best and 10 worst",
+        "The 10 best trades: ",
+        "The 10 worst trades: ",
     )
     places = [report.index(f"### {title}") for title in titles]
     assert places == sorted(places) and "### Vol\n" not in report  # of these files the vol varies
