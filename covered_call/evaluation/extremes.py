@@ -101,13 +101,19 @@ def hindsight(trade: Trade, cases: Cases, pick: int, teacher: int | None) -> lis
     came = [f"It brought {pnl_text(trade.pnl, trade.spot)}."]
     if teacher != pick:
         came.append(f"Teacher: {'0 USD' if teacher is None else pnl_text(its, trade.spot)}.")
+    return [*came, *best_text(trade, cases, pick, teacher)]
+
+
+def best_text(trade: Trade, cases: Cases, pick: int, teacher: int | None) -> list[str]:
+    """What the best of the calls would have brought, where all of them are computed."""
     rows = slice(*cases.columns.offsets[trade.place : trade.place + 2].tolist())
     computed = cases.computed[rows]
-    if not np.isnan(computed).any():
-        best = int(computed.argmax())
-        name = cases.columns.instrument[rows][best].as_py()
-        text = f"Best call, {name}: {pnl_text(float(computed[best]), trade.spot)}."
-        came.append(
-            "No call beat holding." if computed[best] <= 0 else "It was the best call." if best == pick else text
-        )
-    return came
+    if np.isnan(computed).any():
+        return []
+    best = int(computed.argmax())
+    if computed[best] <= 0:
+        return ["No call beat holding."]
+    if best in (pick, teacher):
+        return ["It was the best call." if best == pick else "Teacher's was the best call."]
+    name = cases.columns.instrument[rows][best].as_py()
+    return [f"Best call, {name}: {pnl_text(float(computed[best]), trade.spot)}."]

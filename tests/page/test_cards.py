@@ -51,5 +51,5 @@ def test_hindsight_comes_last_and_under_its_name():
 
 
 def test_money_has_units_and_what_is_unknown_is_no_number():
-    assert pnl_text(-950.0, 95_000.0) == "-950.00 USD, -1.00 % of spot"
+    assert pnl_text(-950.0, 95_000.0) == "-950.00 USD, -1.00% of spot"
     assert pnl_text(float("nan"), 95_000.0) == "unknown"

@@ -210,12 +210,12 @@ def test_the_last_day_is_read_decision_by_decision_with_what_came_of_it_apart(tm
     assert {row[1]: row[2] for row in last.calls} == {first: "llm, agent", second: ""}
     assert last.hindsight == ["What was sold: not settled yet.", "1 of 2 calls are settled."]
     assert vetoed.said[-1] == "Veto spread: 2 against 1. spread"
-    assert vetoed.hindsight[0].startswith("What was stopped: -2,000.00 USD, -2.00 % of spot")
+    assert vetoed.hindsight[0].startswith("What was stopped: -2,000.00 USD, -2.00% of spot")
     assert vetoed.hindsight[1:] == [
         "Not selling is 0.",
-        f"The best of the calls, {states[4].decision.candidates[1].instrument}: +500.00 USD, +0.50 % of spot.",
+        f"The best of the calls, {states[4].decision.candidates[1].instrument}: +500.00 USD, +0.50% of spot.",
     ]
-    assert taken.hindsight[0].startswith("What was sold: +100.00 USD, +0.10 % of spot, against holding; known at 2025")
+    assert taken.hindsight[0].startswith("What was sold: +100.00 USD, +0.10% of spot, against holding; known at 2025")
     assert taken.hindsight[1:] == ["It was the best of the calls."]
     main(["report", str(tmp_path / "log")])
     page = capsys.readouterr().out
