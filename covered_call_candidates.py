@@ -16,6 +16,7 @@ version with ``load_candidates("per_candidate")``.
 The file is self-contained because ``datasets`` copies it, alone, into its module cache.
 """
 
+import array
 import bisect
 import codecs
 import collections
@@ -74,7 +75,7 @@ MODULES = (
     "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains",
     "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
 )
-MADE_FROM = "9e7ff0a7acd436e33a46d08aa8cc699b67e8b6a1501547162da2f0e0dd3fb6cc"  # their SHA-256
+MADE_FROM = "0865c93142e368281fb445005b0021bf824fa1ade6184d748aede00e63162186"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -283,7 +284,7 @@ def wrong_number(name: str, value: float, max_iv: float) -> str | None:
     return "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]"
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def wrong_name(text: str) -> str | None:
     """Why this cannot be a name that a prompt shows; None if it can."""
     if not text or not text.isprintable():  # a line break would write its own line into the prompt
@@ -319,7 +320,7 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
 ONE_DAY = datetime.timedelta(days=1)
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def named_call(name: str) -> tuple[str, float, datetime.datetime] | None:
     """Underlying, strike and expiry, as an instrument's own name says them; None where it does not."""
     parts = DERIBIT_NAME.fullmatch(name)
@@ -541,7 +542,7 @@ def join(parts: Sequence[Columns]) -> Columns:
     )
 
 
-ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
+ROWS = 16_384  # candidates that are looked at together: as texts some 10 MB
 
 
 def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
@@ -671,6 +672,11 @@ def known(values: np.ndarray) -> list:
 
 def microseconds(time: datetime.datetime) -> int:
     return (time - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def ascend(time: np.ndarray) -> bool:
+    """Whether each of (D,) times is later than the one before."""
+    return bool((time[1:] > time[:-1]).all())  # np.diff would be an array as large
 
 
 def timedelta_of(days: np.ndarray) -> np.ndarray:
@@ -2084,11 +2090,16 @@ LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a 
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
+PLAIN_WORD = r"^[!-~](?:[ -~]*[!-~])?$"  # of ASCII alone, for Python's blanks are more than Arrow's
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
 class Doubt(Exception):
     """What a file holds is not certainly good; the text says what, for whoever wonders why a file is read slowly."""
+
+
+class OpenQuote(Doubt):
+    """A block ends within a quoted cell."""
 
 
 class Rows(NamedTuple):
@@ -2161,12 +2172,68 @@ def certain_lines(block: bytes) -> None:
         raise Doubt("a long line")
 
 
-def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
-    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none.
+def read_block(block: bytes, header: list[str], own: Sequence[str] = ()) -> tuple[bytes, pa.Table, Rows]:
+    """The rows of whole lines, and the lines: written anew where they are not certainly understood as they are.
 
     Args:
         own: numeric columns of the user's, which are read too.
+
+    Raises:
+        OpenQuote: where the last row may go on in the lines that follow.
+        Doubt or pa.ArrowInvalid: where the row parser may not take them, either.
     """
+    try:
+        table = parse(block, header, own)
+        return block, table, rows_of(table)
+    except (Doubt, pa.ArrowInvalid):
+        block = plainly_written(block, header, (*READ_NUMBERS, *own))
+        table = parse(block, header, own)
+        return block, table, rows_of(table)
+
+
+def plainly_written(block: bytes, header: list[str], numbers: Sequence[str]) -> bytes:
+    """The same rows in one way of writing: each cell as the row parser understands it, on the line that its row begins
+    on, and nothing in the columns that are not read. What it might complain of is doubted."""
+    if b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+        raise Doubt("a line end")
+    if any(len(line) > LONGEST for line in block.split(b"\n")):
+        raise Doubt("a long line")
+    reader, lines = csv.reader(io.StringIO(block.decode("utf-8"), newline=""), strict=True), []
+    try:
+        for line, values in numbered(reader):
+            if values and len(values) != len(header):
+                raise Doubt("fields that do not fit the header")
+            if reader.line_num > line:
+                check_quotes("", line, header, values)
+            cells = (
+                plain_cell(name, text.strip(), name in numbers) for name, text in zip(header, values, strict=False)
+            )
+            lines += [",".join(cells), *[""] * (reader.line_num - line)]
+    except CandidatesError as error:
+        raise Doubt("a quote") from error
+    except csv.Error as error:
+        raise (OpenQuote if reader.line_num == block.count(b"\n") else Doubt)(str(error)) from error
+    return "\n".join([*lines, ""]).encode()
+
+
+def plain_cell(name: str, text: str, number_is_read: bool) -> str:
+    if name in WORDS:
+        if any(one in text for one in '"\r\n'):
+            raise Doubt(f"{name}: a quote or a line end")
+        return f'"{text}"' if "," in text else text  # of spots the text counts, too
+    if not number_is_read or not text:
+        return ""
+    if "_" in text or not text.isascii():  # see reading.parse_number
+        raise Doubt(f"{name}: no number")
+    try:
+        number = float(text)
+    except ValueError:
+        raise Doubt(f"{name}: no number") from None
+    return "" if math.isnan(number) else repr(number)
+
+
+def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
     read = [name for name in (*READ_NUMBERS, *own) if name in header]
@@ -2189,7 +2256,7 @@ def rows_of(table: pa.Table) -> Rows:
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
     for name in WORDS:
-        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+        if columns[name].null_count or have_blanks_around(columns[name].dictionary):
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
@@ -2202,6 +2269,12 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def have_blanks_around(texts: pa.StringArray) -> bool:
+    if pc.all(pc.match_substring_regex(texts, PLAIN_WORD)).as_py():
+        return False
+    return any(text != text.strip() for text in texts.to_pylist())
 
 
 def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
@@ -2275,7 +2348,7 @@ def lines_in(block: bytes) -> int:
 # Files as columns: the fast way, which takes only what is certainly good. All else is for the row parser to explain.
 #
 # Every rule here is one of reading.py, csv_rows.py or strays.py, over arrays: where it might be broken, Doubt is raised,
-# and the file is read again row by row.
+# and the file is read again row by row. A block that is only written in an odd way is written anew, and alone, before.
 
 
 class InPieces(Doubt):
@@ -2323,8 +2396,9 @@ def scan_in_pieces(
         state, tables = State(options, header_of(next(blocks), options.context_columns)), []
         for block in whole_lines(blocks):
             if block and not block.isspace():
-                tables.append(parse(block, state.header, options.context_columns))
-                state.look_at_offsets(block, rows_of(tables[-1]))
+                block, table, rows = read_block(block, state.header, options.context_columns)
+                tables.append(table)
+                state.look_at_offsets(block, rows)
             state.lines += lines_in(block)
         if not tables:
             raise Doubt("no row")
@@ -2354,18 +2428,23 @@ class State:
         self.no_offset: int | None = None
         self.rows = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.names: dict[str, int] = {}
-        self.keys: list[tuple[np.ndarray, ...]] = []
+        self.keys = [array.array(kind) for kind in "qii"]  # of each decision time, underlying and exit style
         self.named = self.misnamed = 0  # rows whose instrument's name says what it is, and those that contradict it
         self.last: tuple[str, int, bool] | None = None  # of the last decision its spot, its size, and if it is alone
         self.runs = self.sharing = 0  # decisions, and pairs of neighbours with one spot
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
-        """Takes in whole lines, but for a last decision that may go on: its lines are left, and returned."""
+        """Takes in whole lines, but for a last decision or a quote that may go on: that is left, and returned."""
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""
-        rows, left = rows_of(parse(block, self.header, self.options.context_columns)), b""
+        try:
+            (block, _, rows), left = read_block(block, self.header, self.options.context_columns), b""
+        except OpenQuote:
+            if last or len(block) > 8 * BLOCK:
+                raise
+            return block
         if not last:
             if len(block) > 8 * BLOCK:
                 raise Doubt("a decision of very many rows")
@@ -2392,8 +2471,10 @@ class State:
             found = np.bincount(rows.codes[name], minlength=len(rows.words[name])).tolist()
             counts.update({text: count for text, count in zip(rows.words[name], found, strict=True) if count})
         codes = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
-        self.keys.append((rows.time[rows.starts], *codes))
-        if repeats(self.keys[-1]):
+        key = (rows.time[rows.starts], *codes)
+        for known, values in zip(self.keys, key, strict=True):
+            known.frombytes(values.tobytes())
+        if repeats(key):
             raise InPieces("a decision in pieces")
         spots = rows.codes["spot"]
         if (spots != np.repeat(spots[rows.starts], np.diff(rows.starts, append=len(spots)))).any():
@@ -2484,7 +2565,7 @@ class State:
 
     def check_whole_file(self) -> None:
         """What strays.py would find in a file whose rows are good one by one."""
-        if not self.keys:
+        if not len(self.keys[0]):
             raise Doubt("no row")
         for counts in self.rows.values():
             if max(counts.values()) >= BESIDE_ONE and min(counts.values()) == 1:
@@ -2496,7 +2577,7 @@ class State:
         """The same of where its rows stand."""
         if self.lone and not self.many_share and self.runs - self.sharing >= BESIDE_ONE:
             raise Doubt("a decision of one row with its neighbour's spot")
-        if repeats(tuple(np.concatenate(part) for part in zip(*self.keys, strict=True))):
+        if repeats(tuple(map(np.asarray, self.keys))):
             raise InPieces("a decision in pieces")
 
 
@@ -2508,7 +2589,7 @@ def place_of(instrument: str, named: tuple | None, underlyings: list[str]) -> in
 
 def repeats(key: tuple[np.ndarray, ...]) -> bool:
     """Whether two of some decisions, of which this is time, underlying and exit style, are the same."""
-    if (np.diff(key[0]) > 0).all():
+    if ascend(key[0]):
         return False
     order = np.lexsort(key)
     return bool(np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key]).any())
@@ -3570,16 +3651,18 @@ class Spots:
         """
         self.tolerance = round(options.expiry_tolerance * HOUR)
         # Step by step, for of very many decisions each array that is not there counts.
-        order = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = order[np.lexsort((time[order], underlying[order]))]
-        last = np.ones(len(order), bool)
-        last[:-1] = changes(time[order]) | changes(underlying[order])
-        order = order[last]
-        self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
-        as_given = len(order) == len(time) and (order[1:] > order[:-1]).all()
-        self.time, self.spot = (time, spot) if as_given else (time[order], spot[order])
-        # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
+        same, later = underlying[1:] == underlying[:-1], time[1:] > time[:-1]
+        as_given = (np.where(same, later, underlying[1:] > underlying[:-1]) & (spot[1:] > 0)).all()
+        if not (as_given and (spot[:1] > 0).all()):
+            order = np.flatnonzero(spot > 0)  # a placeholder row may have none
+            order = order[np.lexsort((time[order], underlying[order]))]
+            last = np.ones(len(order), bool)
+            last[:-1] = changes(time[order]) | changes(underlying[order])
+            order = order[last]
+            underlying, time, spot = underlying[order], time[order], spot[order]
+        self.time, self.spot = time, spot
+        # Of the same type, or the search would make another array.
+        self.bounds = np.searchsorted(underlying, np.arange(underlyings + 1, dtype=underlying.dtype))
 
     def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
         """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
@@ -3599,6 +3682,11 @@ class Spots:
         has = after < self.bounds[underlying + 1]
         late[has] = self.time[after[has]] - time[has]
         return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
+
+    @functools.cached_property
+    def gaps(self) -> np.ndarray:
+        """(N,) int32: how many gaps, longer than twice the tolerance, lie before each time."""
+        return np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 
     @functools.cached_property
     def low(self) -> np.ndarray:
@@ -4340,7 +4428,9 @@ def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
-    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
+    new = np.ones(len(time), bool)
+    new[1:] = time[1:] != time[:-1]
+    firsts = np.flatnonzero(new)  # a distinct time each
     train, validation, _ = map(float, options.splits)
     places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
     never = np.iinfo(np.int64).max
@@ -4635,6 +4725,22 @@ class Spool:
         self.context = True
         self.recent.clear()
 
+    def by_decision(self) -> list[np.ndarray]:
+        """(D,) each, of all decisions: underlying, exit_style, time, spot, and the number of candidates, int32.
+
+        They are read again, for the parts that they came in would be in memory beside the whole.
+        """
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        found = [np.empty(len(self), kind) for kind in kinds]
+        for (name, index), start, end in zip(self.blocks, self.starts, self.starts[1:], strict=False):
+            with pa.memory_map(self.path(name)) as file:  # what is not looked at is not read
+                batch = pa.ipc.open_file(file).get_batch(index)
+                sizes = np.diff(batch.column("candidates").offsets.to_numpy())
+                columns = (*(batch.column(column).to_numpy() for column in BY_DECISION[:-1]), sizes)
+                for whole, part in zip(found, columns, strict=True):
+                    whole[start:end] = part
+        return found
+
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
         numbers = np.searchsorted(self.starts, places, side="right") - 1
@@ -4768,7 +4874,7 @@ class Decisions(NamedTuple):
     """
 
     spool: Spool
-    place: np.ndarray  # (D,) int64, in the spool
+    place: np.ndarray  # (D,) int32, in the spool
     underlying: np.ndarray  # (D,) int32, a place among the spool's names
     exit_style: np.ndarray  # (D,) int32, the same
     time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
@@ -4834,7 +4940,6 @@ class Reader:
 
     def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
         self.options, self.spool = options, Spool(options.context_columns) if spool is None else spool
-        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
@@ -4864,28 +4969,23 @@ class Reader:
         return len(self.spool)
 
     def in_order(self) -> Decisions:
-        """All that were read, in the order of the files; they are no longer kept."""
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+        """All that were read, in the order of the files."""
+        columns = self.spool.by_decision()
+        return Decisions(self.spool, np.arange(len(self.spool), dtype=np.int32), *columns, label_end=columns[2])
 
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
-        before = len(self.kept)
+        before = len(self.rolls)
         try:
             with self.spool.part() as append:
                 return how(path, self.options, expected, lambda columns: self.keep(columns, append))
         except Doubt as doubt:
-            del self.kept[before:], self.rolls[before:]
+            del self.rolls[before:]
             return doubt
 
     def keep(self, columns: Columns, append) -> None:
         """Takes in decisions whose candidates stand in the file's order."""
         columns = columns.renamed(self.spool.names)
-        by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
-        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
         rolls = TP_AND_ROLL in columns.names
         self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
@@ -4912,7 +5012,7 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
     Args:
         ends: of each file, how many decisions it and those before it have.
     """
-    if (np.diff(decisions.time) > 0).all():
+    if ascend(decisions.time):
         return decisions
     key = (decisions.exit_style, decisions.underlying, decisions.time)
     order = np.lexsort(key)
@@ -4944,16 +5044,16 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     if options.context != "none":
         decisions.spool.describe(functools.partial(context_of, known=known_at(decisions, options)))
     decisions = settled(decisions, rolls, options)
-    replay, ends, horizons = decisions.replay, [], horizon_columns(options)
+    replay, ends, horizons = decisions.replay, array.array("q"), horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         *computed, label_end = outcomes_of(columns, replay, replays)
-        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
+        ends.frombytes(label_ends(dataclasses.replace(columns, label_end=label_end)).tobytes())
         return *computed, label_end
 
     decisions.spool.compute(outcomes, horizons)
-    return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+    return decisions._replace(label_end=np.asarray(ends)[decisions.place])
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
@@ -5456,7 +5556,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
     config: CoveredCallCandidatesConfig
-    DEFAULT_WRITER_BATCH_SIZE = 8_192  # records; of smaller batches a file has more, and reading it maps more
+    DEFAULT_WRITER_BATCH_SIZE = 16_384  # records; of smaller batches a file has more, and reading it maps more
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(

@@ -1,4 +1,4 @@
-"""Does it help to know the market? What learns with no context, with spots, and with the market's vol beside them.
+"""Does it help to know the market? What learns without a context, with one, and with the market's vol.
 
     python benchmarks/context.py                                        # the sample; minutes on 2 cores
     python benchmarks/context.py --data_files 'runs/*.csv' --context_vols 'vols/dvol_{underlying}_daily.csv'
@@ -9,13 +9,11 @@ Walking forward, each policy is fitted on what was settled before a block of dec
     Q-scorer                                   learns what selling brings, and sells what it expects to pay
 
 The answers are held against the teacher's (balanced accuracy: recall of each answer, averaged), and paid in P&L vs
-HODL, USD a unit of underlying a decision: as the files say, and with --context_vols at the market's vol, too.
-Intervals are of 95 %, from a moving-block bootstrap of the decision times. Nothing here is random but that: another
-seed changes nothing.
+HODL, USD a unit of underlying a decision: as the files say, and with --context_vols at the market's vol, too. The
+intervals are of 95 %, from a moving-block bootstrap of decision times. Nothing is random but that: no seed is given.
 """
 
 import argparse
-import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -77,7 +75,7 @@ def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int) ->
         rules, columns = fit_baselines(columns_of(past)), columns_of(block)
         for policy in IMITATORS:
             parts[policy].append(judged_of(columns, rules[policy].picks(columns), options))
-    for fold in walk_forward(entries, folds, dataclasses.replace(options)):
+    for fold in walk_forward(entries, folds, options):
         parts[Q_SCORER].append(judged_of(columns_of(fold.entries), fold.picks, options))
     return {policy: Judged(*map(np.concatenate, zip(*its, strict=True))) for policy, its in parts.items()}
 
@@ -125,10 +123,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_files", nargs="+", metavar="CSV", help="default: the sample")
     parser.add_argument("--context_vols", metavar="CSV", help="the market's vols, {underlying} in the name for each")
-    parser.add_argument("--exit_style", help="default: all")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--fee", type=float, default=0.0)
-    parser.add_argument("--half_spread", type=float, default=0.0)
+    parser.add_argument("--exit_style", metavar="STYLE", help="keep these decisions only; default: all")
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="blocks of time; default: %(default)s")
+    parser.add_argument("--fee", type=float, default=0.0, metavar="SHARE", help="of each trade, of spot; default: 0")
+    parser.add_argument("--half_spread", type=float, default=0.0, metavar="SHARE", help="of a price; default: 0")
     return parser.parse_args(arguments)
 
 

@@ -32,7 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("per_candidate", "per_decision_ranking", "q_values", "preference")
 TP_AND_ROLL = ("tp_and_roll",)  # per_candidate of a file of that exit style
-WORKS = (*LOADED, *TP_AND_ROLL, "export", "stream", "evaluate")
+FIRST, DOUBTED = "first_record", "one_odd_cell"  # of a stream of all; per_candidate of a file that Arrow cannot read
+WORKS = (*LOADED, *TP_AND_ROLL, DOUBTED, "export", "stream", FIRST, "evaluate")
 VERBS = {"export": "covered_call.candidates.export", "evaluate": "covered_call.evaluation.evaluate"}
 CHATS = ("per_candidate", "per_decision_ranking")
 COLUMNS = (
@@ -59,13 +60,22 @@ def write_csv(path: str, rows: int, exit_style: str = "hold_to_expiry", candidat
             )
 
 
+def write_oddly(path: Path) -> None:
+    """A name in the middle of the file gets a blank."""
+    lines = path.read_text().splitlines(keepends=True)
+    cells = lines[len(lines) // 2].split(",")
+    cells[COLUMNS.index("underlying")] = " BTC"
+    lines[len(lines) // 2] = ",".join(cells)
+    path.write_text("".join(lines))
+
+
 # --- The contenders: each returns how many records, or decisions, it has made
 
 
 def load(work: str, path: str, folder: str) -> int:
     from covered_call.candidates.builder import load_candidates
 
-    name = "per_candidate" if work in TP_AND_ROLL else work
+    name = "per_candidate" if work in (*TP_AND_ROLL, DOUBTED) else work
     return sum(load_candidates(name, data_files=path, cache_dir=folder, purge=False).num_rows.values())
 
 
@@ -73,6 +83,21 @@ def stream(path: str, folder: str) -> int:
     from covered_call.candidates.builder import load_candidates
 
     return sum(1 for _ in load_candidates(data_files=path, cache_dir=folder, streaming=True, splits="train")["train"])
+
+
+def first_record(path: str, folder: str) -> int:
+    from covered_call.candidates.builder import load_candidates
+
+    next(iter(load_candidates(data_files=path, cache_dir=folder, streaming=True, splits="train")["train"]))
+    return 1
+
+
+def keys_alone(work: str, path: str, folder: str) -> int:
+    """Reads no more than which decision each row belongs to."""
+    import pyarrow.csv
+
+    keys = pyarrow.csv.ConvertOptions(include_columns=["decision_time", "underlying", "exit_style"])
+    return sum(map(len, pyarrow.csv.open_csv(path, convert_options=keys)))
 
 
 def run_verb(verb: str, *words: str) -> int:
@@ -84,6 +109,8 @@ def run_verb(verb: str, *words: str) -> int:
 def here(work: str, path: str, folder: str) -> int:
     if work == "stream":
         return stream(path, folder)
+    if work == FIRST:
+        return first_record(path, folder)
     if work == "export":
         return run_verb("export", "--input", path, "--output_dir", folder)
     if work == "evaluate":
@@ -139,13 +166,14 @@ def chat_of(work: str, rows: list[dict]) -> list[dict]:
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-CONTENDERS = {"here": here, "generator": generator, "csv + map": csv_and_map}
+CONTENDERS = {"here": here, "generator": generator, "csv + map": csv_and_map, "keys alone": keys_alone}
 
 
 def contenders_of(work: str, args: argparse.Namespace) -> list[str]:
     names = ["here"] + (["beside"] if args.beside else [])
     names += ["generator"] if work in CHATS else []
     names += ["csv + map"] if work == "per_candidate" else []
+    names += ["keys alone"] if work == FIRST else []
     return [name for name in names if not args.only or name in args.only]
 
 
@@ -211,9 +239,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for work in args.work:
             style = "tp_and_roll" if work in TP_AND_ROLL else "hold_to_expiry"
-            path = Path(folder) / f"training_candidates_BTC_{style}.csv"
+            path = Path(folder) / f"training_candidates_BTC_{style}{'_odd' if work == DOUBTED else ''}.csv"
             if not path.exists():
                 write_csv(str(path), args.rows, style)
+                if work == DOUBTED:
+                    write_oddly(path)
             compare(work, str(path), args)
 
 

@@ -98,7 +98,7 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
     """Builds the datasets from candidate CSVs; see CoveredCallCandidatesConfig for the options."""
 
     config: CoveredCallCandidatesConfig
-    DEFAULT_WRITER_BATCH_SIZE = 8_192  # records; of smaller batches a file has more, and reading it maps more
+    DEFAULT_WRITER_BATCH_SIZE = 16_384  # records; of smaller batches a file has more, and reading it maps more
     BUILDER_CONFIG_CLASS = CoveredCallCandidatesConfig
     BUILDER_CONFIGS = [
         CoveredCallCandidatesConfig(

@@ -1,9 +1,10 @@
 """Files as columns: the fast way, which takes only what is certainly good. All else is for the row parser to explain.
 
 Every rule here is one of reading.py, csv_rows.py or strays.py, over arrays: where it might be broken, Doubt is raised,
-and the file is read again row by row.
+and the file is read again row by row. A block that is only written in an odd way is written anew, and alone, before.
 """
 
+import array
 import collections
 import contextlib
 import csv
@@ -15,11 +16,21 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from covered_call.candidates.columns import DAY, OUTCOME_DAYS, RECORDED, STATE, Columns, microseconds, timedelta_of
+from covered_call.candidates.columns import (
+    DAY,
+    OUTCOME_DAYS,
+    RECORDED,
+    STATE,
+    Columns,
+    ascend,
+    microseconds,
+    timedelta_of,
+)
 from covered_call.candidates.csv_blocks import (
     BLOCK,
     READ_NUMBERS,
     Doubt,
+    OpenQuote,
     Rows,
     blocks_of,
     chosen_rows,
@@ -27,7 +38,7 @@ from covered_call.candidates.csv_blocks import (
     header_of,
     line_of,
     lines_in,
-    parse,
+    read_block,
     rows_of,
     start_of_last,
     whole_lines,
@@ -94,8 +105,9 @@ def scan_in_pieces(
         state, tables = State(options, header_of(next(blocks), options.context_columns)), []
         for block in whole_lines(blocks):
             if block and not block.isspace():
-                tables.append(parse(block, state.header, options.context_columns))
-                state.look_at_offsets(block, rows_of(tables[-1]))
+                block, table, rows = read_block(block, state.header, options.context_columns)
+                tables.append(table)
+                state.look_at_offsets(block, rows)
             state.lines += lines_in(block)
         if not tables:
             raise Doubt("no row")
@@ -125,18 +137,23 @@ class State:
         self.no_offset: int | None = None
         self.rows = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.names: dict[str, int] = {}
-        self.keys: list[tuple[np.ndarray, ...]] = []
+        self.keys = [array.array(kind) for kind in "qii"]  # of each decision time, underlying and exit style
         self.named = self.misnamed = 0  # rows whose instrument's name says what it is, and those that contradict it
         self.last: tuple[str, int, bool] | None = None  # of the last decision its spot, its size, and if it is alone
         self.runs = self.sharing = 0  # decisions, and pairs of neighbours with one spot
         self.many_share = self.lone = False
 
     def take_in(self, block: bytes, take: Callable[[Columns], None], last: bool) -> bytes:
-        """Takes in whole lines, but for a last decision that may go on: its lines are left, and returned."""
+        """Takes in whole lines, but for a last decision or a quote that may go on: that is left, and returned."""
         if not block or block.isspace():
             self.lines += lines_in(block)
             return b""
-        rows, left = rows_of(parse(block, self.header, self.options.context_columns)), b""
+        try:
+            (block, _, rows), left = read_block(block, self.header, self.options.context_columns), b""
+        except OpenQuote:
+            if last or len(block) > 8 * BLOCK:
+                raise
+            return block
         if not last:
             if len(block) > 8 * BLOCK:
                 raise Doubt("a decision of very many rows")
@@ -163,8 +180,10 @@ class State:
             found = np.bincount(rows.codes[name], minlength=len(rows.words[name])).tolist()
             counts.update({text: count for text, count in zip(rows.words[name], found, strict=True) if count})
         codes = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
-        self.keys.append((rows.time[rows.starts], *codes))
-        if repeats(self.keys[-1]):
+        key = (rows.time[rows.starts], *codes)
+        for known, values in zip(self.keys, key, strict=True):
+            known.frombytes(values.tobytes())
+        if repeats(key):
             raise InPieces("a decision in pieces")
         spots = rows.codes["spot"]
         if (spots != np.repeat(spots[rows.starts], np.diff(rows.starts, append=len(spots)))).any():
@@ -255,7 +274,7 @@ class State:
 
     def check_whole_file(self) -> None:
         """What strays.py would find in a file whose rows are good one by one."""
-        if not self.keys:
+        if not len(self.keys[0]):
             raise Doubt("no row")
         for counts in self.rows.values():
             if max(counts.values()) >= BESIDE_ONE and min(counts.values()) == 1:
@@ -267,7 +286,7 @@ class State:
         """The same of where its rows stand."""
         if self.lone and not self.many_share and self.runs - self.sharing >= BESIDE_ONE:
             raise Doubt("a decision of one row with its neighbour's spot")
-        if repeats(tuple(np.concatenate(part) for part in zip(*self.keys, strict=True))):
+        if repeats(tuple(map(np.asarray, self.keys))):
             raise InPieces("a decision in pieces")
 
 
@@ -279,7 +298,7 @@ def place_of(instrument: str, named: tuple | None, underlyings: list[str]) -> in
 
 def repeats(key: tuple[np.ndarray, ...]) -> bool:
     """Whether two of some decisions, of which this is time, underlying and exit style, are the same."""
-    if (np.diff(key[0]) > 0).all():
+    if ascend(key[0]):
         return False
     order = np.lexsort(key)
     return bool(np.logical_and.reduce([part[order][1:] == part[order][:-1] for part in key]).any())

@@ -114,7 +114,7 @@ def join(parts: Sequence[Columns]) -> Columns:
     )
 
 
-ROWS = 8_192  # candidates that are looked at together: as texts some 10 MB
+ROWS = 16_384  # candidates that are looked at together: as texts some 10 MB
 
 
 def in_batches(sizes: np.ndarray, rows: int | None = None) -> list[tuple[int, int]]:
@@ -244,6 +244,11 @@ def known(values: np.ndarray) -> list:
 
 def microseconds(time: datetime.datetime) -> int:
     return (time - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def ascend(time: np.ndarray) -> bool:
+    """Whether each of (D,) times is later than the one before."""
+    return bool((time[1:] > time[:-1]).all())  # np.diff would be an array as large
 
 
 def timedelta_of(days: np.ndarray) -> np.ndarray:

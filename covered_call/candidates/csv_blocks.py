@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,19 +19,32 @@ import pyarrow.csv as pacsv
 from datasets.utils import tqdm
 
 from covered_call.candidates.columns import LOGGED, STATE, microseconds
-from covered_call.candidates.csv_rows import GZIP, Hashed
-from covered_call.candidates.schema import KEY, OPTIONAL_COLUMNS, QUOTED_COLUMNS, iso_time, utc, wrong_name
+from covered_call.candidates.csv_rows import GZIP, Hashed, check_quotes, numbered
+from covered_call.candidates.schema import (
+    KEY,
+    OPTIONAL_COLUMNS,
+    QUOTED_COLUMNS,
+    CandidatesError,
+    iso_time,
+    utc,
+    wrong_name,
+)
 
 BLOCK = 1 << 22  # bytes that are parsed at once
 LONGEST = 1 << 16  # bytes of a line: far below what the csv module takes for a field
 WORDS = ("decision_time", "underlying", "spot", "instrument", "exit_style", "trade_executed", "chosen", "action")
 READ_NUMBERS = (*STATE, *LOGGED)
 PLAIN_TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"  # which Arrow reads as Python does
+PLAIN_WORD = r"^[!-~](?:[ -~]*[!-~])?$"  # of ASCII alone, for Python's blanks are more than Arrow's
 QUOTED_CELL = re.compile(rb'(?:^|(?<=[,\n]))"[^"\r\n]*"(?=[,\r\n]|$)')
 
 
 class Doubt(Exception):
     """What a file holds is not certainly good; the text says what, for whoever wonders why a file is read slowly."""
+
+
+class OpenQuote(Doubt):
+    """A block ends within a quoted cell."""
 
 
 class Rows(NamedTuple):
@@ -103,12 +117,68 @@ def certain_lines(block: bytes) -> None:
         raise Doubt("a long line")
 
 
-def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
-    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none.
+def read_block(block: bytes, header: list[str], own: Sequence[str] = ()) -> tuple[bytes, pa.Table, Rows]:
+    """The rows of whole lines, and the lines: written anew where they are not certainly understood as they are.
 
     Args:
         own: numeric columns of the user's, which are read too.
+
+    Raises:
+        OpenQuote: where the last row may go on in the lines that follow.
+        Doubt or pa.ArrowInvalid: where the row parser may not take them, either.
     """
+    try:
+        table = parse(block, header, own)
+        return block, table, rows_of(table)
+    except (Doubt, pa.ArrowInvalid):
+        block = plainly_written(block, header, (*READ_NUMBERS, *own))
+        table = parse(block, header, own)
+        return block, table, rows_of(table)
+
+
+def plainly_written(block: bytes, header: list[str], numbers: Sequence[str]) -> bytes:
+    """The same rows in one way of writing: each cell as the row parser understands it, on the line that its row begins
+    on, and nothing in the columns that are not read. What it might complain of is doubted."""
+    if b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+        raise Doubt("a line end")
+    if any(len(line) > LONGEST for line in block.split(b"\n")):
+        raise Doubt("a long line")
+    reader, lines = csv.reader(io.StringIO(block.decode("utf-8"), newline=""), strict=True), []
+    try:
+        for line, values in numbered(reader):
+            if values and len(values) != len(header):
+                raise Doubt("fields that do not fit the header")
+            if reader.line_num > line:
+                check_quotes("", line, header, values)
+            cells = (
+                plain_cell(name, text.strip(), name in numbers) for name, text in zip(header, values, strict=False)
+            )
+            lines += [",".join(cells), *[""] * (reader.line_num - line)]
+    except CandidatesError as error:
+        raise Doubt("a quote") from error
+    except csv.Error as error:
+        raise (OpenQuote if reader.line_num == block.count(b"\n") else Doubt)(str(error)) from error
+    return "\n".join([*lines, ""]).encode()
+
+
+def plain_cell(name: str, text: str, number_is_read: bool) -> str:
+    if name in WORDS:
+        if any(one in text for one in '"\r\n'):
+            raise Doubt(f"{name}: a quote or a line end")
+        return f'"{text}"' if "," in text else text  # of spots the text counts, too
+    if not number_is_read or not text:
+        return ""
+    if "_" in text or not text.isascii():  # see reading.parse_number
+        raise Doubt(f"{name}: no number")
+    try:
+        number = float(text)
+    except ValueError:
+        raise Doubt(f"{name}: no number") from None
+    return "" if math.isnan(number) else repr(number)
+
+
+def parse(block: bytes, header: list[str], own: Sequence[str] = ()) -> pa.Table:
+    """The columns that are read, texts as dictionaries; ArrowInvalid where a number is none."""
     certain_lines(block)
     words = {name: pa.dictionary(pa.int32(), pa.string()) for name in WORDS}
     read = [name for name in (*READ_NUMBERS, *own) if name in header]
@@ -131,7 +201,7 @@ def rows_of(table: pa.Table) -> Rows:
     codes = {name: columns[name].indices.to_numpy() for name in WORDS}
     texts = {name: columns[name].dictionary.to_pylist() for name in WORDS}
     for name in WORDS:
-        if columns[name].null_count or any(text != text.strip() for text in texts[name]):
+        if columns[name].null_count or have_blanks_around(columns[name].dictionary):
             raise Doubt(f"{name}: blank, or spaces around it")
     numbers = {name: floats_of(columns[name], name) for name in read}
     numbers |= {name: np.full(len(table), np.nan) for name in READ_NUMBERS if name not in read}
@@ -144,6 +214,12 @@ def rows_of(table: pa.Table) -> Rows:
     parts = (time, codes["underlying"], codes["exit_style"])
     new = np.logical_or.reduce([part[1:] != part[:-1] for part in parts])
     return Rows(time, codes, texts, numbers, spot, np.concatenate([[0], np.flatnonzero(new) + 1]), no_offset)
+
+
+def have_blanks_around(texts: pa.StringArray) -> bool:
+    if pc.all(pc.match_substring_regex(texts, PLAIN_WORD)).as_py():
+        return False
+    return any(text != text.strip() for text in texts.to_pylist())
 
 
 def times_in(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """All decisions of some files: read, each of them once, in order of time, with their outcomes."""
 
+import array
 import collections
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.columns import OUTCOME_DAYS, Columns, ascend, columns_of, in_batches, label_ends, time_of
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
 from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
@@ -41,7 +42,7 @@ class Decisions(NamedTuple):
     """
 
     spool: Spool
-    place: np.ndarray  # (D,) int64, in the spool
+    place: np.ndarray  # (D,) int32, in the spool
     underlying: np.ndarray  # (D,) int32, a place among the spool's names
     exit_style: np.ndarray  # (D,) int32, the same
     time: np.ndarray  # (D,) int64, microseconds since 1970, UTC
@@ -107,7 +108,6 @@ class Reader:
 
     def __init__(self, options: CoveredCallCandidatesConfig, spool: Spool | None = None):
         self.options, self.spool = options, Spool(options.context_columns) if spool is None else spool
-        self.kept: list[tuple[np.ndarray, ...]] = []  # of Decisions the columns from underlying to size
         self.rolls: list[Rolls] = []
         self.present = {"underlying": collections.Counter(), "exit_style": collections.Counter()}
         self.dropped = 0
@@ -137,28 +137,23 @@ class Reader:
         return len(self.spool)
 
     def in_order(self) -> Decisions:
-        """All that were read, in the order of the files; they are no longer kept."""
-        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
-        columns = zip(*self.kept, strict=True) if self.kept else [()] * len(kinds)
-        joined = [np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in zip(kinds, columns, strict=True)]
-        self.kept = []  # or all would be in memory twice
-        return Decisions(self.spool, np.arange(len(self.spool)), *joined, label_end=joined[2])
+        """All that were read, in the order of the files."""
+        columns = self.spool.by_decision()
+        return Decisions(self.spool, np.arange(len(self.spool), dtype=np.int32), *columns, label_end=columns[2])
 
     def scan(self, how, path: str, expected: str | None) -> Said | Doubt:
         """Takes the file in as columns, or leaves all as it was and says why."""
-        before = len(self.kept)
+        before = len(self.rolls)
         try:
             with self.spool.part() as append:
                 return how(path, self.options, expected, lambda columns: self.keep(columns, append))
         except Doubt as doubt:
-            del self.kept[before:], self.rolls[before:]
+            del self.rolls[before:]
             return doubt
 
     def keep(self, columns: Columns, append) -> None:
         """Takes in decisions whose candidates stand in the file's order."""
         columns = columns.renamed(self.spool.names)
-        by_decision = (columns.underlying, columns.exit_style, columns.time, columns.spot)
-        self.kept.append((*by_decision, np.diff(columns.offsets).astype(np.int32)))
         rolls = TP_AND_ROLL in columns.names
         self.rolls.append(rolls_of(columns, self.options) if rolls else no_rolls(len(columns)))
         append(present_in_order(columns, self.options))
@@ -185,7 +180,7 @@ def once(decisions: Decisions, paths: list[str], ends: list[int], options: Cover
     Args:
         ends: of each file, how many decisions it and those before it have.
     """
-    if (np.diff(decisions.time) > 0).all():
+    if ascend(decisions.time):
         return decisions
     key = (decisions.exit_style, decisions.underlying, decisions.time)
     order = np.lexsort(key)
@@ -217,16 +212,16 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     if options.context != "none":
         decisions.spool.describe(functools.partial(context_of, known=known_at(decisions, options)))
     decisions = settled(decisions, rolls, options)
-    replay, ends, horizons = decisions.replay, [], horizon_columns(options)
+    replay, ends, horizons = decisions.replay, array.array("q"), horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         *computed, label_end = outcomes_of(columns, replay, replays)
-        ends.append(label_ends(dataclasses.replace(columns, label_end=label_end)))
+        ends.frombytes(label_ends(dataclasses.replace(columns, label_end=label_end)).tobytes())
         return *computed, label_end
 
     decisions.spool.compute(outcomes, horizons)
-    return decisions._replace(label_end=np.concatenate(ends)[decisions.place])
+    return decisions._replace(label_end=np.asarray(ends)[decisions.place])
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:

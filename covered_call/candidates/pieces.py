@@ -22,7 +22,7 @@ from covered_call.candidates.spool import SPOOLED, Spool, columns_in
 
 # Candidates of a piece, some 100 KiB. Of files that go on side by side a part wants a little of each.
 PIECE = 1_024
-KEPT = ("underlying", "exit_style", "time", "spot", "size")  # of a decision, as Reader.kept has them
+KEPT = ("underlying", "exit_style", "time", "spot", "size")  # of a decision, as Spool.by_decision has them
 CALLS = tuple(f"{roll}_{name}" for roll in Rolls._fields for name in Calls._fields)
 
 
@@ -68,9 +68,9 @@ def new_scan(local: str, folder: Folder, name: str, content: str, options: Cover
     reader.read(local, content)
     with folder.replacing(f"{WORK}/{name}.pieces") as file:
         arrays = write_pieces(reader.spool, file)
-    if reader.kept:
-        arrays |= dict(zip(KEPT, map(np.concatenate, zip(*reader.kept, strict=True)), strict=True))
-    if reader.kept and TP_AND_ROLL in reader.spool.names:
+    if len(reader.spool):
+        arrays |= dict(zip(KEPT, reader.spool.by_decision(), strict=True))
+    if len(reader.spool) and TP_AND_ROLL in reader.spool.names:
         calls = ([call for roll in rolls for call in roll] for rolls in reader.rolls)
         arrays |= dict(zip(CALLS, map(np.concatenate, zip(*calls, strict=True)), strict=True))
     said = {"names": reader.spool.names, "present": reader.present, "dropped": reader.dropped}
@@ -101,6 +101,7 @@ class Pieces(Spool):
         self.names = []
         self.files: list[tuple[str, np.ndarray]] = []  # the name of each, and the places of its names among all
 
+        self.kept: list[tuple[np.ndarray, ...]] = []  # of each file's decisions KEPT
         self.file_of, self.begins, self.ends = (np.zeros(0, np.int64) for _ in range(3))  # (P,) of each piece
         self.starts = np.zeros(1, np.int64)  # (P + 1,) the place of its first decision; at the end the number of all
 
@@ -119,6 +120,11 @@ class Pieces(Spool):
         self.starts = np.append(self.starts, self.starts[-1] + np.cumsum(decisions))
         self.files.append((scanned.name, places_among(self.names, scanned.said["names"])))
         return self.files[-1][1]
+
+    def by_decision(self) -> list[np.ndarray]:
+        """As of all spools; they are no longer kept."""
+        kept, self.kept = self.kept, []  # or all would be in memory twice, and be sent to each task
+        return [np.concatenate(parts) for parts in zip(*kept, strict=True)] if kept else super().by_decision()
 
     def several(self, numbers: list[int]) -> Iterator[Columns]:
         """Pieces that follow each other in a file are read at once."""
@@ -144,7 +150,7 @@ def gather(reader: Reader, pieces: Pieces, scanned: Scanned) -> int:
     places, arrays = pieces.add(scanned), scanned.arrays
     if len(arrays["decisions"]):
         underlying, exit_style, *others = (arrays[name] for name in KEPT)
-        reader.kept.append((places[underlying], places[exit_style], *others))
+        pieces.kept.append((places[underlying], places[exit_style], *others))
         calls = [arrays[name] for name in CALLS if name in arrays]
         size = len(Calls._fields)
         rolls = (

@@ -192,7 +192,7 @@ def wrong_number(name: str, value: float, max_iv: float) -> str | None:
     return "is negative" if low == 0.0 and value < 0 else f"is outside [{low:g}, {high:g}]"
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def wrong_name(text: str) -> str | None:
     """Why this cannot be a name that a prompt shows; None if it can."""
     if not text or not text.isprintable():  # a line break would write its own line into the prompt
@@ -228,7 +228,7 @@ def contradicts_name(name: str, underlying: str, strike: float, expiry: datetime
 ONE_DAY = datetime.timedelta(days=1)
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=16_384)
 def named_call(name: str) -> tuple[str, float, datetime.datetime] | None:
     """Underlying, strike and expiry, as an instrument's own name says them; None where it does not."""
     parts = DERIBIT_NAME.fullmatch(name)

@@ -64,7 +64,9 @@ def split_starts(time: np.ndarray, options: CoveredCallCandidatesConfig) -> list
     """The times from which validation and test begin."""
     if options.validation_from is not None:
         return [microseconds(parse_option_time(options, name)) for name in ("validation_from", "test_from")]
-    firsts = np.concatenate([[0], np.flatnonzero(np.diff(time)) + 1])[: len(time)]  # a distinct time each
+    new = np.ones(len(time), bool)
+    new[1:] = time[1:] != time[:-1]
+    firsts = np.flatnonzero(new)  # a distinct time each
     train, validation, _ = map(float, options.splits)
     places = [round(len(firsts) * train), round(len(firsts) * (train + validation))]
     never = np.iinfo(np.int64).max

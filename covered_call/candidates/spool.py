@@ -103,6 +103,22 @@ class Spool:
         self.context = True
         self.recent.clear()
 
+    def by_decision(self) -> list[np.ndarray]:
+        """(D,) each, of all decisions: underlying, exit_style, time, spot, and the number of candidates, int32.
+
+        They are read again, for the parts that they came in would be in memory beside the whole.
+        """
+        kinds = (np.int32, np.int32, np.int64, np.float64, np.int32)
+        found = [np.empty(len(self), kind) for kind in kinds]
+        for (name, index), start, end in zip(self.blocks, self.starts, self.starts[1:], strict=False):
+            with pa.memory_map(self.path(name)) as file:  # what is not looked at is not read
+                batch = pa.ipc.open_file(file).get_batch(index)
+                sizes = np.diff(batch.column("candidates").offsets.to_numpy())
+                columns = (*(batch.column(column).to_numpy() for column in BY_DECISION[:-1]), sizes)
+                for whole, part in zip(found, columns, strict=True):
+                    whole[start:end] = part
+        return found
+
     def take(self, places: np.ndarray) -> Columns:
         """The decisions at these places, in their order."""
         numbers = np.searchsorted(self.starts, places, side="right") - 1

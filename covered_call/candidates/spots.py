@@ -32,16 +32,18 @@ class Spots:
         """
         self.tolerance = round(options.expiry_tolerance * HOUR)
         # Step by step, for of very many decisions each array that is not there counts.
-        order = np.flatnonzero(spot > 0)  # a placeholder row may have none
-        order = order[np.lexsort((time[order], underlying[order]))]
-        last = np.ones(len(order), bool)
-        last[:-1] = changes(time[order]) | changes(underlying[order])
-        order = order[last]
-        self.bounds = np.searchsorted(underlying[order], np.arange(underlyings + 1))
-        as_given = len(order) == len(time) and (order[1:] > order[:-1]).all()
-        self.time, self.spot = (time, spot) if as_given else (time[order], spot[order])
-        # How many gaps, longer than twice the tolerance, lie before each time.
-        self.gaps = np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
+        same, later = underlying[1:] == underlying[:-1], time[1:] > time[:-1]
+        as_given = (np.where(same, later, underlying[1:] > underlying[:-1]) & (spot[1:] > 0)).all()
+        if not (as_given and (spot[:1] > 0).all()):
+            order = np.flatnonzero(spot > 0)  # a placeholder row may have none
+            order = order[np.lexsort((time[order], underlying[order]))]
+            last = np.ones(len(order), bool)
+            last[:-1] = changes(time[order]) | changes(underlying[order])
+            order = order[last]
+            underlying, time, spot = underlying[order], time[order], spot[order]
+        self.time, self.spot = time, spot
+        # Of the same type, or the search would make another array.
+        self.bounds = np.searchsorted(underlying, np.arange(underlyings + 1, dtype=underlying.dtype))
 
     def search(self, underlying: np.ndarray, time: np.ndarray, side) -> np.ndarray:
         """The places (C,) at which these times stand among those of their underlying, as np.searchsorted has them."""
@@ -61,6 +63,11 @@ class Spots:
         has = after < self.bounds[underlying + 1]
         late[has] = self.time[after[has]] - time[has]
         return np.where(np.minimum(early, late) <= tolerance, after - (early <= late), -1)
+
+    @functools.cached_property
+    def gaps(self) -> np.ndarray:
+        """(N,) int32: how many gaps, longer than twice the tolerance, lie before each time."""
+        return np.cumsum(np.diff(self.time, prepend=self.time[:1]) > 2 * self.tolerance, dtype=np.int32)
 
     @functools.cached_property
     def low(self) -> np.ndarray:

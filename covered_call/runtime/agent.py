@@ -97,15 +97,8 @@ agent.yaml, with its defaults:
   broker: {price: mid, fill_timeout: 60, reprices: 3, on_difference: halt}   # of the testnet
 """
 MODES = ("replay", "shadow", "paper", "testnet")
-ASIDE = (
-    "doctor",
-    "kill",
-    "explain",
-    "report",
-    "settle",
-    "export",
-    "diff",
-)  # modules of their own, each with a main and a parse_arguments
+# Modules of their own, each with a main and a parse_arguments.
+ASIDE = ("doctor", "kill", "explain", "report", "settle", "export", "diff")
 # Rules of risk that would stop everything, for what they look at is not known there.
 UNKNOWN_IN = {
     "replay": ("spread", "open_interest", "no_bid", "max_iv", "min_iv"), "shadow": ("no_equity",), "paper": (),

@@ -58,10 +58,10 @@ class Gate(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Prints each gate as it is known; returns 1 if one fails, else 0."""
     start_logging()
-    args, words = parse_arguments(arguments)
+    args = parse_arguments(arguments)
     gates, run = [], is_run(Path(args.folder))
     with plain_errors(args, RecipeError, PolicyError):
-        for gate in gates_of(Path(args.folder), run, args.config, words):
+        for gate in gates_of(Path(args.folder), run, args.config, args.words):
             print(f"{gate.status:<8}{gate.name:<14}{gate.said}", flush=True)
             gates.append(gate)
         if args.json:
@@ -305,8 +305,8 @@ def check_training(stage: str, command: Command, folder: Path | None) -> str:
 # Command line
 
 
-def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What was typed for the gates, and the keys for the recipe."""
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """What was typed for the gates; in ``words`` the keys for the recipe."""
     parser = argparse.ArgumentParser(
         prog="covered-call verify", description=__doc__, formatter_class=Help, allow_abbrev=False,
         usage="covered-call verify FOLDER [--config NAME] [--json FILE] [--KEY VALUE ...]",
@@ -318,4 +318,5 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         help=f"the recipe to be trained on the CSVs: {', '.join(BOTH)}, or the path of one; default: ranking",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the gates here too, as JSON; default: not")
-    return parser.parse_known_args(arguments)
+    args, args.words = parser.parse_known_args(arguments)
+    return args

@@ -18,11 +18,12 @@ its own.
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from covered_call import atomic
 from covered_call.candidates.data_options import Help, add_data_options, backtest_of, flags, typed
-from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.options import CONTEXT, CoveredCallCandidatesConfig, options_of
 from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.tables import align
@@ -61,7 +62,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"Saved {', '.join(str(folder / name) for name in (FILE_NAME, *made))}: {gates_text(fitted.gates)}")
     if args.deploy:
         deploy(fitted, Path(args.deploy), args.force)
-    print(f"Next: judge it on the test split: covered-call evaluate --baselines-only --q_scorer {folder / FILE_NAME}")
+    told = context_words(backtest.options)
+    print(
+        "Next: judge it on the test split: covered-call evaluate --baselines-only --q_scorer "
+        f"{folder / FILE_NAME}{told}"
+    )
+
+
+def context_words(options: CoveredCallCandidatesConfig) -> str:
+    """The options of the market's context as a command line has them: what a scorer is judged with, too."""
+    known = {one: getattr(options, one.name) for one in options_of(type(options), CONTEXT)}
+    changed = {one.name: value for one, value in known.items() if value != one.default}
+    words = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in changed.items()}
+    return "".join(f" --{name} {shlex.join(map(str, its))}" for name, its in words.items())
 
 
 def deploy(fitted: Fitted, path: Path, force: bool) -> None:

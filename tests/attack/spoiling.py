@@ -173,6 +173,21 @@ def spoil_distant_cells(rng: random.Random, table: Table) -> tuple[Table, str]:
     return put(table, chosen)
 
 
+def write_oddly(rng: random.Random, table: Table) -> tuple[Table, str]:
+    """Cells here and there that mean what they did, and sometimes one that does not."""
+    cells = []
+    for _ in range(rng.randint(1, 6)):
+        line, column = any_row(rng, table), rng.randrange(len(table[0]))
+        text = table[line][column]
+        ways = [f" {text}", f"{text}\t", f"\u2003{text} "]
+        if table[0][column] == "strategy":
+            ways += ["a\nb", "a,b\r\n", 'a "b"', "a" * 70_000]
+        elif re.fullmatch(r"[\d.]+", text) and column > 3:
+            ways += [f"+{text}", f"0{text}", f"{text}e0"]
+        cells.append((line, column, rng.choice(ways)))
+    return put(table, cells + [draw_cell(rng, table)] * (rng.random() < 0.2))
+
+
 def is_fault(table: Table) -> bool:
     try:
         return not understand(text_of(table).encode("utf-8", "surrogatepass"))
@@ -283,7 +298,7 @@ def move_field(rng: random.Random, table: Table) -> tuple[Table, str]:
     return table, f"field {place + 1} of line {line + 1} has moved to {to + 1}"
 
 
-TABLES = [spoil_cell] * 24 + [spoil_cells] * 3 + [
+TABLES = [spoil_cell] * 24 + [spoil_cells] * 3 + [write_oddly] * 5 + [
     swap_rows, swap_rows, drop_row, drop_row, repeat_row, repeat_row, move_row, move_row, move_row, shuffle_rows,
     shuffle_and_spoil, shuffle_and_spoil, shuffle_and_spoil, sort_rows, repeat_header, drop_column, add_column,
     rename_column, turn_columns, tear_row, lengthen_row, move_field,

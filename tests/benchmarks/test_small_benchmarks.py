@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import SCRIPT, decision, import_script, write_csv
+from conftest import SCRIPT, decision, import_script, time, write_csv
 from datasets import Dataset
+from markets import walk
 
 from covered_call.language_model.manifest import MANIFEST
 from covered_call.training.recipe import parse_recipe
@@ -28,6 +29,17 @@ def test_loading_stands_beside_what_one_would_write_first(monkeypatch, capsys):
     assert [name for name, _ in rows] == ["here", "generator", "csv + map"]
     assert all(int(peak) > 50 for _, peak in rows)
     assert ", 500 rows, " in printed
+
+
+def test_each_policy_stands_with_each_context_and_its_interval(monkeypatch, capsys, tmp_path):
+    path = write_csv(tmp_path / "a.csv", walk(150))
+    vols = tmp_path / "vols_BTC.csv"
+    vols.write_text("time,vol\n" + "".join(f"{time(day)[:10]},{50 + day % 9}\n" for day in range(-9, 150)))
+    options = ("--data_files", path, "--folds", 2, "--context_vols", vols)
+    printed = printed_by("context", monkeypatch, capsys, *options)
+    rows = re.findall(r"^(\S.*?)  +(none|spot|spot, dvol)  +\d+ of \d+ +\d\.\d{3} +\d\.\d{3} +[+-]", printed, re.M)
+    assert len(rows) == 18 and len(set(rows)) == 9
+    assert printed.index("Paid at the files' vol") < printed.index("Paid at the market's vol")
 
 
 def test_label_scoring_stands_beside_generating_and_separate_passes(monkeypatch, capsys):

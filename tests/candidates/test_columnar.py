@@ -84,6 +84,44 @@ def test_other_writings_of_a_table_are_read_as_columns_too(tmp_path, monkeypatch
     )
 
 
+ODD = {  # of a row, what the row parser takes and Arrow, or a parser that looks at lines alone, may not
+    "blanks around words": lambda row: row | {"underlying": " BTC\t", "action": f"{row['action']} "},
+    "numbers in other words": lambda row: (
+        row | {"dte": f" +{row['dte']}", "iv": f"0{row['iv']}", "score": f"{row['score']}e0"}
+    ),
+    "blanks around a spot": lambda row: row | {"spot": f" {row['spot']} "},
+    "a note of two lines": lambda row: row | {"strategy": 'as "planned",\r\nor not'},
+    "a long note": lambda row: row | {"strategy": "x" * 40_000},
+}
+
+
+@pytest.mark.parametrize("block", [150, 1_500, 1 << 22])
+@pytest.mark.parametrize("odd", ODD)
+def test_a_row_that_is_written_oddly_is_read_with_the_columns_of_the_others(tmp_path, monkeypatch, odd, block):
+    monkeypatch.setattr(csv_blocks, "BLOCK", block)
+    rows = [ODD[odd](row) if place in (3, 4, 17, 27) else row for place, row in enumerate(history(16))]
+    rows[-4:] = [row | {"decision_time": row["decision_time"].removesuffix("+00:00")} for row in rows[-4:]]
+    (decisions, said), as_columns = both_ways(Path(write_csv(tmp_path / "a.csv", rows)))
+    assert decisions == logged_of(read_decisions([write_csv(tmp_path / "plain.csv", history(16))], OPTIONS).columns())
+    lines = len(rows) + 4 * (odd == "a note of two lines") - 2
+    assert as_columns and any(f"line {lines}: decision_time has no offset" in line for line in said)
+
+
+@pytest.mark.parametrize("on_bad_rows", ["error", "skip"])
+def test_what_is_wrong_in_a_row_that_is_written_oddly_is_said(tmp_path, monkeypatch, on_bad_rows):
+    monkeypatch.setattr(csv_blocks, "BLOCK", 1_500)
+    rows = history(16)
+    rows[20] = ODD["a note of two lines"](rows[20])
+    rows[30]["iv"] = " 70 %"
+    path = Path(write_csv(tmp_path / "a.csv", rows))
+    options = CoveredCallCandidatesConfig(on_bad_rows=on_bad_rows)
+    (found, said) = outcome(path, options)
+    wrong = "line 33, column iv: '70 %' is not a number" in str(found)
+    assert wrong if on_bad_rows == "error" else len(found) == len({row["decision_time"] for row in rows}) - 1
+    with row_by_row():
+        assert outcome(path, options) == (found, said)
+
+
 def test_the_line_of_the_first_time_without_an_offset_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_blocks, "BLOCK", 400)
     rows = history()
@@ -156,8 +194,8 @@ def test_files_that_go_on_side_by_side_are_as_one(tmp_path, monkeypatch):
 
 def test_a_file_of_which_columns_are_doubted_stands_among_others(tmp_path):
     rows = history()
-    odd = write_csv(tmp_path / "b.csv", decision(20, spot="100.0") + [decision(21, spot="1e2")[0]])
-    Path(odd).write_text(Path(odd).read_text().replace("1e2", " 1e2"))
+    one, other, *_ = decision(20)
+    odd = write_csv(tmp_path / "b.csv", [one | {"spot": "58000"}, other | {"spot": "58000.0"}])
     paths = [write_csv(tmp_path / "a.csv", rows), odd, write_csv(tmp_path / "c.csv", decision(30))]
     with taken() as files:
         found = logged_of(read_decisions(paths, OPTIONS).columns())

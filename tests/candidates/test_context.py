@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import random
 
 import numpy as np
@@ -9,10 +10,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from attack.columns import row_by_row
-from conftest import REAL_DATA, decision, needs_real_data, no_candidates, read_candidates, records, time, write_csv
+from conftest import (
+    REAL_DATA,
+    decision,
+    needs_real_data,
+    no_candidates,
+    on_the_default_stack,
+    read_candidates,
+    records,
+    time,
+    write_csv,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covered_call.candidates.builder import CoveredCallCandidates
 from covered_call.candidates.columns import DAY, columns_of, logged_of, words_of
 from covered_call.candidates.context import (
     Prices,
@@ -36,6 +48,7 @@ from covered_call.candidates.context_ohlcv import (
     seen_at,
 )
 from covered_call.candidates.decisions import read_decisions
+from covered_call.candidates.export import main
 from covered_call.candidates.leaks import find_leaks, render_splits
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import (
@@ -45,9 +58,12 @@ from covered_call.candidates.prompts import (
     shown_to,
     version_with,
 )
+from covered_call.candidates.scale_out import made_by
 from covered_call.candidates.schema import COLUMNS, CandidatesError, Decision
 from covered_call.candidates.series import HOUR
 from covered_call.market.teacher import Past, penalty
+
+pytestmark = on_the_default_stack
 
 ON = CoveredCallCandidatesConfig(context="spot", splits="train")
 
@@ -163,30 +179,22 @@ def test_a_vol_is_ranked_among_those_before():
     assert np.isnan(ranks_of(alike, time, np.full(4, 0.7))).all()
 
 
-def test_the_shape_of_a_chain_s_vols():
+def test_the_shape_of_a_chain_s_vols(tmp_path):
     candidates = [(0.30, 7, 0.62), (0.24, 7, 0.60), (0.18, 7, 0.57), (0.26, 14, 0.65), (0.20, 14, None)]
     rows = [
         row
         for place, (delta, dte, iv) in enumerate(candidates)
         for row in decision(0, None, strikes=(63_000 + place,), delta=delta, dte=dte, iv="" if iv is None else iv)
     ]
-    (entry,) = read_candidates_of(rows)
-    columns = columns_of([entry, dataclasses_free(entry, iv=0.7)])
+    (entry,) = read_candidates([write_csv(tmp_path / "a.csv", rows)], CoveredCallCandidatesConfig(splits="train"))
+    columns = columns_of([entry, changed(entry, iv=0.7)])
     shape = shapes_of(columns)
     assert vols_at_target(columns).tolist() == [0.60, 0.7]
     assert shape["iv_skew"][0] == pytest.approx(0.57 - 0.62) and shape["iv_term"][0] == pytest.approx(0.65 - 0.60)
     assert np.isnan(shape["iv_skew"][1]) and np.isnan(shape["iv_term"][1])  # all alike: it says nothing
 
 
-def read_candidates_of(rows: list[dict]):
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        return read_candidates([write_csv(Path(folder) / "a.csv", rows)], CoveredCallCandidatesConfig(splits="train"))
-
-
-def dataclasses_free(entry, **changed):
+def changed(entry, **changed):
     """The same with some numbers of all its candidates changed."""
     market = entry.decision
     return entry._replace(
@@ -206,7 +214,8 @@ def test_realised_vol_of_the_candidates_own_ratio_but_not_of_the_teacher_s_exact
 # Point in time
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.no_cover
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.floats(10, 1000)), min_size=2, max_size=150),
     st.data(),
@@ -239,7 +248,7 @@ def varied(spots, seed: int) -> list[dict]:
 def test_a_load_is_told_the_same_whatever_comes_later(tmp_path):
     rows = varied(walk(90), 1)
     whole = contexts([write_csv(tmp_path / "whole.csv", rows)])
-    for day in (0, 20, 60, 88):
+    for day in (20, 60):
         early = [row for row in rows if row["decision_time"] <= time(day)]
         later = [
             {**row, "spot": 2 * float(row["spot"]), "iv": 0.5} for row in rows if row["decision_time"] > time(day)
@@ -382,6 +391,24 @@ def test_no_prompt_names_its_answer(path):
     for name in ("per_candidate", "per_decision_ranking"):
         config = dataclasses.replace(options, name=name)
         assert find_leaks(render_splits({"train": entries}, config), config) == []
+
+
+def test_chats_are_exported_with_it_and_a_cluster_refuses(path, tmp_path):
+    main(["--input", path, "--context", "spot", "--output_dir", str(tmp_path)])
+    asked = [one["messages"] for one in map(json.loads, (tmp_path / "a_per_candidate.jsonl").read_text().splitlines())]
+    assert asked == [one["messages"] for one in records(path, context="spot", splits="train")]
+    with pytest.raises(CandidatesError, match="context='spot': a cluster's tasks do not see the market's history"):
+        made_by(ON)
+
+
+def test_another_file_of_vols_or_bars_is_another_key_of_the_cache(path, tmp_path):
+    told = {"data_files": path, "config_name": "q_values", "context": "spot", "cache_dir": str(tmp_path)}
+    vols = vol_file(tmp_path, 60)
+    keys = [CoveredCallCandidates(**told).cache_dir, CoveredCallCandidates(**told, context_vols=vols).cache_dir]
+    vol_file(tmp_path, 60, 80.0)
+    keys.append(CoveredCallCandidates(**told, context_vols=vols).cache_dir)
+    keys.append(CoveredCallCandidates(**told | {"context": "none"}).cache_dir)
+    assert len(set(keys)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,7 +589,8 @@ def test_a_bar_counts_once_it_has_ended_at_the_time_of_the_price():
     assert np.isnan(seen_at(bars, np.array([200 * DAY]))["close"][0, -1])
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.no_cover
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 120), st.integers(0, 10**6), st.sampled_from(["1d", "1h"]), st.floats(-24, 24))
 def test_no_bar_that_has_not_ended_changes_a_number(ended, seed, bar, offset):
     width, rng = BARS[bar], np.random.default_rng(seed)

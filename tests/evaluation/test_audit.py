@@ -23,6 +23,14 @@ def test_the_audit_passes_by_default_and_names_the_score_rule(backtest, capsys):
     assert len(re.findall(r"score rule +1\.000 +1\.000 +1\.000", printed)) == 2
 
 
+def test_the_audit_of_prompts_with_a_context_passes_and_names_the_columns_of_the_user_s(tmp_path, capsys):
+    rows = [row | {"funding": day / 100} for day in range(60) for row in decision(day, day % 3 if day % 4 else None)]
+    path = write_csv(tmp_path / "a.csv", rows, [*rows[0]])
+    assert audit.main(["--data_files", path, "--context", "spot", "--context_columns", "funding"]) == 0
+    said = capsys.readouterr().out
+    assert "context_columns: funding stand in the prompts" in said and "Passed: no prompt names its answer." in said
+
+
 def test_the_audit_fails_with_hindsight(backtest, capsys):
     status, printed = run(capsys, "--hindsight", "--data_files", backtest)
     assert status == 1

@@ -312,7 +312,7 @@ def test_the_files_are_named_and_laid_out_as_the_teachers_are(backtest, load):
         f"training_candidates_BTC_20260101_20260108_{style}" for style in (HOLD, ROLL)
     ]
     quoted = ["bid", "ask", "mark", "open_interest", "outcome_days"]
-    assert list(rows[HOLD][0]) == [*COLUMNS, *quoted]
+    assert list(rows[HOLD][0]) == [*COLUMNS, *quoted, "put_call_oi", "atm_iv"]
     for path in backtest.paths:
         assert load(data_files=str(path), splits="train")["train"].num_rows == 5
         labels = load("per_decision_ranking", data_files=str(path), splits="train")["train"]["label"]

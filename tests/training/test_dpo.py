@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from covered_call import tuning
+from covered_call.candidates.context_lines import SPOT
+from covered_call.candidates.prompts import version_with
 from covered_call.evaluation import evaluate
 from covered_call.language_model.manifest import PolicyError, hash_of
 from covered_call.language_model.policy import Policy
@@ -69,12 +71,19 @@ def changed(start, tmp_path, **changes) -> str:
 @pytest.mark.parametrize(
     "changes, error",
     [
-        ({"task": "per_candidate"}, "is a fine-tune of per_candidate: pairs are answers to per_decision_rank"),
+        (
+            {"task": "per_candidate", "tasks": ["per_candidate"]},
+            "is a fine-tune of per_candidate: pairs are answers to per_decision_rank",
+        ),
         ({"prompt_version": "another"}, "tuned on prompts of version another"),
         ({"finished": None}, "has not finished"),
         ({"base_revision": "sha256:0"}, "not the one that .* was tuned on"),
         ({"adapter": False}, "of all weights.*only an adapter can be gone on with"),
         ({"recipe": {"candidate_order": "csv"}}, "was shown candidates in csv order: set candidate_order"),
+        (
+            {"context": [*SPOT], "prompt_version": version_with(SPOT)},
+            "was told ret_1d, .*these options tell nothing",
+        ),
         (
             {"splits": {"train": {"to": "2024-11-15T00:00:00+00:00"}}},
             "up to 2024-11-15, and validation begins on 2024-11-04",

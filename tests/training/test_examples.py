@@ -70,13 +70,14 @@ def test_a_shuffle_is_another_one_each_epoch_and_spares_validation(corpus):
     assert all(names == sorted(names) for names in shown(splits["validation"]))
 
 
-def test_an_epochs_shuffle_is_that_of_load_candidates_though_nothing_is_read_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("context", ["none", "spot"])
+def test_an_epochs_shuffle_is_that_of_load_candidates_though_nothing_is_read_again(tmp_path, monkeypatch, context):
     """Also of decisions with one candidate or none, blank numbers, and outcomes that are known."""
     rows = [row for day in range(40) for row in decision(day, sold=day % 3 if day % 4 else None, dte=1.5, iv="")]
     rows += [no_candidates(day) for day in range(40, 45)] + decision(45, sold=0, strikes=(0.55,), spot=0.5)
     rows += [row for day in range(46, 70) for row in decision(day, sold=day % 7, strikes=range(60000, 67000, 1000))]
     path, seed = write_csv(tmp_path / "a.csv", rows), 3
-    options = {"data_files": path, "splits": (0.8, 0.2, 0.0), "cache_dir": str(tmp_path / "arrow")}
+    options = {"data_files": path, "splits": (0.8, 0.2, 0.0), "cache_dir": str(tmp_path / "arrow"), "context": context}
     train = load_candidates("per_decision_ranking", seed=seed, **options)["train"]
     ordered = [
         load_candidates("per_decision_ranking", candidate_order="shuffle", seed=seed + epoch, **options)["train"]

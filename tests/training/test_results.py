@@ -97,7 +97,7 @@ def test_a_tuned_model_is_loaded_only_with_the_prompts_and_the_base_it_was_tuned
     tuned = model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj").lora_B.default.weight
     assert tuned.abs().max() > 0 and tokenizer.chat_template and manifest["quantization"] == "int4"
     assert load_tuned(tmp_path / "out", quantization="none")[0] is not None
-    monkeypatch.setattr("covered_call.language_model.manifest.PROMPT_VERSION", "another")
+    monkeypatch.setattr("covered_call.language_model.manifest.version_with", lambda names: "another")
     with pytest.raises(PolicyError, match="tuned on prompts of version .* now renders version another"):
         load_tuned(tmp_path / "out")
     monkeypatch.undo()

@@ -12,6 +12,8 @@ from markets import SPLITS, day, rich_if_volatile, walk
 from covered_call import atomic
 from covered_call.candidates import builder
 from covered_call.candidates.columns import columns_of
+from covered_call.candidates.context_lines import SPOT
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Candidate, Decision, LoggedDecision
 from covered_call.evaluation import audit, evaluate
 from covered_call.value_model import q_scorer
@@ -58,6 +60,16 @@ def test_the_same_command_makes_the_same_file(backtest, tmp_path):
     for name in ("one", "other"):
         run("--data_files", backtest, *SPLITS, "--folds", 0, "--output_dir", tmp_path / name)
     assert (tmp_path / "one" / "q_scorer.zip").read_bytes() == (tmp_path / "other" / "q_scorer.zip").read_bytes()
+
+
+def test_a_scorer_of_the_market_s_context_is_judged_with_it(backtest, tmp_path, capsys):
+    run("--data_files", backtest, *SPLITS, "--context", "spot", "--folds", 0, "--output_dir", tmp_path / "q")
+    said = capsys.readouterr().out
+    assert said.strip().endswith("q_scorer.zip --context spot")
+    assert read(tmp_path / "q" / "q_scorer.zip").metadata["context"] == list(SPOT)
+    assert q_scorer.context_words(CoveredCallCandidatesConfig()) == ""
+    told = CoveredCallCandidatesConfig(context="spot", context_columns=["a b", "c"], context_vols="d.csv")
+    assert q_scorer.context_words(told) == " --context spot --context_columns 'a b' c --context_vols d.csv"
 
 
 def test_friction_and_horizon_lower_and_shorten_what_is_learnt(backtest, tmp_path):
