@@ -72,10 +72,11 @@ logger = logging.getLogger("covered_call_candidates")
 
 MODULES = (
     "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
-    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains",
-    "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
+    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "score_terms", "explanations", "spots",
+    "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
+    "builder",
 )
-MADE_FROM = "0865c93142e368281fb445005b0021bf824fa1ade6184d748aede00e63162186"  # their SHA-256
+MADE_FROM = "3434fb1b91e48e6ea29e19d806e523dceb7d688c7fc16c286ffb21326b9f8f44"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -455,6 +456,18 @@ RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
+class Grounds(NamedTuple):
+    """What explanations take beside a decision itself; see explanations.grounds_of.
+
+    Args:
+        formula: which gives the scores; None if none is known to.
+        cuts: of "trade" and "other" answers, the scores at which a third and two thirds of the training split's lie.
+    """
+
+    formula: str | None
+    cuts: dict[str, list[float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """D decisions and their R candidates; those of decision i are the rows offsets[i] to offsets[i + 1].
@@ -473,6 +486,7 @@ class Columns:
     numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
     context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
+    grounds: dict[str, Grounds] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
 
     def __len__(self) -> int:
         return len(self.time)
@@ -539,6 +553,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
         label_end=np.concatenate([part.label_end for part in parts]),
         context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
+        grounds=parts[0].grounds,
     )
 
 
@@ -708,7 +723,7 @@ PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
-DATA, CONTEXT, PROMPTS, SPLITS = "data", "market context", "prompts", "splits"
+DATA, CONTEXT, ANSWERS, PROMPTS, SPLITS = "data", "market context", "answers", "prompts", "splits"
 OUTCOMES, PAIRS = "outcomes and costs", "pairs"
 
 
@@ -804,6 +819,12 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "for the teacher's files",
         most=24,
         least=-24,
+    )
+    explain: bool = option(
+        False,
+        ANSWERS,
+        "BOOL",
+        "answers of chats give a strength and a reason behind the answer, of what the prompt shows",
     )
     hindsight: bool = option(
         False,
@@ -962,6 +983,8 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
             )
+        if self.explain and self.name in ("preference", "q_values"):
+            raise CandidatesError(f"explain is for {' and '.join(CHATS)}, not for {self.name}, which has no answer.")
         self.check_context()
         self.check_splits()
 
@@ -2518,11 +2541,13 @@ class State:
         check_numbers(rows, placeholder, self.options)
         chosen = check_choice(rows, sizes, placeholder)
         self.count_misnamed(rows, ~placeholder)
-        names = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
+        underlying, exit_style = (
+            self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")
+        )
         left = ~placeholder
         sizes = np.where(placeholder[rows.starts], 0, sizes)
         return Columns(
-            tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
+            tuple(self.names), underlying, exit_style, rows.time[rows.starts], rows.spot[rows.starts], chosen,
             np.concatenate([[0], np.cumsum(sizes)]),
             pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
             {name: rows.numbers[name][left] for name in READ_NUMBERS},
@@ -3621,6 +3646,553 @@ def market_vols(known: Prices, time: np.ndarray) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# score_terms
+#
+# What a teacher's score is made of: its terms and what it loses, each by its name.
+
+
+THRESHOLD, TARGET_DTE = 3.0, 7.0  # the best score is sold from here on
+DELTA_WIDTH, DTE_WIDTH = 0.10, 2.0
+MOST_SCORE = 10.0
+PAST = ("dist_ma50", "ret_30d", "ret_7d", "rv_7d")  # without all of these nothing is lost
+# What each of the penalties takes.
+PENALTIES = {"near_strike": 1.0, "rally": 0.5, "fall": 0.5, "calm": 0.5, "stretched": 0.5}
+BEAR, BULL = (number_of_word("regime", word) for word in CONTEXT_WORDS["regime"][::2])
+
+
+def teacher_terms(ivrv, delta, dte, premium_pct=0.0, target_dte: float = TARGET_DTE) -> dict[str, np.ndarray]:
+    """(K,) each: how rich the vol is, how near the delta and the days to expiry are to what is wanted, and the
+    premium in percent of spot.
+
+    Args:
+        ivrv: implied over realised vol; NaN counts as 1.
+    """
+    ivrv = np.where(np.isnan(ivrv), 1.0, ivrv)
+    return {
+        "richness": 3 * (np.clip(ivrv, 1, 1.5) - 1) / 0.5,
+        "nearness": 2 * np.maximum(0, 1 - abs(abs(delta) - TARGET_DELTA) / DELTA_WIDTH),
+        "on_time": 1.5 * np.maximum(0, 1 - abs(dte - target_dte) / DTE_WIDTH),
+        "premium": 2 * np.clip(premium_pct, 0, 1.5) / 1.5,
+    }
+
+
+def penalties_of(moneyness: np.ndarray, regime, past: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(K,) each, by the names of PENALTIES: strikes close above spot and a steep rise in a bull market, a falling week
+    in a bear market, a short vol below 30 % a year, a spot far from its mean. Nothing where the past is unknown.
+
+    Args:
+        moneyness: strike over spot.
+        regime: as a context has it, of CONTEXT_WORDS.
+        past: the numbers of a context that PAST names.
+    """
+    distance, month, week, short_vol = (past[name] for name in PAST)
+    known, bull, bear = ~np.isnan(distance + month + week + short_vol), regime == BULL, regime == BEAR
+    holds = {
+        "near_strike": bull & (moneyness - 1 < 0.05),
+        "rally": bull & (month > 0.25),
+        "fall": bear & (week < -0.10),
+        "calm": (short_vol > 0) & (short_vol < 0.30),
+        "stretched": abs(distance) > 0.20,
+    }
+    return {name: PENALTIES[name] * (known & its) for name, its in holds.items()}
+
+
+def teacher_score(terms: dict[str, np.ndarray], lost: dict[str, np.ndarray]) -> np.ndarray:
+    return np.clip(sum(terms.values()) - sum(lost.values()), 0, MOST_SCORE)
+
+
+def simulated_terms(ivrv, delta, dte, premium_yield) -> dict[str, np.ndarray]:
+    """(K,) each: the same of the simulated sample's rule (data/simulate_backtest.py), all of which add up.
+
+    Args:
+        premium_yield: the premium over spot.
+    """
+    ivrv = np.where(np.isnan(ivrv), 1.0, ivrv)
+    return {
+        "richness": 5 * np.clip(ivrv - 1, -0.5, 0.5),
+        "nearness": -20 * abs(delta - TARGET_DELTA),
+        "on_time": -0.1 * abs(dte - TARGET_DTE),
+        "premium": 3.9 + 50 * (premium_yield - 0.01),
+    }
+
+
+def scores_by(formula: str, columns: Columns, context: dict[str, np.ndarray]) -> np.ndarray:
+    """(R,) what a formula gives each candidate; NaN where it takes a past that is not known.
+
+    Args:
+        formula: "teacher" or "simulated".
+        context: (D,) each; see context_of.
+    """
+    numbers, rows = columns.numbers, columns.decision_of
+    spot = columns.spot[rows]
+    ivrv, delta, dte = (numbers[name] for name in ("ivrv_ratio", "delta", "dte"))
+    if formula == "simulated":
+        premium = black_scholes_call(spot, numbers["strike"], dte / DAYS_PER_YEAR, numbers["iv"])
+        return np.add.reduce(list(simulated_terms(ivrv, delta, dte, premium / spot).values()))
+    past = {name: context[name][rows] for name in PAST}
+    lost = penalties_of(numbers["strike"] / spot, context["regime"][rows], past)
+    return np.where(np.isnan(sum(past.values())), np.nan, teacher_score(teacher_terms(ivrv, delta, dte), lost))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explanations
+#
+# Why an answer was given, in a few sentences whose every number is in the prompt, or follows from what is.
+#
+# Each sentence is a clause with a condition: the same clauses make the texts, and judge those of a model. Nothing here
+# takes an outcome: what is said is made of what the prompt shows, as it is rounded there.
+
+
+STRENGTHS = ("WEAK", "MODERATE", "STRONG")
+STRENGTH, REASON = "\nStrength: ", "\nReason: "
+FORMULAS = ("teacher", "simulated")
+FITS, CLOSE, LEAST = 0.999, 1e-6, 30  # of the rows that a formula can be tried on: the share, how near, and how many
+SLIGHT = 0.005  # less of a score is not told apart from rounding
+
+
+class Clause(NamedTuple):
+    """A sentence, and the name of the condition under which it is true.
+
+    Of ``says``, a name in braces is a number that is computed anew, or a word; the others are constants.
+    """
+
+    says: str
+    when: str
+
+
+ABOUT = (
+    Clause("No call is offered.", "nothing"),
+    Clause("Call {index} has the highest score of {count}.", "best"),
+    Clause(f"Score {{score}} is {{gap}} above the threshold {THRESHOLD:.2f}.", "above"),
+    Clause(f"Score {{score}} is {{gap}} below the threshold {THRESHOLD:.2f}.", "below"),
+    Clause("Score is {score}.", "unmeasured"),
+    Clause("It is the highest of {count}.", "highest"),
+    Clause("It is number {rank} of {count} by score.", "outscored"),
+    Clause("The score does not explain this answer.", "unexplained"),
+    Clause("Only one call is sold at a time, and the others are not shown.", "alone"),
+)
+LOST = (
+    Clause("A strike {above_spot} from spot in a bull regime costs {near_strike}.", "near_strike"),
+    Clause("A 30-day return of {ret_30d} in a bull regime costs {rally}.", "rally"),
+    Clause("A 7-day return of {ret_7d} in a bear regime costs {fall}.", "fall"),
+    Clause("A 7-day vol of {rv_7d} costs {calm}.", "calm"),
+    Clause("A spot {dist_ma50} from its 50-day mean costs {stretched}.", "stretched"),
+)
+REST = Clause("Terms not shown here: {rest}.", "rest")
+# Where no formula is known, and nothing is left but to compare.
+COMPARED = (
+    Clause("Delta {delta} is number {delta_rank} of {count}, the highest first.", "ranked"),
+    Clause("Delta is {delta}.", "single"),
+    Clause("DTE is {dte} days.", "plain"),
+    Clause("IV is {ivrv_ratio} times realised vol.", "plain_ivrv"),
+    Clause("The 30-day return is {ret_30d} in a {regime} regime.", "plain_regime"),
+)
+
+
+def part_clauses(*most: str) -> tuple[Clause, ...]:
+    """The sentences on nearness, time and richness, with what each of them can be at most."""
+    near, time, rich = most
+    return (
+        Clause(f"Delta {{delta}} is {{off}} from the target {TARGET_DELTA:.2f} ({{nearness}}{near}).", "parts"),
+        Clause(f"DTE {{dte}} days is on target ({{on_time}}{time}).", "on_target"),
+        Clause(f"DTE {{dte}} days is {{late}} from the target {TARGET_DTE:.0f} ({{on_time}}{time}).", "off_target"),
+        Clause(f"IV is {{ivrv_ratio}} times realised vol ({{richness}}{rich}).", "parts_ivrv"),
+    )
+
+
+CLAUSES = {
+    "teacher": (*ABOUT, *part_clauses(" of 2.00", " of 1.50", " of 3.00"), *LOST, REST, *COMPARED),
+    "simulated": (*ABOUT, *part_clauses("", "", ""), REST, *COMPARED),
+    None: (*ABOUT, *COMPARED),
+}
+NUMBER = r"[+-]?\d+(?:\.\d+)?%?"
+SPELT = {"regime": "[a-z]+"}
+
+
+class Shown(NamedTuple):
+    """What prompts show of the (K,) calls that explanations are about, as they round it; NaN where there is none.
+
+    Args:
+        numbers: (K,) each: those of the call and of the market, as fractions.
+        count: of the calls that are shown.
+        index, rank, delta_rank: from 1: the call's place among them, and by score and by delta, the highest first.
+        sells: whether the answer is to sell it.
+    """
+
+    task: str
+    numbers: dict[str, np.ndarray]
+    count: np.ndarray
+    index: np.ndarray
+    rank: np.ndarray
+    delta_rank: np.ndarray
+    sells: np.ndarray
+
+
+class Statements(NamedTuple):
+    """What can be said of (K,) answers: of each clause whether it is true, and the texts of its numbers.
+
+    Args:
+        strength: the words.
+        score: (K,) the score that an answer is about, NaN where there is no call.
+    """
+
+    clauses: tuple[Clause, ...]
+    holds: dict[str, np.ndarray]
+    texts: dict[str, pa.StringArray]
+    strength: pa.StringArray | None
+    score: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def read_back(values: np.ndarray, text: Callable[[float], str]) -> np.ndarray:
+    """(K,) float64: the numbers as a prompt's text gives them back; a percentage is a fraction again."""
+
+    def number(said: str) -> float:
+        return float(said.rstrip("%")) / (100 if said.endswith("%") else 1)
+
+    distinct, places = np.unique(values, return_inverse=True)
+    found = [np.nan if np.isnan(value) else number(text(value)) for value in distinct.tolist()]
+    return np.array(found, np.float64)[places] if len(found) else np.zeros(0)
+
+
+SHOWN = {"strike": exact, "dte": days, "delta": ratio, "score": ratio, "iv": ratio, "ivrv_ratio": ratio}
+
+
+def shown_of(columns: Columns, task: str, picks: np.ndarray) -> Shown:
+    """Of the answers to a task's prompts, of which nothing but the state of a decision is taken.
+
+    Args:
+        picks: of per_decision_ranking (D,) the place of the call that is sold, -1 for no trade: then it is about the
+            highest score; of per_candidate (R,) whether the call is sold.
+    """
+    state = {name: columns.numbers[name] for name in STATE}
+    ranking = task == "per_decision_ranking"
+    if ranking:
+        sells = picks >= 0
+        best = first_of(columns, np.ones(len(columns.decision_of), bool), -state["score"])
+        rows = np.where(sells, columns.offsets[:-1] + picks, best)
+        of = np.arange(len(columns))
+    else:
+        sells, rows, of = picks.astype(bool), np.arange(len(columns.decision_of)), columns.decision_of
+    names = [name for name in SHOWN if not ranking or columns.context or name not in ("iv", "ivrv_ratio")]
+    empty = np.full(len(rows), np.nan)
+    numbers = {name: np.append(state[name], np.nan)[rows] for name in names}  # -1 is of no call
+    numbers = dict.fromkeys(SHOWN, empty) | {name: read_back(numbers[name], SHOWN[name]) for name in names}
+    numbers["spot"] = read_back(columns.spot[of], money)
+    for name in (*PAST, "regime"):
+        values = columns.context.get(name, np.full(len(columns), np.nan))[of]
+        numbers[name] = (
+            values if name == "regime" else read_back(values, lambda value, name=name: text_of(name, value))
+        )
+    return Shown(task, numbers, *places_of(columns, rows, ranking), sells)
+
+
+def places_of(columns: Columns, rows: np.ndarray, ranking: bool) -> tuple[np.ndarray, ...]:
+    """(K,) each: count, index, rank by score and by delta of the calls in these rows, as ``Shown`` has them."""
+    if not ranking:
+        ones = np.ones(len(rows), np.int64)
+        return ones, ones, ones, ones
+    ranks = []
+    for name in ("score", "delta"):
+        shown = read_back(columns.numbers[name], ratio)
+        higher = shown > np.append(shown, np.nan)[rows][columns.decision_of]
+        ranks.append(1 + np.bincount(columns.decision_of, higher, len(columns)).astype(np.int64))
+    return np.diff(columns.offsets), rows - columns.offsets[:-1] + 1, *ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be said
+
+
+def statements_of(shown: Shown, grounds: Grounds) -> Statements:
+    numbers, terms, lost = shown.numbers, *terms_of(shown, grounds)
+    rest = numbers["score"] - sum(terms.values()) + sum(lost.values()) if terms else np.zeros(len(shown.sells))
+    values = {
+        "gap": abs(numbers["score"] - THRESHOLD),
+        "off": abs(abs(numbers["delta"]) - TARGET_DELTA),
+        "late": abs(numbers["dte"] - TARGET_DTE),
+        "above_spot": numbers["strike"] / numbers["spot"] - 1,
+        "rest": rest,
+    }
+    values |= numbers | terms | lost
+    for name in PLACES:
+        values[name] = getattr(shown, name)
+    clauses = CLAUSES[grounds.formula]
+    wanted = {name for clause in clauses for name in names_of_clause(clause)}
+    texts = {
+        name: each_distinct(np.asarray(values[name]), lambda value, name=name: say(name, value)) for name in wanted
+    }
+    holds = conditions(shown, grounds, terms, rest) | {name: amount > 0 for name, amount in lost.items()}
+    return Statements(clauses, holds, texts, strengths_of(shown, grounds), numbers["score"])
+
+
+def terms_of(shown: Shown, grounds: Grounds) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(K,) each: the parts of the score that can be told from what is shown, and what it loses; nothing where
+    that does not make up the score, for numbers are rounded."""
+    numbers = shown.numbers
+    of_call = (numbers["ivrv_ratio"], numbers["delta"], numbers["dte"])
+    nothing = {name: np.zeros(len(shown.sells)) for name in PENALTIES}
+    if grounds.formula is None:
+        return {}, nothing
+    terms = teacher_terms(*of_call) if grounds.formula == "teacher" else simulated_terms(*of_call, np.nan)
+    terms = {name: terms[name] for name in ("nearness", "on_time", "richness")}
+    if grounds.formula != "teacher":
+        return terms, nothing
+    lost = penalties_of(numbers["strike"] / numbers["spot"], numbers["regime"], {name: numbers[name] for name in PAST})
+    explained = abs(numbers["score"] - sum(terms.values()) + sum(lost.values())) < SLIGHT
+    return terms, {name: np.where(explained, amount, 0.0) for name, amount in lost.items()}
+
+
+def conditions(shown: Shown, grounds: Grounds, terms: dict, rest: np.ndarray) -> dict[str, np.ndarray]:
+    """(K,) bool each, by the names of the clauses' conditions."""
+    numbers, ranking = shown.numbers, shown.task == "per_decision_ranking"
+    there, ivrv = ~np.isnan(numbers["score"]), ~np.isnan(numbers["ivrv_ratio"])
+    high, top = numbers["score"] >= THRESHOLD, shown.rank == 1
+    # At its ends a score is cut, and no sum of its parts.
+    parts = there & bool(terms) & (numbers["score"] > 0) & (numbers["score"] < MOST_SCORE)
+    plain, measured = there & ~parts, there & (grounds.formula is not None)
+    by_score = np.where(shown.sells, top & (high | ~measured), ~(high & measured) | (not ranking))
+    return {
+        "nothing": ~there,
+        "best": there & ~shown.sells & ranking,
+        "above": measured & high,
+        "below": measured & ~high,
+        "unmeasured": there & ~measured,
+        "highest": there & shown.sells & ranking & top,
+        "outscored": there & shown.sells & ranking & ~top,
+        "unexplained": there & ~by_score,
+        "alone": measured & ~shown.sells & high & (not ranking),
+        "parts": parts,
+        "on_target": parts & (numbers["dte"] == TARGET_DTE),
+        "off_target": parts & (numbers["dte"] != TARGET_DTE),
+        "parts_ivrv": parts & ivrv,
+        "rest": parts & (abs(rest) >= SLIGHT),
+        "ranked": plain & ranking,
+        "single": plain & (not ranking),
+        "plain": plain,
+        "plain_ivrv": plain & ivrv,
+        "plain_regime": plain & ~np.isnan(numbers["regime"] + numbers["ret_30d"]),
+    }
+
+
+def strengths_of(shown: Shown, grounds: Grounds) -> pa.StringArray | None:
+    """How far the score is from the threshold, on the answer's side of it: thirds of the training split's answers. The
+    threshold is the same for all, so that the scores themselves can be cut. None without cuts."""
+    if not grounds.cuts:
+        return None
+    score, ends = (
+        shown.numbers["score"],
+        np.array([grounds.cuts["other"], grounds.cuts["trade"]])[shown.sells.astype(int)],
+    )
+    above = (score[:, None] >= ends).sum(axis=1)
+    place = np.where(shown.sells, above, 2 - (score[:, None] > ends).sum(axis=1))
+    return pa.array(STRENGTHS).take(pa.array(np.where(np.isnan(score), 2, place)))
+
+
+SIGNED = ("nearness", "on_time", "richness", "rest")
+PLACES = ("count", "index", "rank", "delta_rank")
+
+
+def say(name: str, value: float | None) -> str:
+    """A number as an explanation has it: as the prompt does, or to two places."""
+    if value is None:
+        return ""
+    if name == "regime":
+        return word_of(name, value) or ""
+    if name in PLACES:
+        return str(int(value))
+    if name in PAST:
+        return text_of(name, value)
+    if name == "delta" or name == "off":
+        return ratio(value)
+    if name in ("dte", "late"):
+        return days(round(value, 2))
+    if name == "above_spot":
+        return f"{100 * value:+.2f}%"
+    rounded = round(value, 2) + 0.0
+    return f"{rounded:+.2f}" if name in SIGNED else f"{rounded:.2f}"
+
+
+def names_of_clause(clause: Clause) -> list[str]:
+    return re.findall(r"{(\w+)}", clause.says)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+def explanations(columns: Columns, task: str, picks: np.ndarray, grounds: Grounds) -> pa.StringArray:
+    """(K,) what follows on each answer: the line of its strength, and that of its reason.
+
+    Args:
+        picks: as shown_of takes them.
+    """
+    return texts_of(statements_of(shown_of(columns, task, picks), grounds))
+
+
+def texts_of(statements: Statements) -> pa.StringArray:
+    sentences = []
+    for clause in statements.clauses:
+        its = statements.holds[clause.when]
+        if its.any():
+            said = filled(f" {clause.says}", {name: statements.texts[name] for name in names_of_clause(clause)})
+            sentences.append(pc.if_else(pa.array(its), said, ""))
+    if not len(statements.score):
+        return pa.array([], pa.string())
+    head = [] if statements.strength is None else [STRENGTH, statements.strength]
+    reason = REASON.rstrip()  # each sentence begins with a blank
+    return pc.binary_join_element_wise(*head, reason, *sentences, "")
+
+
+def explain(
+    decision: Decision, answer: str, grounds: Grounds, task: str = "per_decision_ranking", place: int = 0
+) -> str:
+    """An answer with its explanation, of a decision whose candidates stand as its prompt shows them.
+
+    Args:
+        grounds: of a model's manifest; Grounds("teacher", {}) says what the teacher's score is made of, and gives no
+            strength.
+        place: of per_candidate: which candidate is asked about.
+    """
+    return answer + texts_of(statements_about(decision, answer, grounds, task, place))[0].as_py()
+
+
+def statements_about(decision: Decision, answer: str, grounds: Grounds, task: str, place: int = 0) -> Statements:
+    """What can be said of one answer."""
+    if task == "per_candidate":
+        decision = decision._replace(candidates=decision.candidates[place : place + 1])
+        picks = np.array([answer == SELL_CALL])
+    else:
+        pick = pick_of(answer)
+        picks = np.array([-1 if pick is None else pick])
+    return statements_of(shown_of(columns_of([LoggedDecision(decision, None, ())]), task, picks), grounds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it rests on
+
+
+def grounds_of(parts: Iterable[Columns], known: Known, task: str) -> Grounds:
+    """Which formula gives the scores of all these decisions, and the thirds of their scores by answer.
+
+    Args:
+        known: of their markets.
+        task: of whose answers the thirds are.
+    """
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in FORMULAS}
+    scores, sells = [np.zeros(0)], [np.zeros(0, bool)]
+    for columns in parts:
+        context = context_of(columns, known)
+        for name, found in errors.items():
+            error = abs(scores_by(name, columns, context) - columns.numbers["score"])
+            found.append(error[~np.isnan(error)])
+        picks = (
+            columns.chosen if task == "per_decision_ranking" else columns.place == columns.chosen[columns.decision_of]
+        )
+        shown = shown_of(columns, task, picks)
+        there = ~np.isnan(shown.numbers["score"])
+        scores.append(shown.numbers["score"][there])
+        sells.append(shown.sells[there])
+    fits = [name for name, found in errors.items() if formula_fits(np.concatenate([np.zeros(0), *found]))]
+    return Grounds(fits[0] if fits else None, thirds_of(np.concatenate(scores), np.concatenate(sells)))
+
+
+def formula_fits(errors: np.ndarray) -> bool:
+    return len(errors) >= LEAST and bool((errors <= CLOSE).mean() >= FITS)
+
+
+def thirds_of(scores: np.ndarray, sells: np.ndarray) -> dict[str, list[float]]:
+    """Where the scores of either answer are cut into thirds; of one that does not occur, where those of all are."""
+    cuts = {}
+    for name, its in (("trade", sells), ("other", ~sells)):
+        of = scores[its] if its.any() else scores
+        cuts[name] = np.round(np.quantile(of, (1 / 3, 2 / 3)), 4).tolist() if len(of) else [0.0, 0.0]
+    return cuts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging a text
+
+
+class Verdict(NamedTuple):
+    """Of one text.
+
+    Args:
+        valid: whether it has the three lines, an admissible answer, a word for the strength, and an end.
+        grounded: whether each number of its reason stands in the prompt, or follows from it as a clause says.
+        true: whether each sentence is a clause that is true here, with the right numbers.
+        consistent: whether answer and strength are those that were decided, and the score is told.
+        words: of the reason.
+    """
+
+    valid: bool
+    grounded: bool
+    true: bool
+    consistent: bool
+    words: int
+
+
+def judge_explanation(
+    text: str, prompt: str, answer: str, admissible: list[str], said: Statements, place: int
+) -> Verdict:
+    """Holds a text to what can be said.
+
+    Args:
+        answer: that was decided.
+        said: of the answers that were decided, of which this is at ``place``.
+    """
+    lines = re.fullmatch(rf"(\S+){STRENGTH}(\S+){REASON}(.*)", text)
+    if not lines:
+        return Verdict(False, False, False, False, 0)
+    first, strength, reason = lines.groups()
+    sentences = re.split(r"(?<=\.) ", reason)
+    found = [clause_of(sentence, said, place) for sentence in sentences]
+    right = said.strength is not None and strength == said.strength[place].as_py()
+    told = any(clause and clause.when in ("nothing", "above", "below", "unmeasured") for clause in found)
+    loose = [number for one, clause in zip(sentences, found, strict=True) if not clause for number in numbers_in(one)]
+    return Verdict(
+        first in admissible and strength in STRENGTHS and reason.endswith("."),
+        set(loose) <= set(numbers_in(prompt)),
+        all(found),
+        first == answer and right and told,
+        len(reason.split()),
+    )
+
+
+def clause_of(sentence: str, said: Statements, place: int) -> Clause | None:
+    """The clause that says this, if it is true and its numbers are right."""
+    for clause in said.clauses:
+        if said.holds[clause.when][place] and (numbers := re.fullmatch(pattern_of(clause), sentence)):
+            expected = {name: said.texts[name][place].as_py() for name in numbers.groupdict()}
+            if all(same(stated, expected[name]) for name, stated in numbers.groupdict().items()):
+                return clause
+    return None
+
+
+def pattern_of(clause: Clause) -> str:
+    """What a clause's sentence looks like, whatever its numbers."""
+    pieces = re.split(r"{(\w+)}", clause.says)
+    slots = [f"(?P<{name}>{SPELT.get(name, NUMBER)})" for name in pieces[1::2]]
+    texts = [re.escape(text) for text in pieces[::2]]
+    return "".join(text + slot for text, slot in zip(texts, [*slots, ""], strict=True))
+
+
+def same(stated: str, expected: str) -> bool:
+    """Whether two texts say the same number, in the same unit, as it is rounded here; or the same word."""
+    if not re.fullmatch(NUMBER, stated):
+        return stated == expected
+    return stated.endswith("%") == expected.endswith("%") and float(stated.rstrip("%")) == float(expected.rstrip("%"))
+
+
+def numbers_in(text: str) -> list[str]:
+    """Without their sign, as units and dates write one, too."""
+    return [number.lstrip("+-").rstrip("%") for number in re.findall(NUMBER, text)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # spots
 #
 # Spots by underlying and time, from the decisions of the files themselves.
@@ -4667,6 +5239,7 @@ class Spool:
         self.schema = pa.schema([*SPOOLED, *((name, pa.float64()) for name in own)])
         self.context = False  # whether there are files of what is computed of each decision, and
         self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
+        self.grounds: dict[str, Grounds] = {}  # by task, if answers are to be explained
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -4761,7 +5334,8 @@ class Spool:
     def block(self, number: int) -> Columns:
         known = self.recent.pop(number, None)
         self.keep(number, self.read_block(number) if known is None else known)
-        return dataclasses.replace(self.recent[number], names=tuple(self.names))  # some may have come since
+        # Some of both may have come since.
+        return dataclasses.replace(self.recent[number], names=tuple(self.names), grounds=self.grounds)
 
     def keep(self, number: int, block: Columns) -> None:
         self.recent[number] = block
@@ -5075,6 +5649,15 @@ def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
+    """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
+    grounds = decisions.spool.grounds
+    if task not in grounds:
+        parts = map(decisions.columns, decisions.batches(numbers))
+        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+    return grounds[task]
+
+
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:
     """The decisions with what computes their outcomes.
 
@@ -5279,7 +5862,7 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
         "per_candidate",
         options,
         {
-            "messages": candidate_chats(columns, market, labels, options.hindsight),
+            "messages": candidate_chats(columns, market, said(labels, columns, sold, options), options.hindsight),
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
@@ -5296,7 +5879,9 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
         "per_decision_ranking",
         options,
         {
-            "messages": ranking_chats(columns, market, labels, options.hindsight),
+            "messages": ranking_chats(
+                columns, market, said(labels, columns, columns.chosen, options), options.hindsight
+            ),
             **decision_columns(columns, market),
             "label": labels,
             "trade_executed": pa.array(~untraded),
@@ -5308,6 +5893,16 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
             **context_columns_of(columns),
         },
     )
+
+
+def said(
+    labels: pa.StringArray, columns: Columns, picks: np.ndarray, options: CoveredCallCandidatesConfig
+) -> pa.StringArray:
+    """(K,) what the assistant says: the label, and what explains it, if that is asked for."""
+    if not options.explain:
+        return labels
+    reasons = explanations(columns, options.name, picks, columns.grounds[options.name])
+    return pc.binary_join_element_wise(labels, reasons, "")
 
 
 def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:
@@ -5617,6 +6212,8 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
         decisions = backtest.decisions
+        if self.config.explain:
+            backtest.grounds(self.config.name)
         for name, numbers in backtest.numbers.items():
             numbers = with_record(decisions, numbers, self.config)
             if len(numbers):
@@ -5725,6 +6322,10 @@ class Backtest:
     def numbers(self) -> dict[str, np.ndarray]:
         """Of those of each split, by time; see split_places."""
         return split_places(self.decisions.time, self.decisions.label_end, self.options)
+
+    def grounds(self, task: str) -> Grounds:
+        """What explanations of a task's answers rest on, of the training split."""
+        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

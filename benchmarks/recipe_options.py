@@ -1,4 +1,5 @@
-"""What options of the recipes do to the tiny model, over three seeds: balance, order of candidates, dropout.
+"""What options of the recipes do to the tiny model, over three seeds: balance, order of candidates, dropout,
+explained answers.
 
     python benchmarks/recipe_options.py                     # all parts, over an hour on 2 cores
     python benchmarks/recipe_options.py --part ranking --seeds 0 1
@@ -26,8 +27,9 @@ PARTS = {
         {"candidate_order": "shuffle", "balance": "none"},
     ],
     "dropout": [{"lora_dropout": dropout} for dropout in (0.0, 0.05)],
+    "explained": [{"explain": explained} for explained in (False, True)],
 }
-DATASETS = {"per_candidate": "per_candidate", "ranking": "per_decision_ranking", "dropout": "per_candidate"}
+DATASETS = {part: "per_decision_ranking" if part == "ranking" else "per_candidate" for part in PARTS}
 
 
 def tune(part: str, options: dict, seed: int, folder: Path, max_steps: int) -> dict[tuple[str, str], float]:

@@ -16,8 +16,8 @@ import numpy as np
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
-from covered_call.candidates.columns import Columns, logged_of
-from covered_call.candidates.decisions import Decisions, hashes_of, read_decisions
+from covered_call.candidates.columns import Columns, Grounds, logged_of
+from covered_call.candidates.decisions import Decisions, grounds_for, hashes_of, read_decisions
 from covered_call.candidates.options import (
     OUTCOMES,
     PATHS,
@@ -159,6 +159,8 @@ class CoveredCallCandidates(  # ty: ignore[incompatible-method-override]  # _pre
         self.backtest = None  # num_proc sends the builder to each process
         generators = []
         decisions = backtest.decisions
+        if self.config.explain:
+            backtest.grounds(self.config.name)
         for name, numbers in backtest.numbers.items():
             numbers = with_record(decisions, numbers, self.config)
             if len(numbers):
@@ -267,6 +269,10 @@ class Backtest:
     def numbers(self) -> dict[str, np.ndarray]:
         """Of those of each split, by time; see split_places."""
         return split_places(self.decisions.time, self.decisions.label_end, self.options)
+
+    def grounds(self, task: str) -> Grounds:
+        """What explanations of a task's answers rest on, of the training split."""
+        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

@@ -227,11 +227,13 @@ class State:
         check_numbers(rows, placeholder, self.options)
         chosen = check_choice(rows, sizes, placeholder)
         self.count_misnamed(rows, ~placeholder)
-        names = [self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")]
+        underlying, exit_style = (
+            self.codes(rows.words[name])[rows.codes[name][rows.starts]] for name in ("underlying", "exit_style")
+        )
         left = ~placeholder
         sizes = np.where(placeholder[rows.starts], 0, sizes)
         return Columns(
-            tuple(self.names), *names, rows.time[rows.starts], rows.spot[rows.starts], chosen,
+            tuple(self.names), underlying, exit_style, rows.time[rows.starts], rows.spot[rows.starts], chosen,
             np.concatenate([[0], np.cumsum(sizes)]),
             pa.array(rows.words["instrument"], pa.string()).take(pa.array(rows.codes["instrument"][left])),
             {name: rows.numbers[name][left] for name in READ_NUMBERS},

@@ -5,6 +5,7 @@ import datetime
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,18 @@ RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
 
 
+class Grounds(NamedTuple):
+    """What explanations take beside a decision itself; see explanations.grounds_of.
+
+    Args:
+        formula: which gives the scores; None if none is known to.
+        cuts: of "trade" and "other" answers, the scores at which a third and two thirds of the training split's lie.
+    """
+
+    formula: str | None
+    cuts: dict[str, list[float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """D decisions and their R candidates; those of decision i are the rows offsets[i] to offsets[i + 1].
@@ -45,6 +58,7 @@ class Columns:
     numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
     context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
+    grounds: dict[str, Grounds] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
 
     def __len__(self) -> int:
         return len(self.time)
@@ -111,6 +125,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
         label_end=np.concatenate([part.label_end for part in parts]),
         context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
+        grounds=parts[0].grounds,
     )
 
 

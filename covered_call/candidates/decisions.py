@@ -15,10 +15,20 @@ import numpy as np
 
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
-from covered_call.candidates.columns import OUTCOME_DAYS, Columns, ascend, columns_of, in_batches, label_ends, time_of
+from covered_call.candidates.columns import (
+    OUTCOME_DAYS,
+    Columns,
+    Grounds,
+    ascend,
+    columns_of,
+    in_batches,
+    label_ends,
+    time_of,
+)
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
 from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
+from covered_call.candidates.explanations import grounds_of
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
@@ -241,6 +251,15 @@ def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
         return None
     path, given = options.ohlcv_files, (options.bar, options.label_offset_hours)
     return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
+
+
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
+    """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
+    grounds = decisions.spool.grounds
+    if task not in grounds:
+        parts = map(decisions.columns, decisions.batches(numbers))
+        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+    return grounds[task]
 
 
 def settled(decisions: Decisions, rolls: list[Rolls], options: CoveredCallCandidatesConfig) -> Decisions:

@@ -16,9 +16,11 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import find_csvs
+from covered_call.candidates.context_lines import context_names
 from covered_call.candidates.data_options import Help, add_option, flags, typed
-from covered_call.candidates.decisions import Decisions, read_decisions
+from covered_call.candidates.decisions import Decisions, grounds_for, read_decisions
 from covered_call.candidates.options import (
+    ANSWERS,
     CHATS,
     CONTEXT,
     DATA,
@@ -35,13 +37,15 @@ from covered_call.candidates.options import (
 )
 from covered_call.candidates.prompts import ROLES, filled
 from covered_call.candidates.records import RECORDS
-from covered_call.candidates.schema import CandidatesError
+from covered_call.candidates.schema import Candidate, CandidatesError
 from covered_call.command_line import plain_errors
 
-ENGINES = ("local", "ray")
+ENGINES, FORMATS = ("local", "ray"), ("messages", "nested")
 # Of a decision that stands in two files: each file is exported for itself.
 OPTIONS = [
-    option for option in options_of(CoveredCallCandidatesConfig, DATA, CONTEXT, PROMPTS) if option.name != "duplicates"
+    option
+    for option in options_of(CoveredCallCandidatesConfig, DATA, CONTEXT, ANSWERS, PROMPTS)
+    if option.name != "duplicates"
 ]
 PAIRING = options_of(PreferenceConfig, PAIRS)
 LABELS = {"preference": "chosen_label", "q_values": "source"}  # what the summary counts, of chats the label
@@ -56,19 +60,23 @@ LINE = (
 )
 
 
-def write_jsonl(path: str, decisions: Decisions, config: CoveredCallCandidatesConfig) -> collections.Counter:
-    """Writes one ``{"messages": [...]}`` a line, of a config without chats the whole record; whole or not at all.
+def write_jsonl(
+    path: str, decisions: Decisions, config: CoveredCallCandidatesConfig, format: str = "messages"
+) -> collections.Counter:
+    """Writes one ``{"messages": [...]}``, or ``{"input": {...}, "output": {...}}``, a line, of a config without chats
+    the whole record; whole or not at all.
 
     Returns:
         The counts of its labels.
     """
+    if config.explain:
+        grounds_for(config.name, decisions, decisions.numbers, config)
     labels = collections.Counter()
     bar = tqdm(total=len(decisions.place), desc=os.path.basename(path), unit=" decisions", disable=None)
     with atomic.replacing(path) as file, bar:
         for batch in decisions.batches(decisions.numbers):
             records = RECORDS[config.name](decisions.columns(batch), config)
-            chats = config.name in CHATS
-            file.write(json_lines(records["messages"].combine_chunks()) if chats else record_lines(records))
+            file.write(lines_of(records, config, format))
             labels.update(records[LABELS.get(config.name, "label")].to_pylist())
             bar.update(len(batch))
     return labels
@@ -82,6 +90,32 @@ def json_lines(chats: pa.ListArray) -> pa.Buffer | bytes:
     places = np.arange(len(contents)).reshape(len(chats), len(ROLES)).T
     lines = filled(LINE, {role: contents.take(pa.array(its)) for role, its in zip(ROLES, places, strict=True)})
     return lines.buffers()[2]
+
+
+def lines_of(records: pa.Table, config: CoveredCallCandidatesConfig, format: str) -> pa.Buffer | bytes:
+    if config.name not in CHATS:
+        return record_lines(records)
+    return nested_lines(records, config) if format == "nested" else json_lines(records["messages"].combine_chunks())
+
+
+def nested_lines(records: pa.Table, config: CoveredCallCandidatesConfig) -> bytes:
+    """Of each record what was known, and what is answered: {"input": {...}, "output": {"answer": ..., ...}}."""
+    given = ["decision_id", "decision_time", "underlying", "exit_style", *context_names(config)]
+    lines = []
+    for row in records.to_pylist():
+        calls = [{name: call[name] for name in Candidate._fields} for call in row.get("candidates", [row])]
+        first = row["candidates"][0] if row.get("candidates") else row
+        said = {name: row[name] for name in given} | {"spot": first.get("spot")}
+        lines.append({"input": said | {"candidates": calls}, "output": output_of(row["messages"][-1]["content"])})
+    return "".join(
+        json.dumps(line, ensure_ascii=False, default=datetime.datetime.isoformat) + "\n" for line in lines
+    ).encode()
+
+
+def output_of(text: str) -> dict[str, str]:
+    """An answer, with its strength and its reason if it has them."""
+    answer, *more = text.split("\n")
+    return {"answer": answer} | {name.lower(): said for name, _, said in (line.partition(": ") for line in more)}
 
 
 def record_lines(records: pa.Table) -> bytes:
@@ -130,6 +164,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=ENGINES, default="local",
         help="this process, or a Ray cluster that is there already (pip install 'covered-call-candidates[ray]'); "
         "default: %(default)s")  # fmt: skip
+    parser.add_argument("--format", choices=FORMATS, default="messages",
+        help="of a line: a chat, or nested input and output, what was known and what is answered; default: "
+        "%(default)s")  # fmt: skip
     for option in OPTIONS:
         add_option(parser, option)
     group = parser.add_argument_group("splits, with --engine ray; outcomes, with it or of preference and q_values")
@@ -155,7 +192,7 @@ def export(args: argparse.Namespace) -> None:
     for source, decisions in read.items():
         for name, path in export_paths(source, args.output_dir, args.configs).items():
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            labels = write_jsonl(path, decisions, config_for(name, options))
+            labels = write_jsonl(path, decisions, config_for(name, options), args.format)
             shares = [(label or "unknown", count / labels.total()) for label, count in labels.most_common()]
             balance = ", ".join(f"{label} {share:.1%}" for label, share in shares)
             print(f"{path}: {labels.total()} records of {len(decisions.place)} decisions ({balance})")
@@ -190,6 +227,9 @@ def export_on_ray(args: argparse.Namespace, options: dict) -> None:
     from covered_call.candidates.scale_out import RayCluster, export_parquet
     from covered_call.candidates.shared_folder import find_inputs
 
+    for name, value in (("explain", options.get("explain")), ("format", args.format == "nested")):
+        if value:
+            raise CandidatesError(f"{name} goes with engine='local': the parts of a cluster are chats with answers.")
     if args.output_dir is None:
         raise CandidatesError("engine='ray' writes into a folder that all nodes see: give it as output_dir.")
     sources, config = find_inputs(args.input), config_for("per_candidate", options)

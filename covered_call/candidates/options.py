@@ -31,7 +31,7 @@ PATHS = ("iv_file", "context_vols", "ohlcv_files")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
-DATA, CONTEXT, PROMPTS, SPLITS = "data", "market context", "prompts", "splits"
+DATA, CONTEXT, ANSWERS, PROMPTS, SPLITS = "data", "market context", "answers", "prompts", "splits"
 OUTCOMES, PAIRS = "outcomes and costs", "pairs"
 
 
@@ -127,6 +127,12 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "for the teacher's files",
         most=24,
         least=-24,
+    )
+    explain: bool = option(
+        False,
+        ANSWERS,
+        "BOOL",
+        "answers of chats give a strength and a reason behind the answer, of what the prompt shows",
     )
     hindsight: bool = option(
         False,
@@ -285,6 +291,8 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
             raise CandidatesError(
                 f"hindsight is for {' and '.join(CHATS)}, not for {self.name}, where outcomes are to be learnt."
             )
+        if self.explain and self.name in ("preference", "q_values"):
+            raise CandidatesError(f"explain is for {' and '.join(CHATS)}, not for {self.name}, which has no answer.")
         self.check_context()
         self.check_splits()
 

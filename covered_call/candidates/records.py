@@ -19,6 +19,7 @@ from covered_call.candidates.columns import (
     words_of,
 )
 from covered_call.candidates.context_lines import SAID, context_names
+from covered_call.candidates.explanations import explanations
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, horizon_columns
 from covered_call.candidates.preferences import preferred_pairs, recorded_outcomes
 from covered_call.candidates.prompts import (
@@ -42,7 +43,7 @@ def candidate_records(columns: Columns, options: CoveredCallCandidatesConfig) ->
         "per_candidate",
         options,
         {
-            "messages": candidate_chats(columns, market, labels, options.hindsight),
+            "messages": candidate_chats(columns, market, said(labels, columns, sold, options), options.hindsight),
             **{name: values.take(rows) for name, values in decision_columns(columns, market).items()},
             "label": labels,
             "trade_executed": traded.take(rows),
@@ -59,7 +60,9 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
         "per_decision_ranking",
         options,
         {
-            "messages": ranking_chats(columns, market, labels, options.hindsight),
+            "messages": ranking_chats(
+                columns, market, said(labels, columns, columns.chosen, options), options.hindsight
+            ),
             **decision_columns(columns, market),
             "label": labels,
             "trade_executed": pa.array(~untraded),
@@ -71,6 +74,16 @@ def ranking_records(columns: Columns, options: CoveredCallCandidatesConfig) -> p
             **context_columns_of(columns),
         },
     )
+
+
+def said(
+    labels: pa.StringArray, columns: Columns, picks: np.ndarray, options: CoveredCallCandidatesConfig
+) -> pa.StringArray:
+    """(K,) what the assistant says: the label, and what explains it, if that is asked for."""
+    if not options.explain:
+        return labels
+    reasons = explanations(columns, options.name, picks, columns.grounds[options.name])
+    return pc.binary_join_element_wise(labels, reasons, "")
 
 
 def preference_records(columns: Columns, options: PreferenceConfig) -> pa.Table:

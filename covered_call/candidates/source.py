@@ -6,8 +6,9 @@ from pathlib import Path
 # What makes a record, from the ground up: covered_call_candidates.py is made of these, in this order.
 MODULES = (
     "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
-    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "spots", "settlement", "chains", "vols",
-    "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records", "builder",
+    "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "score_terms", "explanations", "spots",
+    "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
+    "builder",
 )  # fmt: skip
 
 

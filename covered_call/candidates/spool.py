@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from covered_call.candidates.columns import BY_DECISION, COSTS, COUNTERFACTUAL, LOGGED, STATE, Columns, join
+from covered_call.candidates.columns import BY_DECISION, COSTS, COUNTERFACTUAL, LOGGED, STATE, Columns, Grounds, join
 from covered_call.candidates.schema import CandidatesError
 
 READ = (*STATE, *LOGGED)  # of a candidate, from the files; what is computed of it is added later
@@ -45,6 +45,7 @@ class Spool:
         self.schema = pa.schema([*SPOOLED, *((name, pa.float64()) for name in own)])
         self.context = False  # whether there are files of what is computed of each decision, and
         self.computed: pa.Schema | None = None  # of the outcomes, when they are there, too
+        self.grounds: dict[str, Grounds] = {}  # by task, if answers are to be explained
         self.recent = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -139,7 +140,8 @@ class Spool:
     def block(self, number: int) -> Columns:
         known = self.recent.pop(number, None)
         self.keep(number, self.read_block(number) if known is None else known)
-        return dataclasses.replace(self.recent[number], names=tuple(self.names))  # some may have come since
+        # Some of both may have come since.
+        return dataclasses.replace(self.recent[number], names=tuple(self.names), grounds=self.grounds)
 
     def keep(self, number: int, block: Columns) -> None:
         self.recent[number] = block

@@ -29,6 +29,7 @@ from covered_call.candidates.prompts import answer_of, present_in_order
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation.baselines import score_rule
+from covered_call.evaluation.explanation_audit import audit_explanations
 from covered_call.evaluation.labels import findings, fit_rules, label_cells, labels_of
 from covered_call.tables import align
 
@@ -49,7 +50,7 @@ def audit(args: argparse.Namespace) -> int:
     print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
     options, leaks, only_score = backtest.options, [], []
     # Read once, in the order of the files, of which those of the prompts can be made.
-    backtest = Backtest(backtest.files, dataclasses.replace(options, candidate_order="csv"))
+    shown, backtest = backtest, Backtest(backtest.files, dataclasses.replace(options, candidate_order="csv"))
     splits = {
         name: logged_of(present_in_order(backtest.decisions.columns(numbers), options)) if len(numbers) else []
         for name, numbers in backtest.numbers.items()
@@ -63,6 +64,10 @@ def audit(args: argparse.Namespace) -> int:
             only_score.append(all(share == 1.0 for share in right_on_trades))
             print(f"\n{align(cells)}")
     print(f"\n{describe_labels(backtest, options)}\n")
+    if args.explain:
+        found, told = audit_explanations(shown, {task: shown.grounds(task) for task in CHATS})
+        print("\n".join([*found, ""]))
+        leaks += told
     if all(only_score):
         print(
             "Whenever the teacher sold, the score rule sold the same call: the teacher is a rule over one number that "
@@ -162,5 +167,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add_data_options(parser)
     run = parser.add_argument_group("run")
+    run.add_argument("--explain", action="store_true", help="also the explanations of answers: what do they tell of?")
     run.add_argument("--hindsight", action="store_true", help="the prompts as rendered with hindsight")
     return typed(parser, parser.parse_args(arguments))

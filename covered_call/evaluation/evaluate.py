@@ -23,11 +23,11 @@ from datasets.utils import tqdm
 
 from covered_call import atomic, resampling
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.columns import Columns, microseconds
+from covered_call.candidates.columns import Columns, logged_of, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
-from covered_call.candidates.schema import CandidatesError, iso_time, utc
+from covered_call.candidates.schema import CandidatesError, Decision, iso_time, utc
 from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation.cases import (
@@ -35,7 +35,8 @@ from covered_call.evaluation.cases import (
     make_cases,
     markets_of,
 )
-from covered_call.evaluation.details import make_detail
+from covered_call.evaluation.details import Detail, make_detail
+from covered_call.evaluation.explanations import Judged, judge_explanations, some_of
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
 from covered_call.evaluation.questions import ask_all, read_questions
 from covered_call.evaluation.report import report_files, terminal_table, write_report
@@ -43,7 +44,7 @@ from covered_call.evaluation.rows import HODL, MODEL, Q_SCORER, RANDOM, TEACHER,
 from covered_call.evaluation.scenarios import scenarios_of
 from covered_call.evaluation.sections import Evaluation, Study
 from covered_call.evaluation.slices import regimes
-from covered_call.language_model.manifest import PolicyError, for_task, read_manifest
+from covered_call.language_model.manifest import PolicyError, for_task, grounds_in, read_manifest
 from covered_call.value_model.learning import Fitted, Predicted, QScorerError, fit
 from covered_call.value_model.scorer import QScorer, picks_of
 from covered_call.value_model.walk_forward import candidate_pairs, compare
@@ -100,7 +101,9 @@ def evaluate(args: argparse.Namespace, task: str | None, folder: Path) -> None:
             raise CandidatesError("The train split is empty, and the baselines are fitted on it: set other splits.")
         evaluation = judge_all(args, backtest, cutoff, saved, task)
         print(terminal_table(evaluation))
-        print("\n".join([*(evaluation.study.sentences() if evaluation.study else ()), *evaluation.notes]))
+        explained = [evaluation.explained.sentence()] if evaluation.explained else []
+        studied = evaluation.study.sentences() if evaluation.study else []
+        print("\n".join([*explained, *studied, *evaluation.notes]))
         write_report(folder, report_files(evaluation))
     print(
         f"\nSaved in {folder}: report.html (all figures, plots, and how it is measured), the same as report.md, and "
@@ -142,10 +145,34 @@ def judge_all(
     study = make_study(fitted, predicted, columns, config, found) if fitted and predicted else None
     fitted_here = fitted_on(args.split, columns, rows, fitted, model)
     first = not_tuned_on(model.manifest, backtest, columns) if model else []
+    explained = explanations_by(model, columns, args.explanations) if model else None
+    said = explain_trades(model, columns, details) if explained else {}
     return Evaluation(
         args.model, args.split, backtest.files, config, backtest.decisions.replay.terms, cases, rows, trials, rule,
-        results, details, fitted_here, first, notes, study, {},
+        results, details, fitted_here, first, notes, study, explained, said,
     )  # fmt: skip
+
+
+def explanations_by(model, columns: Columns, most: int) -> Judged | None:
+    """Those of some decisions, judged; None of a model that gives answers alone."""
+    if "explains" not in model.manifest or not most:
+        return None
+    decisions = [entry.decision for entry in logged_of(columns)]
+    print(f"Writing {min(most, len(decisions))} explanations ...", flush=True)
+    return judged(model, some_of(decisions, most))
+
+
+def explain_trades(model, columns: Columns, details: list[Detail]) -> dict[int, str]:
+    """What a model that explains says of its best and worst trades, by their places, with the checks that it fails."""
+    places = sorted({trade.place for detail in details for trade in (*detail.best, *detail.worst)})
+    decisions = [entry.decision for entry in logged_of(columns.take(np.array(places, np.int64)))]
+    return dict(zip(places, judged(model, decisions).texts(), strict=True))
+
+
+def judged(model, decisions: list[Decision]) -> Judged:
+    grounds = grounds_in(Path(model.folder), model.manifest)
+    assert grounds is not None
+    return judge_explanations(model.explain(decisions), grounds, model.task)
 
 
 def fitted_on(split: str, columns: Columns, rows: list[Row], fitted: Fitted | None, model) -> set[str]:
@@ -318,6 +345,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         *flags("batch_tokens"), type=positive, metavar="N",
         help="tokens that the model reads at once; fewer need less memory and change nothing else; default: what fits "
         "in the GPU's free memory",
+    )  # fmt: skip
+    model.add_argument(
+        "--explanations", type=int, metavar="N", default=100,
+        help="of a model that explains: judge what it says of so many decisions, evenly apart; default: %(default)s",
     )  # fmt: skip
     model.add_argument(
         *flags("q_scorer"), metavar="FILE",

@@ -39,6 +39,7 @@ from covered_call.tables import align, markdown
 from covered_call.value_model.walk_forward import comparison_json, png
 
 TEXT, METRICS_FILE, PAGE = "report.md", "metrics.json", "report.html"
+EXPLANATIONS = "explanations.jsonl"
 MOST_SAID = 5  # sentences of a verdict
 VERSIONS = ("scikit-learn", "arch", "numpy", "datasets")
 HEAD = {
@@ -83,6 +84,7 @@ def report_files(evaluation: Evaluation) -> dict[str, str | bytes]:
         TEXT: "\n\n".join(map(section_text, sections)) + "\n",
         PAGE: html_of(page_of(evaluation, sections, plots)),
         **{name: png(figure) for name, figure in plots.items()},
+        **({EXPLANATIONS: evaluation.explained.lines()} if evaluation.explained else {}),
     }
 
 
@@ -90,7 +92,7 @@ def write_report(folder: Path, files: dict[str, str | bytes]) -> None:
     """All of a report or nothing of it, and nothing of the one that was there, such as the plots of another model."""
     old = []
     if (folder / METRICS_FILE).is_file():  # else the folder is not one that reports go to
-        plots = (EQUITY.format(market="*"), COSTS.format(market="*"), CALIBRATION, RELIABILITY, PAGE)
+        plots = (EQUITY.format(market="*"), COSTS.format(market="*"), CALIBRATION, RELIABILITY, PAGE, EXPLANATIONS)
         old = [path.name for pattern in plots for path in folder.glob(pattern)]
     atomic.write_together(folder, files, old)
 
@@ -173,6 +175,7 @@ def as_json(evaluation: Evaluation) -> dict:
         "details": [detail_json(result, detail) for result, detail in evaluation.overall],
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "q_scorer": study_json(evaluation.study),
+        "explanations": evaluation.explained.as_json() if evaluation.explained else None,
     }
 
 

@@ -13,6 +13,7 @@ from covered_call.candidates.terms import MAX_BIAS, MIN_CORRELATION
 from covered_call.evaluation import verdict
 from covered_call.evaluation.cases import Cases
 from covered_call.evaluation.details import Detail
+from covered_call.evaluation.explanations import Judged
 from covered_call.evaluation.extremes import Trade, cards_of
 from covered_call.evaluation.metrics import DIFFERENCES, IMITATION, IN_PERCENT, IN_USD, METRICS, VERSION, Figure
 from covered_call.evaluation.money import ALL, Held, Result
@@ -62,6 +63,7 @@ class Evaluation(NamedTuple):
         first: what must be read before any figure.
         notes: what a reader of the figures must know beside them.
         study: None if there is no Q-scorer.
+        explained: None of a model that gives answers alone.
         said: what the model says of its own answers, by the place of a decision among ``cases``.
     """
 
@@ -80,6 +82,7 @@ class Evaluation(NamedTuple):
     first: list[str]
     notes: list[str]
     study: Study | None
+    explained: Judged | None
     said: dict[int, str]
 
     @property
@@ -136,6 +139,8 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
         sections.append(Section(2, "Calibration", [*calibration_sentences(evaluation), Picture(CALIBRATION)]))
     if evaluation.study:
         sections.append(Section(2, Q_SCORER, [*study_parts(evaluation.study), Picture(RELIABILITY)]))
+    if evaluation.explained:
+        sections.append(Section(2, "Explanations", [Table("", evaluation.explained.rows())]))
     meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
     head = [f"metric (version {VERSION})", "better", ""]
     how: list[Part] = [

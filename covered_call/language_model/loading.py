@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
+from covered_call.candidates.explanations import STRENGTH
 from covered_call.candidates.schema import shown
 from covered_call.language_model.manifest import QUANTIZATIONS, PolicyError, for_task, read_manifest
 from covered_call.language_model.scoring import MemoryFull
@@ -137,21 +138,29 @@ def cut_answer(prompt: list[int], whole: list[int], special: set[int]) -> list[i
 
 
 def answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answers: list[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answers: list[str], explained: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The token ids of each answer after a prompt, through the end of its turn.
+    """The token ids of each answer after a prompt, through the end of its turn, or of its line if it is explained.
 
     Raises:
         PolicyError: if one answer's tokens begin another's, so that their scores could not be told apart. The end
-            token is what keeps 1 from beginning 10.
+            token, or the line break, is what keeps 1 from beginning 10.
     """
-    chats = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-    tokens = {answer: tuple(ids) for answer, (_, ids) in zip(answers, encode(tokenizer, chats), strict=True)}
+    more = STRENGTH if explained else ""
+    chats = [[*prompt, {"role": "assistant", "content": answer + more}] for answer in answers]
+    encoded = [ids[: first_line(tokenizer, ids) if explained else None] for _, ids in encode(tokenizer, chats)]
+    tokens = {answer: tuple(ids) for answer, ids in zip(answers, encoded, strict=True)}
     for one, short in tokens.items():
         for other, long in tokens.items():
             if one != other and long[: len(short)] == short:
                 raise PolicyError(f"The tokens of the answer {one} begin those of {other}: {short} and {long}.")
     return tokens
+
+
+def first_line(tokenizer: Any, answer: list[int]) -> int:
+    """How many tokens the first line of an answer has, with its line break; all, if there is none."""
+    breaks = (place for place, token in enumerate(answer, start=1) if "\n" in tokenizer.decode([token]))
+    return next(breaks, len(answer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from covered_call.candidates.columns import Grounds
+from covered_call.candidates.explanations import CLAUSES
 from covered_call.candidates.prompts import version_with
 
 MANIFEST, CALIBRATION, RECIPE, CHECKPOINT = "manifest.json", "calibration.json", "recipe.yaml", "checkpoint-"
@@ -68,6 +70,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     if "files" not in manifest:
         raise PolicyError(f"{folder} was saved by an older version, without hashes of its files: tune it again.")
     check_keys(path, manifest)
+    grounds_in(path, manifest)
     check_files(folder, manifest["files"])
     return manifest
 
@@ -93,6 +96,21 @@ def context_in(path: Path, manifest: dict) -> list[str]:
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise PolicyError(f"{path}: context is {names!r:.100}. Copy it again, or tune the model again.")
     return names
+
+
+def grounds_in(path: Path, manifest: dict) -> Grounds | None:
+    """What a model's explanations rest on; None of one that gives answers alone."""
+    found = manifest.get("explains")
+    if found is None:
+        return None
+    try:
+        cuts = {name: [float(cut) for cut in found["cuts"][name]] for name in ("trade", "other")}
+        grounds = Grounds(found["formula"], cuts)
+        if grounds.formula in CLAUSES and all(len(ends) == 2 for ends in cuts.values()):
+            return grounds
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise PolicyError(f"{path}: explains is {found!r:.100}. Copy it again, or tune the model again.")
 
 
 def read_json(path: Path) -> dict:

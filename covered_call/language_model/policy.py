@@ -13,6 +13,8 @@ from scipy.optimize import minimize_scalar
 from transformers import PreTrainedTokenizerBase
 
 from covered_call import atomic
+from covered_call.candidates.columns import EPOCH, Grounds
+from covered_call.candidates.explanations import explain
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import (
     admissible_answers,
@@ -22,17 +24,19 @@ from covered_call.candidates.prompts import (
     ranking_messages,
     shown_to,
 )
-from covered_call.candidates.schema import NO_TRADE, Decision, LoggedDecision, checked_decision
-from covered_call.language_model.loading import answer_tokens, chat_ids, context_limit, load_tuned
+from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, Decision, LoggedDecision, checked_decision
+from covered_call.language_model.loading import answer_tokens, chat_ids, context_limit, encode, load_tuned
 from covered_call.language_model.manifest import (
     CALIBRATION,
     TEMPERATURES,
     PolicyError,
+    grounds_in,
     is_temperature,
     read_json,
     read_temperature,
 )
 from covered_call.language_model.scoring import score_answers
+from covered_call.language_model.writing import MOST_WRITTEN, Explanation, write_on
 
 CHUNK = 2_000  # decisions whose prompts are in memory at a time
 
@@ -153,6 +157,55 @@ class Policy:
         """
         return self._score(self._check(decisions))
 
+    def explain(self, decisions: Sequence[Decision | dict]) -> list[Explanation]:
+        """What the model writes behind its answer to each decision. The answer is scored, as ``decide`` does it, and
+        then stands: no text can change it.
+
+        Raises:
+            CandidatesError, MemoryFull: as decide does.
+            PolicyError: as decide does, and for a model that was tuned to give answers alone.
+        """
+        grounds = self._grounds
+        if grounds is None:
+            raise PolicyError(f"{self.folder} gives answers alone: tune a model with explain: true.")
+        checked = self._check(decisions)
+        answers = [self._pick(decision, one) for decision, one in zip(checked, self._score(checked), strict=True)]
+        asked = [self._asked(decision, one) for decision, one in zip(checked, answers, strict=True)]
+        written = iter(self._write([one for one in asked if one.messages]))
+        nothing = explain(Decision(EPOCH, "-", "-", 0.0, ()), NO_TRADE, grounds)
+        return [one._replace(text=next(written) if one.messages else nothing) for one in asked]
+
+    @property
+    def _grounds(self) -> Grounds | None:
+        return grounds_in(self.folder, self.manifest)
+
+    def _asked(self, decision: Decision, answer: Answer) -> Explanation:
+        """The prompt that an explanation answers, and the answer, as the prompt's order has it."""
+        options = CoveredCallCandidatesConfig(candidate_order=self.candidate_order)
+        ordered, order = order_candidates(decision, options)
+        if not order:
+            return Explanation(ordered, None, [], NO_TRADE, "")
+        if self.task != "per_candidate":
+            pick = None if answer.pick is None else order.index(answer.pick)
+            return Explanation(ordered, None, ranking_messages(ordered), answer_of(pick), "")
+        best = max(range(len(order)), key=lambda place: answer.scores[answer_of(place)])
+        place = order.index(best if answer.pick is None else answer.pick)
+        label = SKIP if answer.pick is None else SELL_CALL
+        return Explanation(ordered, place, candidate_messages(ordered, ordered.candidates[place]), label, "")
+
+    def _write(self, asked: list[Explanation]) -> list[str]:
+        if not asked:
+            return []
+        prompts = chat_ids(self.tokenizer, [one.messages for one in asked], add_generation_prompt=True)
+        labels = list(dict.fromkeys(one.label for one in asked))
+        tokens = answer_tokens(self.tokenizer, asked[0].messages, labels, explained=True)
+        begun = [[*prompt, *tokens[one.label]] for prompt, one in zip(prompts, asked, strict=True)]
+        check_fits(self.model.config, max(map(len, begun)) + MOST_WRITTEN)
+        [(_, ended)] = encode(self.tokenizer, [[*asked[0].messages, {"role": "assistant", "content": labels[0]}]])
+        written = write_on(self.model, self.tokenizer, begun, ended[-1])
+        said = ([*tokens[one.label], *more] for one, more in zip(asked, written, strict=True))
+        return [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() for ids in said]
+
     def _check(self, decisions: Iterable[Decision | dict]) -> list[Decision]:
         """The decisions, each as strictly looked at as a CSV row, and of what the model was tuned on."""
         checked = []
@@ -208,7 +261,12 @@ class Policy:
         owners = [number for number, prompts in enumerate(decisions) for _ in prompts]
         prompts = chat_ids(self.tokenizer, [prompt for prompt, _ in asked], add_generation_prompt=True)
         # Answers read alike after every prompt: the preflight of its training has checked that.
-        tokens = answer_tokens(self.tokenizer, asked[0][0], list({a: None for _, answers in asked for a in answers}))
+        tokens = answer_tokens(
+            self.tokenizer,
+            asked[0][0],
+            list({a: None for _, answers in asked for a in answers}),
+            self._grounds is not None,
+        )
         answers = [[tokens[answer] for answer in given] for _, given in asked]
         check_fits(self.model.config, max(map(len, prompts)) + max(map(len, tokens.values())))
         scored = score_answers(self.model, prompts, answers, owners, self.batch_tokens)

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import columns_of, contexts_of, time_of, word_of
+from covered_call.candidates.columns import columns_of, contexts_of, floats, time_of, word_of
 from covered_call.candidates.columns import known as known_or_none
 from covered_call.candidates.context import (
     MEAN_DAYS,
+    TARGET_DELTA,
     Known,
     Prices,
     closes_until,
@@ -20,6 +21,7 @@ from covered_call.candidates.context import (
     vols_of_closes,
 )
 from covered_call.candidates.schema import CHAIN_COLUMNS, Candidate, CandidatesError, Decision, LoggedDecision, shown
+from covered_call.candidates.score_terms import THRESHOLD, penalties_of, teacher_score, teacher_terms
 from covered_call.candidates.series import Series, read_series
 from covered_call.candidates.vols import UNDERLYING
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot
@@ -36,7 +38,7 @@ class Rules:
     min_delta: float
     max_delta: float
     score: str = "backtest"  # or "live"
-    threshold: float = 3.0
+    threshold: float = THRESHOLD
     premium_in_score: bool = True
     target_dte: float = 7.0
     above_spot: bool = False  # strikes above spot alone
@@ -62,7 +64,6 @@ PRESETS = {
     ),
     "synthetic": Rules(7, 7, 0.15, 0.35, premium_in_score=False, max_candidates=26),
 }  # fmt: skip
-TARGET_DELTA, DELTA_WIDTH, DTE_WIDTH = 0.25, 0.10, 2.0
 
 
 def read_spots(pattern: str, underlying: str, *others: str) -> Series:
@@ -119,26 +120,18 @@ def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.nd
         late = (calls.dte - rules.target_dte) / rules.target_dte
         richness = np.maximum(ivrv - rules.min_ivrv, 0)
         return np.log1p(calls.mark * spot) - 5 * (delta - TARGET_DELTA) ** 2 - 2 * late**2 + richness
-    richness = 3 * (np.clip(ivrv, 1, 1.5) - 1) / 0.5
-    nearness = 2 * np.maximum(0, 1 - abs(delta - TARGET_DELTA) / DELTA_WIDTH)
-    on_time = 1.5 * np.maximum(0, 1 - abs(calls.dte - rules.target_dte) / DTE_WIDTH)
-    premium = 2 * np.clip(100 * calls.mark, 0, 1.5) / 1.5 if rules.premium_in_score else 0.0
-    return np.clip(richness + nearness + on_time + premium - penalty(calls.strike / spot, past), 0, 10)
+    premium_pct = 100 * calls.mark if rules.premium_in_score else 0.0
+    terms = teacher_terms(ivrv, calls.delta, calls.dte, premium_pct, rules.target_dte)
+    return teacher_score(terms, penalties(calls.strike / spot, past))
 
 
-def penalty(moneyness: np.ndarray, past: Past) -> np.ndarray:
-    """(C,) what the scores lose by the market's state: strikes over spot in a bull market, a falling week in a bear
-    market, a short vol below 30 % a year, a spot far from its mean. Nothing where the past is unknown."""
-    lost = np.zeros(len(moneyness))
-    _, short_vol, distance, week, month = past
-    if distance is None or month is None or week is None or short_vol is None:
-        return lost
-    trend = trend_of(distance, month)
-    if trend == "bull":
-        lost += 1.0 * (moneyness - 1 < 0.05) + 0.5 * (month > 0.25)
-    elif trend == "bear":
-        lost += 0.5 * (week < -0.10)
-    return lost + 0.5 * (0 < short_vol < 0.30) + 0.5 * (abs(distance) > 0.20)
+def penalties(moneyness: np.ndarray, past: Past) -> dict[str, np.ndarray]:
+    """(C,) each: what the scores lose by the market's state; nothing where the past is unknown."""
+    _, short_vol, distance, week, month = floats(past)
+    regime = regimes(np.array([distance]), np.array([month]))
+    return penalties_of(
+        moneyness, regime, {"dist_ma50": distance, "ret_30d": month, "ret_7d": week, "rv_7d": short_vol}
+    )
 
 
 def trend_of(distance: float, month: float) -> str | None:

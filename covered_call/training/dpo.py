@@ -219,6 +219,7 @@ def load(model: StartArguments, data: PairArguments, training: PreferenceArgumen
         commonest={RANKING: Counter(train["label"]).most_common(1)[0][0]},
         seen=seen,
         hashes=backtest.hashes,
+        grounds=None,
         mix=describe_sources(data.sources, mixture, files, seen, backtest.hashes) if mixture else None,
         chosen=chosen,
         rejected=rejected,

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_fsdp_enabled
 
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.columns import Grounds
+from covered_call.candidates.explanations import explain
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import (
     admissible_answers,
@@ -27,7 +29,7 @@ from covered_call.candidates.prompts import (
 from covered_call.candidates.records import FEATURES
 from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision
 from covered_call.language_model import loading
-from covered_call.language_model.loading import encode, load_config
+from covered_call.language_model.loading import encode, first_line, load_config
 from covered_call.language_model.tiny_phi3 import build_tiny_base, tiny_base_path
 from covered_call.training.first_checks import check_base, no_model
 from covered_call.training.keys import RANKING, ModelArguments
@@ -54,6 +56,7 @@ class Examples:
         commonest: of each task the answer that the teacher gave most often in the training split.
         seen: of each task; see tuned_on.
         hashes: of the data files by path, from before they were read.
+        grounds: of what explains the answers; None if nothing does.
         mix: what each source of a mix is, as a manifest has it; None without a mix.
     """
 
@@ -65,6 +68,7 @@ class Examples:
     commonest: dict[str, str]
     seen: dict[str, dict]
     hashes: dict[str, str]
+    grounds: Grounds | None
     mix: list[dict] | None
 
 
@@ -108,20 +112,23 @@ def cap_markets(train: Dataset, most: int) -> Dataset:
     return train.select(np.sort(np.concatenate(kept)))
 
 
-def shuffle_epochs(train: Dataset, seed: int, copies: int) -> Dataset:
+def shuffle_epochs(train: Dataset, seed: int, copies: int, grounds: Grounds | None = None) -> Dataset:
     """The training split of rankings ``copies`` times over, the candidates of each in another order.
 
     Copy e is what load_candidates makes with candidate_order="shuffle" and seed + e.
+
+    Args:
+        grounds: of the answers' explanations, if they have any.
     """
     epochs = []
     for epoch in range(copies):
         options = CoveredCallCandidatesConfig(candidate_order="shuffle", seed=seed + epoch)
-        given, said = {"options": options, "code": CODE}, f"Shuffling for epoch {epoch + 1}"
+        given, said = {"options": options, "code": CODE, "grounds": grounds}, f"Shuffling for epoch {epoch + 1}"
         epochs.append(train.map(in_another_order, fn_kwargs=given, features=train.features, desc=said))
     return concatenate_datasets(epochs)
 
 
-def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: str) -> dict:
+def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: str, grounds: Grounds | None) -> dict:
     """What of a ranking's record changes with the order of its candidates."""
     rows = record["candidates"]
     if not rows:
@@ -134,8 +141,9 @@ def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: s
     pick = pick_of(record["label"])
     pick = None if pick is None else order.index(pick)
     label = answer_of(pick)
+    said = explain(decision, label, grounds) if grounds else label
     return {
-        "messages": [*ranking_messages(decision), {"role": "assistant", "content": label}],
+        "messages": [*ranking_messages(decision), {"role": "assistant", "content": said}],
         "label": label,
         "candidates": [rows[i] for i in order],
         "chosen_index": None if pick is None else pick + 1,
@@ -190,13 +198,14 @@ def tuned_on(train: Dataset) -> dict:
 
 
 def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
-    """Token ids of each chat, with labels on its answer alone, its task, and the answers that this admits."""
+    """Token ids of each chat, with labels on its answer alone, and not on what explains it, its task, and the answers
+    that this admits."""
 
     def tokens(rows: dict, code: str) -> dict:
         shown = map(len, rows["candidates"]) if task == RANKING else [1] * len(rows["label"])
-        prompts = [chat[:-1] for chat in rows["messages"]]
+        prompts, said = zip(*((chat[:-1], chat[-1]["content"]) for chat in rows["messages"]), strict=True)
         return {
-            **encode_answers(tokenizer, prompts, rows["label"]),
+            **encode_answers(tokenizer, list(prompts), list(said), explained="\n" in said[0]),
             "answers": [admissible_answers(task, number) for number in shown],
             "task": [task] * len(prompts),
         }
@@ -206,16 +215,28 @@ def encode_split(split: Dataset, tokenizer: PreTrainedTokenizerBase, task: str) 
     return split.map(tokens, batched=True, fn_kwargs=given, remove_columns=list(unused), desc="Tokenising")
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str]) -> dict:
-    """Token ids of each prompt with its answer, and labels on the answer alone, by column."""
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict]], answers: list[str], explained: bool = False
+) -> dict:
+    """Token ids of each prompt with its answer, and labels on the answer alone, by column; of an explained one on
+    its first line."""
     chats = [
         [*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers, strict=True)
     ]
     encoded = encode(tokenizer, chats)
+    ends = [first_line(tokenizer, ids) if explained else len(ids) for _, ids in encoded]
     return {
-        "input_ids": [prompt + answer for prompt, answer in encoded],
-        "labels": [[IGNORE] * len(prompt) + answer for prompt, answer in encoded],
+        "input_ids": [prompt + ids for prompt, ids in encoded],
+        "labels": [
+            [IGNORE] * len(prompt) + ids[:end] + [IGNORE] * (len(ids) - end)
+            for (prompt, ids), end in zip(encoded, ends, strict=True)
+        ],
     }
+
+
+def prompt_length(labels: list[int]) -> int:
+    """Of a record: the tokens before its answer."""
+    return next(place for place, label in enumerate(labels) if label != IGNORE)
 
 
 def tasks_in(split: Dataset) -> dict[str, list[int]]:

@@ -203,6 +203,11 @@ def read_start(folder: str) -> dict:
             f"pairs are answers to {RANKING}, and only an adapter can be gone on with. Make one with covered-call "
             "train --config ranking, or start from a base: model_name_or_path."
         )
+    if start.get("explains"):
+        raise RecipeError(
+            f"{folder} explains its answers, and pairs are of answers alone, which would end where it goes on. Start "
+            "from a fine-tune without explain."
+        )
     return for_task(folder, start, RANKING)
 
 

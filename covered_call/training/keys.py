@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.data_options import backtest_of, recipe_keys
-from covered_call.candidates.options import CHATS, CONTEXT, DATA, OUTCOMES, PAIRS, SPLITS, PreferenceConfig, names_of
+from covered_call.candidates.options import (
+    ANSWERS,
+    CHATS,
+    CONTEXT,
+    DATA,
+    OUTCOMES,
+    PAIRS,
+    SPLITS,
+    PreferenceConfig,
+    names_of,
+)
 from covered_call.language_model.manifest import QUANTIZATIONS
 from covered_call.training.runs import RecipeError
 from covered_call.training.sources import Source, read_mix, sources_of
@@ -77,7 +87,7 @@ class StartArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
+class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
     """What load_candidates is called with; what is not given takes its default there."""
 
     mixed: ClassVar[tuple[str, ...]] = CHATS  # the configs that a mix may hold
@@ -96,6 +106,12 @@ class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
         metadata={
             "help": "Trades against SKIP or NO_TRADE in the training split: downsample draws as many of either each "
             "epoch, weight gives both the same share of the loss."
+        },
+    )
+    explanation_weight: float = field(
+        default=0.3,
+        metadata={
+            "help": "With explain: what the mean loss of an explanation's tokens counts beside that of its answer's."
         },
     )
     mix: TextAtFirst = field(
@@ -131,12 +147,16 @@ class DataArguments(recipe_keys(DATA, CONTEXT, SPLITS)):
     def __post_init__(self):
         if self.balance not in BALANCES:
             raise RecipeError(f"balance: {self.balance!r} is none of {', '.join(BALANCES)}.")
+        if not 0 <= self.explanation_weight <= 10:
+            raise RecipeError(f"explanation_weight: {self.explanation_weight} is none: give 0 to 10.")
         if self.weight_by not in get_args(WeightBy):
             raise RecipeError(f"weight_by: {self.weight_by!r} is none of {', '.join(get_args(WeightBy))}.")
         most = self.max_records_per_market
         if most is not None and (not isinstance(most, int) or most < 1):
             raise RecipeError(f"max_records_per_market: {most!r} is no number of records: give 1 or more.")
         self.mix = read_mix(self.mix, self.mixed)
+        if self.mix and self.explain:
+            raise RecipeError("explain: of a mix answers stand alone. Remove mix, or explain.")
         if self.mix and self.dataset_config not in self.configs:
             raise RecipeError(
                 f"dataset_config: {self.dataset_config} is not in the mix: it is the task that a checkpoint is chosen "
@@ -171,6 +191,8 @@ class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceC
     mixed: ClassVar[tuple[str, ...]] = ("preference",)
     dataset_config: str = field(default="preference", init=False)
     balance: Balance = field(default="none", init=False)  # each answer's own share: benchmarks/pair_balance.py
+    explain: bool | None = field(default=None, init=False)  # pairs are of answers alone
+    explanation_weight: float = field(default=0.0, init=False)
     weight_by: WeightBy = field(default="token", init=False)  # DPO's loss is a pair's
 
     def __post_init__(self):

@@ -112,7 +112,8 @@ class Read(NamedTuple):
 
 
 def read_sources(data: DataArguments, backtest: Backtest, seed: int) -> Read:
-    asked = {task: load_splits(backtest, task, seed, data.max_records_per_market) for task in data.configs}
+    more = {"explain": True} if data.explain else {}
+    asked = {task: load_splits(backtest, task, seed, data.max_records_per_market, **more) for task in data.configs}
     files = {source.name: read_chats(source.name) for source in data.sources if source.is_file}
     check_apart(files.values(), judged_prompts(asked) if files else {})
     samplers = {

@@ -20,7 +20,7 @@ from covered_call.language_model.loading import (
 )
 from covered_call.language_model.scoring import ROW_TOKENS
 from covered_call.training.cost import describe_cost
-from covered_call.training.examples import IGNORE, Examples, is_trade, tasks_in
+from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_length, tasks_in
 from covered_call.training.keys import SHORT_NAMES, DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
 from covered_call.training.mixture import describe_loss, lay_out_sources, settle_metric
@@ -83,8 +83,8 @@ def shown_splits(examples: Examples) -> dict[str, Dataset]:
 def check_records(
     name: str, split: Dataset, answers: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each record, and of its answer; RecipeError unless its loss is on exactly its answer's tokens, and its
-    control tokens are those of the chat template."""
+    """Tokens of each record, and of its answer with what explains it; RecipeError unless the answer's loss is on its
+    tokens and no others, and the record's control tokens are those of the chat template."""
     totals, learnt = np.zeros(len(split), int), np.zeros(len(split), int)
     control = control_tokens(tokenizer)
     [(prompt, answer)] = encode(tokenizer, [[{"role": role, "content": "x"} for role in ROLES]])
@@ -103,7 +103,7 @@ def check_records(
                 f"{row['label']} is {answers[row['label']]}. The tokenizer reads this answer differently after "
                 "different prompts: take another model."
             )
-        totals[index], learnt[index] = len(row["labels"]), len(label_ids)
+        totals[index], learnt[index] = len(row["labels"]), len(row["labels"]) - prompt_length(row["labels"])
     return totals, learnt
 
 

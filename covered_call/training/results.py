@@ -64,6 +64,7 @@ def describe_run(
         "data_files": {os.path.basename(path): digest for path, digest in hashes.items()},
         "prompt_version": version_with(context),
         **({"context": context} if context else {}),
+        **({"explains": examples.grounds._asdict()} if examples.grounds else {}),
         "labels": examples.labels,
         "splits": {
             name: {

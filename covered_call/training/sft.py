@@ -8,6 +8,7 @@ from peft import PeftModel
 from sklearn.metrics import accuracy_score
 from transformers import set_seed
 
+from covered_call.candidates.columns import Grounds
 from covered_call.language_model.loading import answer_tokens, load_tokenizer
 from covered_call.language_model.scoring import Scored
 from covered_call.tables import markdown
@@ -79,14 +80,17 @@ def load(model: ModelArguments, data: DataArguments, training: TrainingArguments
     """The splits in the tokens of the model, which is built here if it is the tiny one."""
     backtest = data.backtest()
     read = read_sources(data, backtest, training.seed)
+    grounds = backtest.grounds(data.dataset_config) if data.explain else None
     build_base_if_tiny(model, chats_of(read), training)
     tokenizer = load_tokenizer(model.model_name_or_path)
     train = {task: splits["train"] for task, splits in read.asked.items()}
     if data.candidate_order == "shuffle" and RANKING in train:
-        shuffle_rankings(read, training)
+        shuffle_rankings(read, training, grounds)
     splits, sampler = encode_sources(read, tokenizer), read.sampler
     sampler.mean_answer = mean_answer(splits["train"], sampler) if data.weight_by == "record" else None
-    answers = answer_tokens(tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits))
+    answers = answer_tokens(
+        tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits), bool(data.explain)
+    )
     seen = {task: tuned_on(split) for task, split in train.items()}
     return Examples(
         splits=splits,
@@ -97,16 +101,17 @@ def load(model: ModelArguments, data: DataArguments, training: TrainingArguments
         commonest={task: Counter(split["label"]).most_common(1)[0][0] for task, split in train.items()},
         seen=seen,
         hashes=backtest.hashes,
+        grounds=grounds,
         mix=describe_sources(data.sources, read.mixture, read.files, seen, backtest.hashes) if read.mixture else None,
     )
 
 
-def shuffle_rankings(read: Read, training: TrainingArguments) -> None:
+def shuffle_rankings(read: Read, training: TrainingArguments, grounds: Grounds | None) -> None:
     """The candidates of each training ranking in another order, each time that the rankings are gone through."""
     epochs = count_steps(training, len(read.sampler))[1]
     own = read.samplers[RANKING]
     own.copies = math.ceil(read.mixture.passes(epochs)[RANKING] if read.mixture else epochs)
-    read.asked[RANKING]["train"] = shuffle_epochs(read.asked[RANKING]["train"], training.seed, own.copies)
+    read.asked[RANKING]["train"] = shuffle_epochs(read.asked[RANKING]["train"], training.seed, own.copies, grounds)
 
 
 def make_trainer(
@@ -123,6 +128,7 @@ def make_trainer(
         peft_config=adapter,
         sampler=examples.sampler,
         answers=examples.answers,
+        explanation_weight=data.explanation_weight if data.explain else 0.0,
     )
 
 

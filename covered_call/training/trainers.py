@@ -19,7 +19,7 @@ from covered_call.language_model.loading import load_base
 from covered_call.language_model.manifest import CHECKPOINT
 from covered_call.language_model.scoring import Scored, head_at, score_answers
 from covered_call.language_model.training_log import talk_plainly
-from covered_call.training.examples import IGNORE, EpochOrder, is_trade, tasks_in
+from covered_call.training.examples import IGNORE, EpochOrder, is_trade, prompt_length, tasks_in
 from covered_call.training.keys import SHORT_NAMES, ModelArguments
 from covered_call.training.recipe import RunArguments
 from covered_call.training.runs import TrainingStopped
@@ -152,7 +152,7 @@ class ScoringTrainer(Mixed):
         mine = [place for group in groups[start : start + share] for place in group]
         prompts, answers = [], []
         for row in split.select(mine):
-            prompts.append([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE])
+            prompts.append(row["input_ids"][: prompt_length(row["labels"])])
             answers.append([self.answers[answer] for answer in row["answers"]])
         decisions = [owners[place] for place in mine]
         model = self.model_wrapped if model is None else model
@@ -164,23 +164,42 @@ class ScoringTrainer(Mixed):
 
 
 class AnswerTrainer(ScoringTrainer, SFTTrainer):
-    """SFTTrainer with logits only where there are labels."""
+    """SFTTrainer with logits only where there are labels, or what explains them.
 
-    def __init__(self, *args, sampler: EpochOrder, answers: dict[str, tuple[int, ...]], **kwargs):
+    Args:
+        explanation_weight: of the mean loss of an explanation's tokens, beside that of its answer's.
+    """
+
+    def __init__(
+        self,
+        *args,
+        sampler: EpochOrder,
+        answers: dict[str, tuple[int, ...]],
+        explanation_weight: float = 0.0,
+        **kwargs,
+    ):
+        self.explanation_weight = explanation_weight
         self.weights = {tokens: sampler.weight_of(answer) for answer, tokens in answers.items()}
         super().__init__(*args, sampler=sampler, answers=answers, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of the answers' tokens; the logits of all other positions are never computed."""
+        """Cross-entropy of the answers' tokens, and of what explains them; the logits of all other positions are never
+        computed."""
         labels = inputs.pop("labels")
-        rows, columns = places = (labels[:, 1:] != IGNORE).nonzero().T  # whose next token is an answer's
+        asked = labels != IGNORE
+        behind = asked.cumsum(1).bool() & ~asked & inputs["attention_mask"].bool()
+        behind &= self.explanation_weight > 0
+        rows, columns = places = (asked | behind)[:, 1:].nonzero().T  # whose next token is an answer's, or explains it
         with head_at(model, places):
             outputs = model(**inputs, use_cache=False)
-        targets = labels[rows, columns + 1]
+        targets = inputs["input_ids"][rows, columns + 1]
         by_token = torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets, reduction="none")
-        weighted = (by_token * self.weights_of(labels)[rows]).sum()
+        # An answer counts what it does without an explanation, whose tokens together count a share of that.
+        share = self.explanation_weight * asked.sum(1) / behind.sum(1).clamp(min=1)
+        weights = torch.where(behind[rows, columns + 1], share[rows], 1.0) * self.weights_of(labels)[rows]
+        weighted = (by_token * weights).sum()
         if num_items_in_batch is None:
-            loss = weighted / len(targets)
+            loss = weighted / asked.sum()
         else:  # answer tokens of all processes and accumulated batches; DDP then takes the mean over processes
             loss = weighted / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -234,6 +234,7 @@ LAWS = {
     "bar": Law(of_choice("1d", "1h")),
     "label_offset_hours": Law(of_number(-24, 24)),
     "hindsight": Law(of_flag),
+    "explain": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),
     "seed": Law(of_whole, {"candidate_order": "shuffle"}),
     "splits": Law(of_splits),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,33 @@ def test_the_summary_counts_records_decisions_labels_and_skipped(tmp_path):
     assert "NO_TRADE 50.0%" in ranking and "1 25.0%" in ranking and "3 25.0%" in ranking
     assert "Dropped 1 decision(s)" in ran.stdout + ran.stderr
     assert "%|" not in ran.stderr  # the progress bar is for a terminal
+
+
+def test_nested_lines_hold_what_was_known_and_what_is_answered(tmp_path, capsys):
+    source = write_csv(tmp_path / "a.csv", GOOD)
+    main(["--input", source, "--format", "nested", "--explain"])
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / f"a_{name}.jsonl").read_text().splitlines()]
+        for name in ("per_candidate", "per_decision_ranking")
+    }
+    first = lines["per_decision_ranking"][0]
+    assert first["input"]["decision_time"] == "2024-09-01T00:00:00+00:00" and first["input"]["spot"] == 58466.0
+    assert [call["strike"] for call in first["input"]["candidates"]] == [62000.0, 63000.0, 64000.0]
+    assert first["output"]["answer"] == "1" and first["output"]["strength"] in ("WEAK", "MODERATE", "STRONG")
+    assert first["output"]["reason"].startswith("Score is 3.50. It is the highest of 3.")
+    assert lines["per_decision_ranking"][2]["input"]["candidates"] == []
+    assert [len(line["input"]["candidates"]) for line in lines["per_candidate"]] == [1] * 9
+    assert not re.search("pnl|reward|drawdown|label", json.dumps(lines))
+    main(["--input", source, "--format", "nested"])
+    (line, *_) = (tmp_path / "a_per_candidate.jsonl").read_text().splitlines()
+    assert json.loads(line)["output"] == {"answer": "SELL_CALL"}
+
+
+@pytest.mark.parametrize("words", [["--explain"], ["--format", "nested"]])
+def test_explanations_and_nested_lines_are_not_for_a_cluster(tmp_path, capsys, words):
+    source = write_csv(tmp_path / "a.csv", GOOD)
+    said = exits_with_one_line(capsys, "--input", source, "--engine", "ray", "--output_dir", tmp_path / "out", *words)
+    assert f"{words[0][2:]} goes with --engine local" in said
 
 
 def test_lines_are_utf_8_and_not_ascii_escaped(tmp_path):

@@ -3,6 +3,11 @@
 import math
 from typing import NamedTuple
 
+from covered_call.candidates.columns import Grounds
+from covered_call.candidates.explanations import explain
+from covered_call.candidates.prompts import answer_of, ranking_messages
+from covered_call.language_model.writing import Explanation
+
 
 class Answer(NamedTuple):
     pick: int | None
@@ -28,6 +33,23 @@ class Stub:
 
     def decide(self, decisions):
         return [answer(one, self.pick(one)) for one in decisions]
+
+
+class Explains(Stub):
+    """Says behind its answers what the template says, or something else."""
+
+    def __init__(self, says: str | None = None):
+        super().__init__(explains={"formula": None, "cuts": {"trade": [3.0, 4.0], "other": [3.0, 4.0]}})
+        self.folder, self.says = "", says
+
+    def explain(self, decisions):
+        grounds = Grounds(**self.manifest["explains"])
+        labels = [answer_of(self.pick(one)) for one in decisions]
+        texts = [self.says or explain(one, label, grounds) for one, label in zip(decisions, labels, strict=True)]
+        asked = [ranking_messages(one) if one.candidates else [] for one in decisions]
+        return [
+            Explanation(*row) for row in zip(decisions, [None] * len(decisions), asked, labels, texts, strict=True)
+        ]
 
 
 class FirstShown(Stub):

@@ -20,7 +20,7 @@ from covered_call.evaluation.metrics import METRICS
 from covered_call.evaluation.rows import Row, consistency, model_row, shuffles_of
 from covered_call.language_model.scoring import MemoryFull
 from covered_call.value_model import q_scorer
-from evaluation.stub import FirstShown, Stub
+from evaluation.stub import Explains, FirstShown, Stub
 
 
 def test_a_ranking_model_is_shuffled_in_its_prompts_and_not_only_by_the_caller(tmp_path):
@@ -85,6 +85,23 @@ def test_a_gpu_that_is_full_is_a_plain_error(backtest, tmp_path, capsys, monkeyp
 
     use(monkeypatch, load_model)
     assert run(capsys, "--model", "out/x", "--data_files", backtest)[0] == "error: The memory is full"
+
+
+@pytest.mark.parametrize("says, right", [(None, 1.0), ("1\nStrength: WEAK\nReason: It won 68% of the time.", 0.0)])
+def test_explanations_are_read_back_and_judged(backtest, tmp_path, capsys, monkeypatch, says, right):
+    use(monkeypatch, lambda *_: Explains(says))
+    out = tmp_path / "report"
+    options = ["--model", "out/x", "--data_files", backtest, "--output_dir", out]
+    status, printed = run(capsys, *options, "--explanations", 7)
+    assert status == 0 and "Explanations of 7 decisions: valid " in printed
+    found = json.loads((out / "metrics.json").read_text())["explanations"]
+    assert found["decisions"] == 7 and found["true"]["value"] == found["grounded"]["value"] == right
+    assert found["true"]["low"] < found["true"]["high"]
+    lines = [json.loads(line) for line in (out / "explanations.jsonl").read_text().splitlines()]
+    assert [line["true"] for line in lines] == [bool(right)] * 7
+    assert "## Explanations" in (out / "report.md").read_text()
+    assert run(capsys, *options, "--explanations", 0)[0] == 0
+    assert not (out / "explanations.jsonl").exists()
 
 
 def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from covered_call.candidates.columns import DAY
 from covered_call.candidates.schema import CandidatesError, check_decision
 from covered_call.candidates.series import Series
 from covered_call.market.snapshot import BadRows, read_snapshots
-from covered_call.market.teacher import PRESETS, UNKNOWN, Past, offer_of, past_of, penalty, rules_of
+from covered_call.market.teacher import PRESETS, UNKNOWN, Past, offer_of, past_of, penalties, rules_of
 
 from .quotes import chain, quote, write_harvest
 
@@ -162,7 +162,7 @@ def test_nothing_after_a_time_changes_its_past(numbers, factor, later):
 ])  # fmt: skip
 def test_what_the_state_of_the_market_costs(past, lost):
     """Of a strike 4 % above spot, and one 6 % above it."""
-    assert penalty(np.array([1.04, 1.06]), past).tolist() == lost
+    assert sum(penalties(np.array([1.04, 1.06]), past).values()).tolist() == lost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
