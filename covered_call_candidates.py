@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
     "builder",
 )
-MADE_FROM = "3434fb1b91e48e6ea29e19d806e523dceb7d688c7fc16c286ffb21326b9f8f44"  # their SHA-256
+MADE_FROM = "0cd52614ac33d8e50fa576dbe549856b41710868f009d0c7b3f2ac7dca6d19fc"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3805,6 +3805,7 @@ CLAUSES = {
     "simulated": (*ABOUT, *part_clauses("", "", ""), REST, *COMPARED),
     None: (*ABOUT, *COMPARED),
 }
+SCORED = ("nothing", "above", "below", "unmeasured")  # of these each reason has one
 NUMBER = r"[+-]?\d+(?:\.\d+)?%?"
 SPELT = {"regime": "[a-z]+"}
 
@@ -4124,7 +4125,8 @@ class Verdict(NamedTuple):
         valid: whether it has the three lines, an admissible answer, a word for the strength, and an end.
         grounded: whether each number of its reason stands in the prompt, or follows from it as a clause says.
         true: whether each sentence is a clause that is true here, with the right numbers.
-        consistent: whether answer and strength are those that were decided, and the score is told.
+        consistent: whether answer and strength are those that were decided, and the score is told, on the right side
+            of the threshold if not with the right numbers.
         words: of the reason.
     """
 
@@ -4151,7 +4153,8 @@ def judge_explanation(
     sentences = re.split(r"(?<=\.) ", reason)
     found = [clause_of(sentence, said, place) for sentence in sentences]
     right = said.strength is not None and strength == said.strength[place].as_py()
-    told = any(clause and clause.when in ("nothing", "above", "below", "unmeasured") for clause in found)
+    about = [clause for clause in said.clauses if clause.when in SCORED and said.holds[clause.when][place]]
+    told = any(re.fullmatch(pattern_of(clause), one) for clause in about for one in sentences)
     loose = [number for one, clause in zip(sentences, found, strict=True) if not clause for number in numbers_in(one)]
     return Verdict(
         first in admissible and strength in STRENGTHS and reason.endswith("."),

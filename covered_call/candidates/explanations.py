@@ -92,6 +92,7 @@ CLAUSES = {
     "simulated": (*ABOUT, *part_clauses("", "", ""), REST, *COMPARED),
     None: (*ABOUT, *COMPARED),
 }
+SCORED = ("nothing", "above", "below", "unmeasured")  # of these each reason has one
 NUMBER = r"[+-]?\d+(?:\.\d+)?%?"
 SPELT = {"regime": "[a-z]+"}
 
@@ -411,7 +412,8 @@ class Verdict(NamedTuple):
         valid: whether it has the three lines, an admissible answer, a word for the strength, and an end.
         grounded: whether each number of its reason stands in the prompt, or follows from it as a clause says.
         true: whether each sentence is a clause that is true here, with the right numbers.
-        consistent: whether answer and strength are those that were decided, and the score is told.
+        consistent: whether answer and strength are those that were decided, and the score is told, on the right side
+            of the threshold if not with the right numbers.
         words: of the reason.
     """
 
@@ -438,7 +440,8 @@ def judge_explanation(
     sentences = re.split(r"(?<=\.) ", reason)
     found = [clause_of(sentence, said, place) for sentence in sentences]
     right = said.strength is not None and strength == said.strength[place].as_py()
-    told = any(clause and clause.when in ("nothing", "above", "below", "unmeasured") for clause in found)
+    about = [clause for clause in said.clauses if clause.when in SCORED and said.holds[clause.when][place]]
+    told = any(re.fullmatch(pattern_of(clause), one) for clause in about for one in sentences)
     loose = [number for one, clause in zip(sentences, found, strict=True) if not clause for number in numbers_in(one)]
     return Verdict(
         first in admissible and strength in STRENGTHS and reason.endswith("."),
