@@ -12,14 +12,14 @@ pytestmark = on_the_default_stack
 STOREYS = (
     {"atomic", "command_line", "resampling", "tables"},
     {"candidates"},
-    {"language_model", "value_model", "market"},
+    {"language_model", "value_model", "market", "page"},
     {"training", "evaluation", "runtime"},
     {"publishing"},
     {"tuning"},
     {"__main__"},
 )
 ROOMS_APART = (
-    {"language_model", "value_model", "market"},
+    {"language_model", "value_model", "market", "page"},
     {"training", "evaluation", "runtime"},
 )  # on one storey, without a door
 MAX_LINES = 500

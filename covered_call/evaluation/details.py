@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.columns import time_of
 from covered_call.candidates.decisions import Decisions
-from covered_call.evaluation.cases import Cases, outcome
+from covered_call.evaluation.cases import Cases
+from covered_call.evaluation.extremes import Trade, extremes
 from covered_call.evaluation.luck import Luck, against_luck
 from covered_call.evaluation.metrics import Figure
-from covered_call.evaluation.money import Result, premium_of
+from covered_call.evaluation.money import Result
 from covered_call.evaluation.overlay import Overlay, Risk, make_overlay, risk_of
 from covered_call.evaluation.rows import HODL, MODEL, Row, Trial
 from covered_call.evaluation.scenarios import (
@@ -22,19 +22,6 @@ from covered_call.evaluation.scenarios import (
 )
 from covered_call.evaluation.slices import Bucket, buckets
 from covered_call.resampling import draw
-
-EXTREMES = 10
-
-
-class Trade(NamedTuple):
-    """A decision at which a policy sold a call: money in USD a unit."""
-
-    time: str
-    instrument: str
-    spot: float
-    premium: float
-    pnl: float
-    percent: float
 
 
 class Detail(NamedTuple):
@@ -120,20 +107,3 @@ def fixed_vol(cases: Cases, places: np.ndarray) -> float | None:
     iv = cases.vol[np.isin(cases.columns.decision_of, places)]
     iv = iv[~np.isnan(iv)]
     return float(iv[0]) if len(iv) and np.ptp(iv) < 1e-9 else None
-
-
-def extremes(row: Row, cases: Cases, places: np.ndarray) -> tuple[list[Trade], list[Trade]]:
-    """The policy's EXTREMES best trades, and its worst, by % of spot; the worst first of these."""
-    columns, picks = cases.columns, row.picks[places]
-    of, picks = places[picks >= 0], picks[picks >= 0]
-    pnl, premium = outcome(cases, of, picks), premium_of(cases, of, picks)
-    percent = 100 * pnl / columns.spot[of]
-    order = np.argsort(percent, kind="stable")[: int((~np.isnan(percent)).sum())]
-
-    def trades(which: np.ndarray) -> list[Trade]:
-        names = columns.instrument.take(columns.offsets[of[which]] + picks[which]).to_pylist()
-        when = [time_of(time).isoformat(timespec="minutes")[:16] for time in columns.time[of[which]].tolist()]
-        money = np.stack([columns.spot[of], premium, pnl, percent], axis=1)[which].tolist()
-        return [Trade(*row[:2], *row[2]) for row in zip(when, names, money, strict=True)]
-
-    return trades(order[::-1][:EXTREMES]), trades(order[:EXTREMES])

@@ -27,7 +27,7 @@ from covered_call.candidates.columns import Columns, logged_of, microseconds
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import as_recorded
-from covered_call.candidates.schema import CandidatesError, iso_time, utc
+from covered_call.candidates.schema import CandidatesError, Decision, iso_time, utc
 from covered_call.candidates.terms import Fit
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.evaluation.cases import (
@@ -35,7 +35,7 @@ from covered_call.evaluation.cases import (
     make_cases,
     markets_of,
 )
-from covered_call.evaluation.details import make_detail
+from covered_call.evaluation.details import Detail, make_detail
 from covered_call.evaluation.explanations import Judged, judge_explanations, some_of
 from covered_call.evaluation.money import ALL, Result, judge, make_groups
 from covered_call.evaluation.questions import ask_all, read_questions
@@ -146,20 +146,33 @@ def judge_all(
     fitted_here = fitted_on(args.split, columns, rows, fitted, model)
     first = not_tuned_on(model.manifest, backtest, columns) if model else []
     explained = explanations_by(model, columns, args.explanations) if model else None
+    said = explain_trades(model, columns, details) if explained else {}
     return Evaluation(
         args.model, args.split, backtest.files, config, backtest.decisions.replay.terms, cases, rows, trials, rule,
-        results, details, fitted_here, first, notes, study, explained,
+        results, details, fitted_here, first, notes, study, explained, said,
     )  # fmt: skip
 
 
 def explanations_by(model, columns: Columns, most: int) -> Judged | None:
     """Those of some decisions, judged; None of a model that gives answers alone."""
-    grounds = grounds_in(Path(model.folder), model.manifest) if "explains" in model.manifest else None
-    if grounds is None or not most:
+    if "explains" not in model.manifest or not most:
         return None
     decisions = [entry.decision for entry in logged_of(columns)]
     print(f"Writing {min(most, len(decisions))} explanations ...", flush=True)
-    return judge_explanations(model.explain(some_of(decisions, most)), grounds, model.task)
+    return judged(model, some_of(decisions, most))
+
+
+def explain_trades(model, columns: Columns, details: list[Detail]) -> dict[int, str]:
+    """What a model that explains says of its best and worst trades, by their places, with the checks that it fails."""
+    places = sorted({trade.place for detail in details for trade in (*detail.best, *detail.worst)})
+    decisions = [entry.decision for entry in logged_of(columns.take(np.array(places, np.int64)))]
+    return dict(zip(places, judged(model, decisions).texts(), strict=True))
+
+
+def judged(model, decisions: list[Decision]) -> Judged:
+    grounds = grounds_in(Path(model.folder), model.manifest)
+    assert grounds is not None
+    return judge_explanations(model.explain(decisions), grounds, model.task)
 
 
 def fitted_on(split: str, columns: Columns, rows: list[Row], fitted: Fitted | None, model) -> set[str]:

@@ -56,6 +56,10 @@ class Judged(NamedTuple):
         shown = {name: f"{share:.3f} [{low:.3f}, {high:.3f}]" for name, (share, low, high) in self.shares.items()}
         return [head, *([name, shown[name], MEANINGS[name]] for name in CHECKS)]
 
+    def texts(self) -> list[str]:
+        """Each on a line, without the answer, and which checks it fails."""
+        return [told(one, verdict) for one, verdict in zip(self.explanations, self.verdicts, strict=True)]
+
     def as_json(self) -> dict:
         shares = {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in self.shares.items()}
         return {"decisions": len(self.verdicts), "words": self.words, "meanings": MEANINGS, **shares}
@@ -73,6 +77,12 @@ class Judged(NamedTuple):
             for one, verdict in zip(self.explanations, self.verdicts, strict=True)
         ]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def told(one: "Explanation", verdict: Verdict) -> str:
+    reason = " ".join(one.text.partition("\n")[2].split()) or "(none)"
+    failed = ", ".join(name for name in CHECKS if not getattr(verdict, name))
+    return f"{reason} (Checked: {f'it is not {failed}' if failed else 'it holds'}.)"
 
 
 def judge_explanations(explanations: Sequence["Explanation"], grounds: Grounds, task: str) -> Judged:

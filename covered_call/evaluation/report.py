@@ -9,11 +9,11 @@ from pathlib import Path
 from matplotlib.figure import Figure as Plot
 
 from covered_call import atomic
-from covered_call.evaluation import metrics, page
-from covered_call.evaluation.details import Detail, Trade
+from covered_call.evaluation import metrics
+from covered_call.evaluation.details import Detail
+from covered_call.evaluation.extremes import Trade
 from covered_call.evaluation.metrics import METRICS, Figure
 from covered_call.evaluation.money import ALL, Result
-from covered_call.evaluation.page import Page, html_of, svg_of
 from covered_call.evaluation.plots import draw
 from covered_call.evaluation.sections import (
     CALIBRATION,
@@ -21,6 +21,7 @@ from covered_call.evaluation.sections import (
     EQUITY,
     RELIABILITY,
     Evaluation,
+    Part,
     Picture,
     Section,
     Study,
@@ -31,6 +32,9 @@ from covered_call.evaluation.sections import (
     sections_of,
     show,
 )
+from covered_call.page import html
+from covered_call.page.cards import Card, card_markdown
+from covered_call.page.html import Page, html_of, svg_of
 from covered_call.tables import align, markdown
 from covered_call.value_model.walk_forward import comparison_json, png
 
@@ -97,12 +101,14 @@ def section_text(section: Section) -> str:
     return "\n\n".join([f"{'#' * section.level} {section.title}", *filter(None, map(part_text, section.parts))])
 
 
-def part_text(part: str | list[str] | Table | Picture) -> str:
+def part_text(part: Part) -> str:
     """As GitHub's markdown."""
     if isinstance(part, Table):
         return (f"{part.caption}:\n\n" if part.caption else "") + markdown(part.rows)
     if isinstance(part, Picture):
         return f"![{part.name}]({part.name})"
+    if isinstance(part, Card):
+        return card_markdown(part)
     return part if isinstance(part, str) else "\n".join(f"- {line}" for line in part)
 
 
@@ -125,20 +131,22 @@ def page_of(evaluation: Evaluation, sections: list[Section], plots: dict[str, Pl
     files = ", ".join(os.path.basename(path) for path in evaluation.files)
     made = ["Made by covered-call evaluate.", f"Read from {files}.", f"Versions: {versions}."]
     found = [page_section(one, plots) for one in sections[1:]]
-    return Page(sections[0].title, said, warnings, [*found, page.Section("Notes", others, [], [])], made)
+    return Page(sections[0].title, said, warnings, [*found, html.Section("Notes", others, [], [])], made)
 
 
-def page_section(section: Section, plots: dict[str, Plot]) -> page.Section:
-    texts, tables, pictures = [], [], []
+def page_section(section: Section, plots: dict[str, Plot]) -> html.Section:
+    texts, tables, pictures, cards = [], [], [], []
     for part in section.parts:
         if isinstance(part, Table):
             head, *rows = part.rows
-            tables.append(page.Table(part.caption, head, rows))
+            tables.append(html.Table(part.caption, head, rows))
         elif isinstance(part, Picture):
-            pictures.append(page.Plot(svg_of(plots[part.name]), f"{section.title}: {part.name[:-4]}", ""))
+            pictures.append(html.Plot(svg_of(plots[part.name]), f"{section.title}: {part.name[:-4]}", ""))
+        elif isinstance(part, Card):
+            cards.append(part)
         else:
             texts += [part] if isinstance(part, str) else part
-    return page.Section(section.title, texts, tables, pictures)
+    return html.Section(section.title, texts, tables, pictures, cards)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +225,8 @@ def detail_json(result: Result, detail: Detail) -> dict:
 
 
 def trade_json(trade: Trade) -> dict:
-    return trade._asdict() | {"premium": known(trade.premium)}
+    told = trade._asdict() | {"premium": known(trade.premium)}
+    return {name: value for name, value in told.items() if name != "place"}
 
 
 def levels_json(found: dict[str, dict[float, Figure]]) -> dict:

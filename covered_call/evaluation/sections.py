@@ -12,13 +12,15 @@ from covered_call.candidates.outcomes import Terms
 from covered_call.candidates.terms import MAX_BIAS, MIN_CORRELATION
 from covered_call.evaluation import verdict
 from covered_call.evaluation.cases import Cases
-from covered_call.evaluation.details import Detail, Trade
+from covered_call.evaluation.details import Detail
 from covered_call.evaluation.explanations import Judged
+from covered_call.evaluation.extremes import Trade, cards_of
 from covered_call.evaluation.metrics import DIFFERENCES, IMITATION, IN_PERCENT, IN_USD, METRICS, VERSION, Figure
 from covered_call.evaluation.money import ALL, Held, Result
 from covered_call.evaluation.rows import MODEL, Q_SCORER, Row, Trial
 from covered_call.evaluation.scenarios import FEE, HALF_SPREAD
 from covered_call.evaluation.slices import Bucket
+from covered_call.page.cards import UNITS, Card
 from covered_call.resampling import MIN_BLOCKS, REPLICATES
 from covered_call.value_model.learning import Gates, gates_text
 from covered_call.value_model.walk_forward import Comparison
@@ -62,6 +64,7 @@ class Evaluation(NamedTuple):
         notes: what a reader of the figures must know beside them.
         study: None if there is no Q-scorer.
         explained: None of a model that gives answers alone.
+        said: what the model says of its own answers, by the place of a decision among ``cases``.
     """
 
     model: str | None
@@ -79,7 +82,8 @@ class Evaluation(NamedTuple):
     first: list[str]
     notes: list[str]
     study: Study | None
-    explained: Judged | None = None
+    explained: Judged | None
+    said: dict[int, str]
 
     @property
     def overall(self) -> list[tuple[Result, Detail]]:
@@ -107,12 +111,16 @@ class Picture(NamedTuple):
     name: str
 
 
+Part = str | list[str] | Table | Picture | Card
+
+
 class Section(NamedTuple):
-    """A title of a level, from 1, and what stands below it: a paragraph, a list, a table or a picture."""
+    """A title of a level, from 1, and what stands below it: a paragraph, a list, a table, a picture or a
+    decision."""
 
     level: int
     title: str
-    parts: list[str | list[str] | Table | Picture]
+    parts: list[Part]
 
 
 def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Section]:
@@ -122,7 +130,9 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
     for result in evaluation.results:
         if result.group.name == ALL:
             sections.append(Section(2, describe(evaluation.split, result), group_parts(result)))
-            sections += detail_sections(details[result.group[:2]], result.held, market_name(result))
+            detail = details[result.group[:2]]
+            sections += detail_sections(detail, result.held, market_name(result))
+            sections += trade_sections(evaluation, detail)
             slices = [one for one in evaluation.results if one.group[:2] == result.group[:2] and one is not result]
             sections.append(Section(3, "By year, trend and realised vol", [slice_table(one) for one in slices]))
     if CALIBRATION in plots:
@@ -133,7 +143,7 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
         sections.append(Section(2, "Explanations", [Table("", evaluation.explained.rows())]))
     meanings = [[name.replace("_", " "), m.better or "neither", m.meaning] for name, m in METRICS.items()]
     head = [f"metric (version {VERSION})", "better", ""]
-    how: list[str | list[str] | Table | Picture] = [
+    how: list[Part] = [
         *how_measured(evaluation.config, evaluation.terms),
         Table("", [head, *meanings]),
     ]
@@ -142,7 +152,7 @@ def sections_of(evaluation: Evaluation, plots: Collection[str] = ()) -> list[Sec
     return [one._replace(parts=parts) for one, parts in zip(sections, there, strict=True)]
 
 
-def opening(evaluation: Evaluation) -> list[str | list[str] | Table | Picture]:
+def opening(evaluation: Evaluation) -> list[Part]:
     """What comes first: warnings of what the model was not tuned on, and the verdict."""
     parts: list = list(evaluation.first)
     for name, sentences in evaluation.verdicts.items():
@@ -201,7 +211,7 @@ def figure_rows(figures: dict[str, dict[str, Figure]], names: list[str]) -> list
     return [head, *([row, *(show(name, found[name]) for name in names)] for row, found in figures.items())]
 
 
-def group_parts(result: Result) -> list[str | list[str] | Table | Picture]:
+def group_parts(result: Result) -> list[Part]:
     tables = (
         ("Money, in % of spot", IN_PERCENT),
         ("Money, in USD a unit", IN_USD),
@@ -256,13 +266,10 @@ def detail_sections(detail: Detail, held: Held, market: str) -> list[Section]:
     if detail.break_evens:
         sections.append(Section(3, "Break-even vol", break_even_parts(detail)))
     sections += [Section(3, f"Calls by {kind}", bucket_parts(detail.buckets, kind)) for kind in kinds(detail.buckets)]
-    if detail.best:
-        title = f"The {len(detail.best)} best and {len(detail.worst)} worst trades: {detail.subject}"
-        sections.append(Section(3, title, [trade_table("Best", detail.best), trade_table("Worst", detail.worst)]))
     return sections
 
 
-def overlay_parts(detail: Detail, held: Held) -> list[str | list[str] | Table | Picture]:
+def overlay_parts(detail: Detail, held: Held) -> list[Part]:
     text = (
         "Outcomes of neighbouring decisions overlap, so their sum is no equity. Here each call that is sold ties up "
         f"one of {held.most:,} coins, as many as decisions are open at once, and is marked at each decision time; "
@@ -278,7 +285,7 @@ def overlay_parts(detail: Detail, held: Held) -> list[str | list[str] | Table | 
     return [text, Table("", [head, *rows])]
 
 
-def luck_parts(detail: Detail) -> list[str | list[str] | Table | Picture]:
+def luck_parts(detail: Detail) -> list[Part]:
     luck = detail.luck
     text = (
         f"{luck.tried} policies and thresholds were compared on these decisions. Of so many one looks good by chance: "
@@ -303,7 +310,7 @@ def levels_table(found: dict[str, dict[float, Figure]], head: str) -> Table:
     return Table("", [["", *map(head.format, levels)], *rows])
 
 
-def break_even_parts(detail: Detail) -> list[str | list[str] | Table | Picture]:
+def break_even_parts(detail: Detail) -> list[Part]:
     text = (
         "The iv at which the trades of a policy would have earned nothing on average, and in brackets that at which "
         "they were sold: the market must pay more than the first for such trades to pay. 'beyond' is less than 0.3 or "
@@ -327,7 +334,7 @@ def kinds(buckets: list[Bucket]) -> list[str]:
     return list(dict.fromkeys(one.kind for one in buckets))
 
 
-def bucket_parts(buckets: list[Bucket], kind: str) -> list[str | list[str] | Table | Picture]:
+def bucket_parts(buckets: list[Bucket], kind: str) -> list[Part]:
     text = "Trades with a known outcome, and their mean P&L in % of spot a trade."
     its = [one for one in buckets if one.kind == kind]
     ranges = sorted({(one.low, one.high) for one in its})
@@ -344,8 +351,25 @@ def bucket_text(bucket: Bucket) -> str:
     return f"{bucket.trades:,}: {show_as('+.3f', bucket.percent)}"
 
 
-def trade_table(caption: str, trades: list[Trade]) -> Table:
-    head = ["decision time", "instrument", "spot", "premium", "P&L vs HODL", "% of spot"]
+def trade_sections(evaluation: Evaluation, detail: Detail) -> list[Section]:
+    """The best and the worst trades of the policy that is told of, in a table, and then one by one."""
+    row = next(row for row in evaluation.rows if row.name == detail.subject)
+    sections = []
+    for kind, trades in (("best", detail.best), ("worst", detail.worst)):
+        if trades:
+            text = (
+                f"Which trades are the {kind} is known in hindsight alone: by P&L vs HODL in % of spot, so against "
+                f"not selling, which is 0. Premiums are before costs; what came is P&L vs HODL after them. {UNITS}"
+            )
+            cards = cards_of(trades, row, evaluation.cases, evaluation.config, evaluation.said)
+            sections.append(
+                Section(3, f"The {len(trades)} {kind} trades: {detail.subject}", [text, trade_table(trades), *cards])
+            )
+    return sections
+
+
+def trade_table(trades: list[Trade]) -> Table:
+    head = ["decision time, UTC", "instrument", "spot, USD", "premium, USD", "P&L vs HODL, USD", "% of spot"]
     cells = [
         [
             one.time,
@@ -357,7 +381,7 @@ def trade_table(caption: str, trades: list[Trade]) -> Table:
         ]
         for one in trades
     ]
-    return Table(caption, [head, *cells])
+    return Table("", [head, *cells])
 
 
 def calibration_sentences(evaluation: Evaluation) -> list[str]:
@@ -396,7 +420,7 @@ def calibration_of(evaluation: Evaluation, result: Result) -> tuple[str, np.ndar
 # The Q-scorer, and how it is measured
 
 
-def study_parts(study: Study) -> list[str | list[str] | Table | Picture]:
+def study_parts(study: Study) -> list[Part]:
     meta = study.metadata
     fitted = (
         f"Learnt from {meta['train']['known']:,} known outcomes, {meta['train']['from'][:10]} to "

@@ -1,6 +1,6 @@
 """The verb agent report: what an agent did, from its log alone, and what that was worth, once it is settled.
 
-    covered-call agent report out/agent/shadow                # report.md, report.json and report.png beside the log
+    covered-call agent report out/agent/shadow                # report.md, .json, .png and .html beside the log
     covered-call agent report out/agent/shadow --to out/seen
 
 The audit, of what became of each candidate and what it brought, is part of it where `covered-call agent settle` has
@@ -20,13 +20,14 @@ from covered_call.candidates.data_options import Help
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.runtime import audit
 from covered_call.runtime.journal import JournalError, plain
+from covered_call.runtime.last_day import cards_of
 from covered_call.runtime.logged import FATES, Entry, Log, read_log
 from covered_call.runtime.outcomes_log import read_outcomes
-from covered_call.runtime.report_page import page_of
+from covered_call.runtime.report_page import html_of, page_of
 from covered_call.runtime.report_picture import picture_of
 
 VERSION = 1  # of report.json: raise it when a figure means something else
-PAGE, NUMBERS, PICTURE = "report.md", "report.json", "report.png"
+PAGE, NUMBERS, PICTURE, TO_READ = "report.md", "report.json", "report.png", "report.html"
 
 
 def main(arguments: list[str]) -> None:
@@ -35,9 +36,11 @@ def main(arguments: list[str]) -> None:
     with plain_errors(args, JournalError):
         log = read_log(args.log)
         found = report_of(log)
-        page = page_of(found)
+        cards = cards_of(log)
+        page = page_of(found, cards)
         numbers = json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
-        atomic.write_together(args.to or args.log, {PAGE: page, NUMBERS: numbers, PICTURE: picture_of(found)})
+        files = {PAGE: page, NUMBERS: numbers, PICTURE: picture_of(found), TO_READ: html_of(found, cards)}
+        atomic.write_together(args.to or args.log, files)
     print(page)
 
 

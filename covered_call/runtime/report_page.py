@@ -4,24 +4,47 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from covered_call.page import html
+from covered_call.page.cards import UNITS, Card, card_markdown
+from covered_call.runtime.last_day import LAST_DAY
 from covered_call.runtime.logged import FATES
 from covered_call.tables import markdown
 
 NOTHING = "–"
 
 
-def page_of(found: dict[str, Any]) -> str:
+def page_of(found: dict[str, Any], cards: Sequence[Card]) -> str:
     parts = [head(found), policies(found), pair(found), vetoes(found), latency(found), drift(found), *audits(found)]
+    parts += [f"## {LAST_DAY}\n\n{UNITS}", *(card_markdown(card, level=3) for card in cards)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html_of(found: dict[str, Any], cards: Sequence[Card]) -> str:
+    """The decisions of the last day, to be read in a browser."""
+    title, log, fates = head_lines(found)
+    section = html.Section(LAST_DAY, [UNITS], [], [], cards)
+    made = [f"Made by covered-call agent report, of {found['log']}. All figures are in report.md."]
+    return html.html_of(html.Page(title, [fates, log], [], [section], made))
+
+
+def head_lines(found: dict[str, Any]) -> list[str]:
+    """The title, and what is counted."""
+    names = ", ".join(f"{name} {count:,}" for name, count in found["underlyings"].items())
+    fates = ", ".join(f"{fate} {found['decisions_by_fate'][fate]:,}" for fate in FATES)
+    return [
+        f"Agent report: {found['mode']}, {found['from']:%Y-%m-%d %H:%M} to {found['to']:%Y-%m-%d %H:%M} UTC",
+        f"Log: {found['log']}. Decisions: {names}. Configurations: {counts(found['configurations'])}.",
+        f"Of all decisions: {fates}.",
+    ]
 
 
 def head(found: dict[str, Any]) -> str:
     fates = [["decisions", *FATES, "trade rate"], [f"{found['decisions']:,}",
         *(f"{found['decisions_by_fate'][fate]:,}" for fate in FATES), percent(found["trade_rate"])]]  # fmt: skip
-    names = ", ".join(f"{name} {count:,}" for name, count in found["underlyings"].items())
+    title, log, _ = head_lines(found)
     lines = [
-        f"# Agent report: {found['mode']}, {found['from']:%Y-%m-%d %H:%M} to {found['to']:%Y-%m-%d %H:%M} UTC",
-        f"Log: {found['log']}. Decisions: {names}. Configurations: {counts(found['configurations'])}.",
+        f"# {title}",
+        log,
         markdown(fates),
         f"Fusion: {counts(found['fusion'])}. Orders: {counts(found['orders'])}. Exits: "
         f"{counts(found['exits']['meant'])}; vetoed: {counts(found['exits']['vetoes'])}.",

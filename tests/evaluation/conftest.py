@@ -1,18 +1,8 @@
-"""What the tests of an evaluation share: a backtest of both exit styles, and a browser."""
+"""What the tests of an evaluation share: backtests of both exit styles, and of one."""
 
 import pytest
 from conftest import decision, write_csv
 from markets import walk
-
-from evaluation.chromium import Chromium
-
-
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory):
-    """A browser for tests that ``needs_chromium``."""
-    browser = Chromium(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

@@ -99,9 +99,13 @@ def test_explanations_are_read_back_and_judged(backtest, tmp_path, capsys, monke
     assert found["true"]["low"] < found["true"]["high"]
     lines = [json.loads(line) for line in (out / "explanations.jsonl").read_text().splitlines()]
     assert [line["true"] for line in lines] == [bool(right)] * 7
-    assert "## Explanations" in (out / "report.md").read_text()
+    report, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert "## Explanations" in report
+    assert report.count("Its explanation: Strength: ") == page.count("Its explanation: Strength: ") == 4 * 10
+    checked = "it holds" if right else "it is not grounded, true, consistent"
+    assert report.count(f" (Checked: {checked}.)") == 4 * 10
     assert run(capsys, *options, "--explanations", 0)[0] == 0
-    assert not (out / "explanations.jsonl").exists()
+    assert not (out / "explanations.jsonl").exists() and "Its explanation" not in (out / "report.md").read_text()
 
 
 def test_the_table_has_a_row_for_each_policy_best_first(backtest, tmp_path, capsys, monkeypatch):
@@ -203,7 +207,8 @@ def test_the_report_begins_with_the_verdict_and_has_a_table_of_each_question(mar
         "Break-even vol",
         "Calls by delta",
         "Calls by dte",
-        "The 10 best and 10 worst",
+        "The 10 best trades: ",
+        "The 10 worst trades: ",
     )
     places = [report.index(f"### {title}") for title in titles]
     assert places == sorted(places) and "### Vol\n" not in report  # of these files the vol varies

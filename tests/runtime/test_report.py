@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
+from covered_call.page.cards import card_markdown
 from covered_call.runtime.agent import main
 from covered_call.runtime.engine import Agent
 from covered_call.runtime.journal import opened, plain, read
+from covered_call.runtime.last_day import cards_of
 from covered_call.runtime.logged import FATES, read_log
 from covered_call.runtime.policies import LanguageModel, Querying, Rule, Said
 from covered_call.runtime.report import figures_of, report_of
 from covered_call.runtime.state import Proposal
 from runtime.logs import days, say, settle, write_log
-from runtime.markets import BEGUN, FREELY
+from runtime.markets import BEGUN, DAY, FREELY, START, quoted_state
 
 pytestmark = on_the_default_stack
 
@@ -185,6 +187,53 @@ def test_a_page_its_numbers_and_a_picture(two, capsys):
 def test_fates_are_in_the_order_of_the_table(two, capsys):
     main(["report", str(two)])
     assert f"| decisions | {' | '.join(FATES)} | trade rate |" in capsys.readouterr().out
+
+
+# --- The decisions of the last day
+
+
+def test_the_last_day_is_read_decision_by_decision_with_what_came_of_it_apart(tmp_path, capsys):
+    """Of six hours apart: the last one, of five, is a day and more after the first."""
+    states = [quoted_state(START + number * DAY / 4, 100_000.0) for number in range(6)]
+    llm, rule = [say(0)] * 6, [say(1, 0.9, "rule")] * 5 + [FAILED._replace(source="rule")]
+    write_log(tmp_path / "log", llm, rule, vetoes={4: ("spread",)}, states=states)
+    pnl = [(100.0, -50.0)] * 4 + [(-2_000.0, 500.0), (None, 700.0)]
+    settle(tmp_path / "log", states, pnl)
+    cards = cards_of(read_log(tmp_path / "log"))
+    first, second = (one.instrument for one in states[5].decision.candidates)
+    assert [card.title.split(" UTC")[0] for card in cards] == [
+        "1. 2025-01-04 14:00", "2. 2025-01-04 08:00", "3. 2025-01-04 02:00", "4. 2025-01-03 20:00"
+    ]  # fmt: skip
+    last, vetoed, taken = cards[:3]
+    assert last.said[0].startswith(f"SELL_CALL {first}") and last.said[0].endswith("; taken.")
+    assert last.said[1:] == [f"llm proposes {first}, confidence 0.8 of 1.", "rule failed: no answer."]
+    assert {row[1]: row[2] for row in last.calls} == {first: "llm, agent", second: ""}
+    assert last.hindsight == ["What was sold: not settled yet.", "1 of 2 calls are settled."]
+    assert vetoed.said[-1] == "Veto spread: 2 against 1. spread"
+    assert vetoed.hindsight[0].startswith("What was stopped: -2,000.00 USD, -2.00% of spot")
+    assert vetoed.hindsight[1:] == [
+        "Not selling is 0.",
+        f"The best of the calls, {states[4].decision.candidates[1].instrument}: +500.00 USD, +0.50% of spot.",
+    ]
+    assert taken.hindsight[0].startswith("What was sold: +100.00 USD, +0.10% of spot, against holding; known at 2025")
+    assert taken.hindsight[1:] == ["It was the best of the calls."]
+    main(["report", str(tmp_path / "log")])
+    page = capsys.readouterr().out
+    assert page.index("## Audit") < page.index("## Decisions of the last day") < page.index(f"### {last.title}")
+    html = (tmp_path / "log" / "report.html").read_text()
+    assert html.count('<div class="hindsight"') == html.count("<article") == 4
+    apart = [part.split("</div>")[0] for part in html.split('<div class="hindsight"')[1:]]
+    assert all("Hindsight, not known when this was decided" in part for part in apart)
+    assert "-2,000.00 USD" in apart[1] and html.count("-2,000.00 USD") == 1
+
+
+def test_a_decision_without_calls_and_one_that_nothing_is_known_of(tmp_path):
+    state = quoted_state(START, 100_000.0)
+    empty = state._replace(decision=state.decision._replace(candidates=()))
+    write_log(tmp_path / "log", [say(None)], states=[empty])
+    (card,) = cards_of(read_log(tmp_path / "log"))
+    assert card.calls == [] and card.hindsight == ["Not selling is 0.", "0 of 0 calls are settled."]
+    assert "No call was offered." in card_markdown(card)
 
 
 # --- A log that cannot be read

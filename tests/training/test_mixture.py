@@ -234,6 +234,7 @@ def test_a_mixed_run_that_is_killed_goes_on_and_ends_with_the_same_weights(words
     [
         (["--mix", f"[{{config: {CANDIDATE}, share: 1}}]", "--dataset_config", RANKING], "is not in the mix"),
         (["--mix", f"[{{config: {CANDIDATE}, share: 0.5}}, {{data: no.jsonl, share: 0.5}}]"], "no file no.jsonl"),
+        ([*mix("no.jsonl"), "--explain", "true"], "explain: of a mix answers stand alone. Remove mix, or explain."),
         (["--weight_by", "line"], "weight_by: 'line' is none of token, record"),
     ],
 )

@@ -13,7 +13,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from covered_call.evaluation.overlay_plots import STYLES, Cost, draw_costs, draw_overlay, drawdown
-from covered_call.evaluation.page import (
+from covered_call.page.cards import HEAD, Card
+from covered_call.page.html import (
     FOLDER,
     SCRIPT,
     STYLE,
@@ -26,7 +27,7 @@ from covered_call.evaluation.page import (
     html_of,
     svg_of,
 )
-from evaluation.chromium import needs_chromium
+from page.chromium import needs_chromium
 
 pytestmark = on_the_default_stack
 
@@ -52,7 +53,8 @@ def a_page(text: str = "plain", columns: int = 1, in_plots: str = "") -> Page:
     drawn = [Plot(svg_of(plot), text, text) for plot in plots]
     rows = [[f"{text} {number}", *[cell] * columns, text] for number, cell in enumerate(COLUMN)]
     table = Table(text, ["policy", *[f"figure {number}" for number in range(columns)], text], rows, text)
-    return Page(text, [text] * 2, [text], [Section(text, [text], [table, table], drawn)] * 2, [text])
+    cards = [Card(text, [text] * 2, [text], [text], [[text] * len(HEAD)], 1, text, [text] * 2)]
+    return Page(text, [text] * 2, [text], [Section(text, [text], [table, table], drawn, cards)] * 2, [text])
 
 
 class Seen(HTMLParser):
@@ -105,6 +107,7 @@ def test_nothing_in_a_page_is_taken_for_html():
     assert len(hostile.all("script")) == 1
     assert {plot["aria-label"] for plot in hostile.all("svg")} == {HOSTILE}
     once = 1 + 2 + 1 + 2 * (2 + 2 * (1 + 1 + 5 + 1) + 3) + 2 + 1  # title, verdict, warnings, sections, contents, made
+    once += 2 * (1 + 2 + 2 + len(HEAD) + 2)  # decisions
     drawn = 2 * (1 + 3)  # the name of a curve; title, label and legend of the third plot
     assert sum(text == HOSTILE for text in hostile.texts) >= once + drawn
 

@@ -1,17 +1,20 @@
-"""report.html: the page of an evaluation. One file that opens anywhere, and asks nothing of a network."""
+"""report.html: a page of sections and of decisions to be read. One file that opens anywhere, and asks nothing of a
+network."""
 
 import base64
 import hashlib
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+
+from covered_call.page.cards import HEAD, HINDSIGHT, Card, left_out_text
 
 FOLDER = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
@@ -42,12 +45,13 @@ class Plot(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Paragraphs, then tables, then plots."""
+    """Paragraphs, then tables, then plots, then decisions."""
 
     title: str
     text: list[str]
     tables: list[Table]
     plots: list[Plot]
+    cards: Sequence[Card] = ()
 
 
 class Page(NamedTuple):
@@ -82,7 +86,8 @@ def html_of(page: Page) -> str:
     )
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     return environment.get_template(TEMPLATE).render(
-        page=page, style=style, script=script, script_hash=hash_of(script), cells_of=cells_of, inline=inline
+        page=page, style=style, script=script, script_hash=hash_of(script), cells_of=cells_of, inline=inline,
+        calls_of=lambda card: Table("", HEAD, card.calls), left_out=left_out_text, hindsight=HINDSIGHT,
     )  # fmt: skip
 
 
