@@ -15,7 +15,7 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.candidates.series import Series
 from covered_call.market.candidate_csv import quotes_of
 from covered_call.market.snapshot import BadRows, Snapshot
-from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of, with_context
+from covered_call.market.teacher import UNKNOWN, Broken, Rules, broken_of, offer_of, past_of, with_context
 from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event, Execution, Marked, Opened
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
@@ -148,12 +148,14 @@ def states_from(
         if np.isnan(snapshot.spot):
             continue
         series = (closes or {}).get(snapshot.underlying)
-        past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
+        past, broken = UNKNOWN, Broken(None, None)
+        if series is not None:
+            past, broken = (known(series, snapshot.time, snapshot.spot) for known in (past_of, broken_of))
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
             decision = with_context(decision, series, snapshot)
         at_the_money = None if np.isnan(snapshot.atm_iv) else snapshot.atm_iv
-        context = past._asdict() | {"atm_iv": at_the_money}
+        context = past._asdict() | broken._asdict() | {"atm_iv": at_the_money}
         yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)
 
 
