@@ -1,6 +1,7 @@
 """The verb agent doctor: is all there that a configuration names? One line for each thing, and what to do."""
 
 import argparse
+import contextlib
 import datetime
 import email.utils
 import importlib.util
@@ -25,13 +26,14 @@ from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market.deribit import Deribit, DeribitError
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.answers import ServerError
-from covered_call.runtime.configured import closes_of, other_style, q_file
+from covered_call.runtime.configured import NO_PAYOFF, closes_of, other_style, payoff_for, q_file
+from covered_call.runtime.experience import Experience, read_experience
 from covered_call.runtime.journal import ROOM, JournalError, files_of, read
 from covered_call.runtime.kill import KILL, folders_of, killed
 from covered_call.runtime.policies import Model
 from covered_call.runtime.remote import Client, KeyMissing, Remote, told
 from covered_call.runtime.risk import RiskRules
-from covered_call.value_model.learning import QScorerError
+from covered_call.value_model.learning import QScorerError, payoff_of
 from covered_call.value_model.scorer import read_hashed
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -84,6 +86,8 @@ def examined(path: str, url: str | None = None, live: bool = False) -> Iterator[
                 yield from look(config)
             except EXPECTED as error:
                 yield Found(FAIL, what, str(error))
+    if config.sizing.get("method") == "half_kelly":
+        yield from of_payoff(config)
     if live:
         yield of_exchange(url, RiskRules(**config.risk).max_clock_skew_s)
 
@@ -196,6 +200,26 @@ def of_skew(whose: str, skew: float, unsure: float, limit: float) -> Found:
     if abs(skew) > limit:
         return Found(FAIL, "clock", f"{skew:+.0f} s from {whose}, and {limit:g} s may be: set it, such as by NTP")
     return Found(OK, "clock", f"within {limit:g} s of {whose}")
+
+
+def of_payoff(config: AgentConfig) -> Iterator[Found]:
+    """Of Kelly's rule, which sells nothing without one."""
+    payoffs, now, folders = {}, datetime.datetime.now(UTC), folders_of(config.state_dir)
+    with contextlib.suppress(QScorerError):  # which of_q_scorer says
+        payoffs = {"q": payoff_of(read_hashed(q_file(config.policy["q"]))[0].metadata)} if "q" in config.policy else {}
+    try:
+        known = {f"settled in {one}": read_experience(one) for one in folders if files_of(one)}
+    except JournalError as error:
+        yield Found(FAIL, "sizing", str(error))
+        return
+    for name in config.holdings:
+        stated, whose = payoff_for(config, payoffs, Experience(), name, now)
+        found = {f"of {whose}": stated} | {where: its.payoff(name, now) for where, its in known.items()}
+        told = next(((where, value) for where, value in found.items() if value is not None), None)
+        if told:
+            yield Found(OK, "sizing", f"{name}: a payoff of {told[1]:.4g}, {told[0]}")
+        else:
+            yield Found(WARN, "sizing", f"{name}: {NO_PAYOFF}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

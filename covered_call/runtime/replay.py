@@ -16,6 +16,7 @@ from covered_call.candidates.series import Series
 from covered_call.market.candidate_csv import quotes_of
 from covered_call.market.snapshot import BadRows, Snapshot
 from covered_call.market.teacher import UNKNOWN, Broken, Rules, broken_of, offer_of, past_of, with_context
+from covered_call.runtime.experience import Brought
 from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event, Execution, Marked, Opened
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
@@ -69,6 +70,14 @@ class Recorded:
         for entry in logged:
             self.now = entry
             yield from states_of([entry])
+
+    def brought(self) -> dict[str, Brought]:
+        """By instrument what each candidate of the decision that was just put brings: for whoever asks later."""
+        assert self.now is not None
+        its = zip(self.now.decision.candidates, net_outcomes(self.now, self.options), self.now.counterfactuals,
+            strict=True)  # fmt: skip
+        return {one.instrument: Brought(net.value, after.label_end) for one, net, after in its
+            if net.value is not None}  # fmt: skip
 
     def settled(self, portfolio: Portfolio, state: MarketState) -> list[Event]:
         due = [one for one in portfolio.positions if self.sold[key_of(one)].ends <= state.decision.decision_time]
@@ -150,7 +159,8 @@ def states_from(
         series = (closes or {}).get(snapshot.underlying)
         past, broken = UNKNOWN, Broken(None, None)
         if series is not None:
-            past, broken = (known(series, snapshot.time, snapshot.spot) for known in (past_of, broken_of))
+            past = past_of(series, snapshot.time, snapshot.spot)
+            broken = broken_of(series, snapshot.time, snapshot.spot)
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
             decision = with_context(decision, series, snapshot)

@@ -13,9 +13,10 @@ from markets import CONFIG, rich_if_volatile
 from covered_call import atomic
 from covered_call.runtime.agent import steps_of
 from covered_call.runtime.agent_config import ConfigError, read_config
-from covered_call.runtime.configured import fusion_of, policies_of
+from covered_call.runtime.configured import Policies, fusion_of, policies_of
 from covered_call.runtime.contradictions import LIMITS
 from covered_call.runtime.engine import Agent
+from covered_call.runtime.experience import Experience
 from covered_call.runtime.journal import opened, read
 from covered_call.runtime.policies import Rule
 from covered_call.runtime.risk import CODES, RiskRules
@@ -246,7 +247,7 @@ def test_a_clock_that_jumps_back_sells_nothing_and_leaves_a_log_in_order(here):
     times[1] -= datetime.timedelta(hours=1)
     clock = iter(times)
     with opened(here / "log") as journal:
-        steps = steps_of(config, "shadow", here / "log", {}, journal.decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, journal.decided)
         found = list(Agent([Rule(0.0)], steps, None, BEGUN, journal, now=lambda: next(clock)).run(states))
     codes = [[one.code for one in cycle.plan.entry.vetoes] for cycle in found]
     assert [("stale" in its) for its in codes] == [False, True, False, False]
@@ -257,6 +258,6 @@ def test_a_decision_that_stands_in_the_log_is_not_ordered_again(here):
     config = read_config(configured("policy: {rule: {threshold: 0.0}}"))
     (state,) = quoted_states(1)
     for decided, vetoed in (((), False), ({state.decision.decision_id}, True)):
-        steps = steps_of(config, "shadow", here / "log", {}, decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, decided)
         (cycle,) = Agent([Rule(0.0)], steps, None, BEGUN).run([state])
         assert ("duplicate" in [one.code for one in cycle.plan.entry.vetoes]) == vetoed
