@@ -213,6 +213,8 @@ LOCAL = "base_url: 'http://127.0.0.1:8000/v1', model: m"
         ("risk: {min_trades: 60}", "risk.min_trades is 60, and risk.win_rate_trades looks at 50"),
         (f"risk: {{blocked_hours: {list(range(24))}}}", "block all there are: for that there is kill_switch: true."),
         ("risk: {blocked_weekdays: [Mon, Tue, Wed, Thu, Fri, Sat, Sun]}", "block all there are"),
+        ("sizing: {payoff: 1.5}", "sizing.payoff is for the method half_kelly, and method is fixed: leave it out"),
+        ("sizing: {method: half_kelly, payoff: 0}", "payoff=0: give a number above 0"),
         ("risk: {near_level_pct: 0.5}", "risk.near_level_pct is given, and near_level is off"),
     ],
 )
