@@ -3,7 +3,6 @@
 import argparse
 import collections
 import datetime
-import glob
 import io
 import itertools
 import math
@@ -17,13 +16,14 @@ from datasets.utils import tqdm
 from covered_call import atomic
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
-from covered_call.candidates.schema import MAX_IV, CandidatesError, shown
+from covered_call.candidates.schema import MAX_IV, CandidatesError
 from covered_call.candidates.series import Series
 from covered_call.candidates.vols import Vols, read_vols
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
 from covered_call.market.deribit import TESTNET, Deribit, DeribitError
+from covered_call.market.files import chain_files
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots, snapshots_in
 from covered_call.market.teacher import (
     PRESETS,
@@ -123,16 +123,8 @@ def snapshots_from(args: argparse.Namespace, bad: BadRows) -> Iterator[Snapshot]
             table = exchange.book_summary(currency, args.on_bad_rows)
             yield from fresh(args, snapshots_in(f"Deribit's {currency}", table.schema.names, table.to_batches(), bad))
     else:
-        bar = tqdm(paths_of(args.snapshot), unit=" files", disable=None, leave=False)
+        bar = tqdm(chain_files(args.snapshot, "snapshot"), unit=" files", disable=None, leave=False)
         yield from fresh(args, itertools.chain.from_iterable(read_snapshots(path, bad) for path in bar))
-
-
-def paths_of(patterns: Sequence[str]) -> list[str]:
-    found = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [path for path in found if not os.path.isfile(path)]
-    if missing:
-        raise CandidatesError(f"snapshot={shown(missing[0])} is no file. Give Parquet files of option quotes.")
-    return found
 
 
 def fresh(args: argparse.Namespace, snapshots: Iterable[Snapshot]) -> Iterator[Snapshot]:

@@ -13,9 +13,10 @@ from markets import CONFIG, rich_if_volatile
 from covered_call import atomic
 from covered_call.runtime.agent import steps_of
 from covered_call.runtime.agent_config import ConfigError, read_config
-from covered_call.runtime.configured import fusion_of, policies_of
+from covered_call.runtime.configured import Policies, fusion_of, policies_of
 from covered_call.runtime.contradictions import LIMITS
 from covered_call.runtime.engine import Agent
+from covered_call.runtime.experience import Experience
 from covered_call.runtime.journal import opened, read
 from covered_call.runtime.policies import Rule
 from covered_call.runtime.risk import CODES, RiskRules
@@ -212,6 +213,8 @@ LOCAL = "base_url: 'http://127.0.0.1:8000/v1', model: m"
         ("risk: {min_trades: 60}", "risk.min_trades is 60, and risk.win_rate_trades looks at 50"),
         (f"risk: {{blocked_hours: {list(range(24))}}}", "block all there are: for that there is kill_switch: true."),
         ("risk: {blocked_weekdays: [Mon, Tue, Wed, Thu, Fri, Sat, Sun]}", "block all there are"),
+        ("sizing: {payoff: 1.5}", "sizing.payoff is for the method half_kelly, and method is fixed: leave it out"),
+        ("sizing: {method: half_kelly, payoff: 0}", "payoff=0: give a number above 0"),
         ("risk: {near_level_pct: 0.5}", "risk.near_level_pct is given, and near_level is off"),
     ],
 )
@@ -246,7 +249,7 @@ def test_a_clock_that_jumps_back_sells_nothing_and_leaves_a_log_in_order(here):
     times[1] -= datetime.timedelta(hours=1)
     clock = iter(times)
     with opened(here / "log") as journal:
-        steps = steps_of(config, "shadow", here / "log", {}, journal.decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, journal.decided)
         found = list(Agent([Rule(0.0)], steps, None, BEGUN, journal, now=lambda: next(clock)).run(states))
     codes = [[one.code for one in cycle.plan.entry.vetoes] for cycle in found]
     assert [("stale" in its) for its in codes] == [False, True, False, False]
@@ -257,6 +260,6 @@ def test_a_decision_that_stands_in_the_log_is_not_ordered_again(here):
     config = read_config(configured("policy: {rule: {threshold: 0.0}}"))
     (state,) = quoted_states(1)
     for decided, vetoed in (((), False), ({state.decision.decision_id}, True)):
-        steps = steps_of(config, "shadow", here / "log", {}, decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, decided)
         (cycle,) = Agent([Rule(0.0)], steps, None, BEGUN).run([state])
         assert ("duplicate" in [one.code for one in cycle.plan.entry.vetoes]) == vetoed
