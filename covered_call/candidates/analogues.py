@@ -73,7 +73,7 @@ def settled_at(columns: Columns, options: CoveredCallCandidatesConfig) -> np.nda
     return np.maximum(columns.label_end, expired) + 2 * round(options.expiry_tolerance * HOUR)
 
 
-def joined(pools: list[Pool]) -> Pool:
+def join_pools(pools: list[Pool]) -> Pool:
     return Pool(*map(np.concatenate, zip(*pools, strict=True)))
 
 

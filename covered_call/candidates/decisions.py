@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from covered_call.candidates.analogues import analogues_of, check_rule, joined, pick_pool, pool_of
+from covered_call.candidates.analogues import analogues_of, check_rule, join_pools, pick_pool, pool_of
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import OPINION, OUTCOME_DAYS, Columns, columns_of, in_batches, label_ends, time_of
@@ -240,7 +240,7 @@ def tell_analogues(decisions: Decisions, options: CoveredCallCandidatesConfig) -
     """Adds them to the context of each decision in the spool."""
     check_rule(options, "analogues")
     spool = decisions.spool
-    pool = joined([pool_of(spool.block(number), options) for number in range(len(spool.blocks))])
+    pool = join_pools([pool_of(spool.block(number), options) for number in range(len(spool.blocks))])
     found = {name: np.full(len(spool), np.nan) for name in ANALOGUES}
     for name, values in analogues_of(pick_pool(pool, decisions.place)).items():
         found[name][decisions.place] = values

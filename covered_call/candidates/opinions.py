@@ -30,13 +30,13 @@ def read_opinions(path: str) -> pa.Table:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise CandidatesError(
-            f"opinions={shown(path)} is no file. Make one with covered-call q-scorer --opinions FILE.parquet."
+            f"opinions={shown(path)} is no file. Make one with covered-call q-scorer --write_opinions FILE.parquet."
         )
     try:
         table = pq.read_table(path)
         missing = [name for name in OPINIONS.names if name not in table.schema.names]
         if missing:
-            raise CandidatesError(f"{path} has no column {missing[0]}: give one that q-scorer --opinions wrote.")
+            raise CandidatesError(f"{path} has no column {missing[0]}: give one that q-scorer --write_opinions wrote.")
         table = table.select(OPINIONS.names).cast(OPINIONS).combine_chunks()
     except (OSError, pa.ArrowException) as error:
         raise CandidatesError(f"opinions={shown(path)} cannot be read: {printable(str(error), 300)}") from error

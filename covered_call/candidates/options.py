@@ -140,7 +140,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         CONTEXT,
         "FILE",
         "tell of each candidate what a model of outcomes that was fitted before expected: a file that covered-call "
-        "q-scorer --opinions wrote",
+        "q-scorer --write_opinions wrote",
         otherwise="none",
     )
     hindsight: bool = option(
