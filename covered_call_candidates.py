@@ -75,7 +75,7 @@ MODULES = (
     "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions", "preferences", "records",
     "builder",
 )
-MADE_FROM = "9e87d5bd7f4ae87956722a0390df108d86db22f5ab6dd7f755cb561c4522e0e7"  # their SHA-256
+MADE_FROM = "c9b1387112dfdbad5def2889f14f1427864c4f97948fbf680847776138730024"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1513,7 +1513,9 @@ Teacher policy (exit_style): {exit_style}
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+RANKING_LINE = (
+    "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+)
 RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.

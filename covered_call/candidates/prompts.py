@@ -79,7 +79,9 @@ Teacher policy (exit_style): {exit_style}
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+RANKING_LINE = (
+    "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+)
 RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.
