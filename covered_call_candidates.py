@@ -75,7 +75,7 @@ MODULES = (
     "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions", "preferences", "records",
     "builder",
 )
-MADE_FROM = "c9b1387112dfdbad5def2889f14f1427864c4f97948fbf680847776138730024"  # their SHA-256
+MADE_FROM = "dcfabee348fc40269040f686f88841e96e4f6b18279d77bd4f112582c832de5f"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1376,7 +1376,8 @@ def wilson(count: float, of: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)."""
     share, more = count / of, z * z / of
     reach = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
-    return tuple(max(0.0, min(1.0, (share + more / 2 + side * reach) / (1 + more))) for side in (-1, 1))
+    low, high = ((share + more / 2 + side * reach) / (1 + more) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def context_block(context: Context | None) -> str:
@@ -1574,7 +1575,7 @@ def opinion_of_decision(decision: Decision) -> str:
     if decision.opinion is None:
         return ""
     time = decision.opinion.fitted_before
-    return OPINION_HEAD.format(opinion=opinion_head(time and time.date().isoformat()))
+    return OPINION_HEAD.format(opinion=opinion_head(None if time is None else time.date().isoformat()))
 
 
 def fields_of_market(decision: Decision) -> dict[str, str]:
@@ -1841,7 +1842,7 @@ def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
     missing = [name for name in of_context if name not in context]
     if OPINION_TOLD in names and decision.opinion is None:
         raise CandidatesError(
-            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here there is "
+            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here is "
             "none. Load files with opinions; live, give the Q-scorer, too."
         )
     if missing:
@@ -3035,7 +3036,9 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
         raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
     candidates = tuple(row.candidate for row in rows if row.candidate)
     outcomes = tuple(row.outcome for row in rows if row.candidate)
-    return LoggedDecision(Decision(*key, first.spot, candidates, first.own or None), chosen, outcomes)
+    return LoggedDecision(
+        Decision(*key, spot=first.spot, candidates=candidates, context=first.own or None), chosen, outcomes
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4616,11 +4619,11 @@ def nearest_of(past: np.ndarray, now: np.ndarray) -> np.ndarray:
 
 
 UTC_TIME = pa.timestamp("us", tz="UTC")
-# A row a candidate: what is expected of selling it, in % of spot, and how probably that is above 0, by a model that was
-# fitted on outcomes none of which ended after fitted_before.
+# A row a candidate: what is expected of selling it, in % of spot, and how probably that is above 0, by a model that
+# was fitted on outcomes none of which ended after fitted_before.
 OPINIONS = pa.schema(
-    [("decision_time", UTC_TIME), ("underlying", pa.string()), ("exit_style", pa.string()), ("instrument", pa.string()),
-     ("expected", pa.float64()), ("positive", pa.float64()), ("fitted_before", UTC_TIME)]
+    [("decision_time", UTC_TIME), *((name, pa.string()) for name in ("underlying", "exit_style", "instrument"))]
+    + [("expected", pa.float64()), ("positive", pa.float64()), ("fitted_before", UTC_TIME)]
 )  # fmt: skip
 OPINION_KEY = ("decision_time", "underlying", "exit_style", "instrument")
 

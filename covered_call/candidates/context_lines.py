@@ -116,7 +116,8 @@ def wilson(count: float, of: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)."""
     share, more = count / of, z * z / of
     reach = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
-    return tuple(max(0.0, min(1.0, (share + more / 2 + side * reach) / (1 + more))) for side in (-1, 1))
+    low, high = ((share + more / 2 + side * reach) / (1 + more) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def context_block(context: Context | None) -> str:

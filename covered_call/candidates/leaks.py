@@ -88,7 +88,7 @@ def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) 
     return found
 
 
-ASKED = 200  # decisions whose analogues are looked up again
+ASKED = 50  # decisions whose analogues are looked up again
 
 
 def find_unsettled(columns: Columns, options: CoveredCallCandidatesConfig) -> list[str]:
@@ -101,10 +101,10 @@ def find_unsettled(columns: Columns, options: CoveredCallCandidatesConfig) -> li
     changed, own = 0, {name: columns.context[name] for name in ANALOGUES}
     for row in rows.tolist():
         open_then = (columns.label_end > columns.time[row]) | (columns.decision_of == row)
-        other = np.where(open_then, -1 - columns.numbers[COUNTERFACTUAL], columns.numbers[COUNTERFACTUAL])
-        others = dataclasses.replace(
-            columns, numbers=columns.numbers | {COUNTERFACTUAL: np.nan_to_num(other, nan=1.0)}
+        other = np.where(
+            open_then, 1 - np.nan_to_num(columns.numbers[COUNTERFACTUAL]), columns.numbers[COUNTERFACTUAL]
         )
+        others = dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: other})
         found = analogues_of(pool_of(others, options), np.array([row]))
         changed += any(not np.array_equal(own[name][[row]], found[name], equal_nan=True) for name in ANALOGUES)
     if not changed:

@@ -11,11 +11,11 @@ from covered_call.candidates.columns import OPINION, Columns, time_of
 from covered_call.candidates.schema import CandidatesError, printable, shown
 
 UTC_TIME = pa.timestamp("us", tz="UTC")
-# A row a candidate: what is expected of selling it, in % of spot, and how probably that is above 0, by a model that was
-# fitted on outcomes none of which ended after fitted_before.
+# A row a candidate: what is expected of selling it, in % of spot, and how probably that is above 0, by a model that
+# was fitted on outcomes none of which ended after fitted_before.
 OPINIONS = pa.schema(
-    [("decision_time", UTC_TIME), ("underlying", pa.string()), ("exit_style", pa.string()), ("instrument", pa.string()),
-     ("expected", pa.float64()), ("positive", pa.float64()), ("fitted_before", UTC_TIME)]
+    [("decision_time", UTC_TIME), *((name, pa.string()) for name in ("underlying", "exit_style", "instrument"))]
+    + [("expected", pa.float64()), ("positive", pa.float64()), ("fitted_before", UTC_TIME)]
 )  # fmt: skip
 OPINION_KEY = ("decision_time", "underlying", "exit_style", "instrument")
 

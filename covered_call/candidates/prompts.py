@@ -140,7 +140,7 @@ def opinion_of_decision(decision: Decision) -> str:
     if decision.opinion is None:
         return ""
     time = decision.opinion.fitted_before
-    return OPINION_HEAD.format(opinion=opinion_head(time and time.date().isoformat()))
+    return OPINION_HEAD.format(opinion=opinion_head(None if time is None else time.date().isoformat()))
 
 
 def fields_of_market(decision: Decision) -> dict[str, str]:
@@ -407,7 +407,7 @@ def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
     missing = [name for name in of_context if name not in context]
     if OPINION_TOLD in names and decision.opinion is None:
         raise CandidatesError(
-            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here there is "
+            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here is "
             "none. Load files with opinions; live, give the Q-scorer, too."
         )
     if missing:

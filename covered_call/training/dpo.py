@@ -153,7 +153,8 @@ def take_over(model: StartArguments, data: PairArguments, given: dict) -> dict |
     if told[0] != told[1]:
         raise RecipeError(
             f"{model.adapter} was told {', '.join(told[0]) or 'nothing'} of the market's context, and these options "
-            f"tell {', '.join(told[1]) or 'nothing'}: set context, context_columns, context_vols, analogues and opinions as they were."
+            f"tell {', '.join(told[1]) or 'nothing'}: set context, context_columns, context_vols, analogues and "
+            "opinions as they were."
         )
     lora = LoraConfig.from_pretrained(model.adapter)
     own = {
