@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from covered_call.candidates import analogues
 from covered_call.candidates.analogues import NEVER_SETTLED, Pool, analogues_of, nearest_of, pool_of
 from covered_call.candidates.columns import COUNTERFACTUAL, DAY, columns_of
-from covered_call.candidates.context_lines import ANALOGUES, NEIGHBOURS, context_block, context_names, positives, wilson
+from covered_call.candidates.context_lines import (
+    ANALOGUES,
+    NEIGHBOURS,
+    context_block,
+    context_names,
+    positives,
+    wilson,
+)
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.leaks import find_unsettled
 from covered_call.candidates.options import CoveredCallCandidatesConfig
@@ -178,7 +185,9 @@ def test_of_very_many_the_last_settled_are_looked_through(monkeypatch):
     monkeypatch.setattr(analogues, "POOL", 30)
     count = 60
     numbers = np.arange(count, dtype=float)[:, None]
-    pool = Pool(np.zeros(count, int), np.arange(count), np.arange(count), numbers, np.where(np.arange(count) < 30, 9, 1))
+    pool = Pool(
+        np.zeros(count, int), np.arange(count), np.arange(count), numbers, np.where(np.arange(count) < 30, 9, 1)
+    )
     pool = pool._replace(features=np.append(numbers[:-1], [[0.0]], axis=0))  # the last is as the first were
     assert analogues_of(pool, np.array([59]))["analogues_mean"] == [1]
     never = pool._replace(settled=np.full(count, NEVER_SETTLED))

@@ -167,7 +167,9 @@ def test_what_a_prompt_says():
     assert f"\n  - IV/RV ratio: n/a\n{line}\nQuestion:" in asked
     assert "  - Outcome model: n/a\n" in candidate_messages(told, told.candidates[1])[1]["content"]
     asked = ranking_messages(told)[1]["content"]
-    head = "Outcome model: expected net outcome in % of spot, and P(positive) (fitted on decisions before 2024-09-30)\n"
+    head = (
+        "Outcome model: expected net outcome in % of spot, and P(positive) (fitted on decisions before 2024-09-30)\n"
+    )
     assert f"\n{head}Candidates:\n  [1] BTC-0-C" in asked
     assert "Score: 3.0000, Outcome model: +0.31%, P(positive) 0.58\n" in asked
     assert "Score: 3.0000, Outcome model: n/a\n" in asked
@@ -201,8 +203,12 @@ def test_the_next_epoch_shows_them_in_another_order(written, backtest, load):
         other = in_another_order(record, dataclasses.replace(shuffled, seed=seed), "")
         if other["candidates"] != record["candidates"]:
             break
-    lines = [line.split(". ", 1)[0].split("] ")[1] for line in record["messages"][1]["content"].split("\n") if "] " in line]
-    again = [line.split(". ", 1)[0].split("] ")[1] for line in other["messages"][1]["content"].split("\n") if "] " in line]
+    lines = [
+        line.split(". ", 1)[0].split("] ")[1] for line in record["messages"][1]["content"].split("\n") if "] " in line
+    ]
+    again = [
+        line.split(". ", 1)[0].split("] ")[1] for line in other["messages"][1]["content"].split("\n") if "] " in line
+    ]
     assert lines != again and sorted(lines) == sorted(again) and "P(positive)" in lines[0]
 
 
