@@ -14,6 +14,7 @@ import numpy as np
 from datasets.utils import tqdm
 
 from covered_call import atomic
+from covered_call.candidates.context_lines import OPINION_TOLD
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
 from covered_call.candidates.schema import MAX_IV, CandidatesError
@@ -38,6 +39,7 @@ from covered_call.market.teacher import (
 )
 from covered_call.runtime.drift import drift_of
 from covered_call.tables import align
+from covered_call.value_model.opinions import with_opinion
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
 
 DESCRIPTION = """\
@@ -176,14 +178,17 @@ def policy_answers(args: argparse.Namespace, puts: list[Put]) -> Iterator[list[S
 
         policy = Policy.load(args.model, threshold=args.threshold)
         numbers = policy.manifest["tuned_on"]["numbers"]
+        asked = decisions
+        if OPINION_TOLD in policy.manifest.get("context", ()) and args.q_scorer:
+            fitted = QScorer.load(q_path(args)).fitted
+            asked = [with_opinion(decision, fitted) for decision in decisions]
         yield [
             Said(f"model {args.model}", one.pick, f"probability {one.probability:.3f}, margin {one.margin:.3f}"
                 + (", abstained" if one.abstained else ""), drift_of(decision, numbers))
-            for decision, one in zip(decisions, policy.decide(decisions), strict=True)
+            for decision, one in zip(decisions, policy.decide(asked), strict=True)
         ]  # fmt: skip
     if args.q_scorer:
-        path = os.path.join(args.q_scorer, FILE_NAME) if os.path.isdir(args.q_scorer) else args.q_scorer
-        scorer = QScorer.load(path)
+        scorer = QScorer.load(q_path(args))
         numbers = scorer.fitted.metadata["train"].get("numbers", {})
         yield [
             Said("Q-scorer", one.pick, "no candidate" if one.best is None else
@@ -191,6 +196,10 @@ def policy_answers(args: argparse.Namespace, puts: list[Put]) -> Iterator[list[S
                 + (f", stopped by {one.stopped_by}" if one.stopped_by else ""), drift_of(decision, numbers))
             for decision, one in zip(decisions, scorer.decide(decisions), strict=True)
         ]  # fmt: skip
+
+
+def q_path(args: argparse.Namespace) -> str:
+    return os.path.join(args.q_scorer, FILE_NAME) if os.path.isdir(args.q_scorer) else args.q_scorer
 
 
 def refuse_drift(args: argparse.Namespace, answers: list[list[Said]]) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from covered_call import __version__
-from covered_call.candidates.context_lines import SPOT
+from covered_call.candidates.context_lines import OPINION_TOLD, SPOT
 from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.schema import CHAIN_COLUMNS
+from covered_call.candidates.schema import CHAIN_COLUMNS, Decision
 from covered_call.candidates.series import Series, read_series
 from covered_call.language_model.manifest import read_manifest
 from covered_call.market.teacher import DAY_BEGINS
@@ -23,6 +23,7 @@ from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
 from covered_call.runtime.remote import TASK, Client, KeyMissing, Remote
 from covered_call.runtime.worker import Worker, load_policy
 from covered_call.value_model.learning import Fitted, QScorerError, payoff_of
+from covered_call.value_model.opinions import with_opinion
 from covered_call.value_model.scorer import FILE_NAME, QScorer
 
 NO_PAYOFF = (
@@ -96,16 +97,26 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     manifest = read_manifest(folder)
     if config.exit_style not in manifest["tuned_on"]["exit_styles"]:
         raise ConfigError(other_style(folder, config, manifest["tuned_on"]["exit_styles"]))
-    found.contexts["llm"] = manifest.get("context", [])
+    told = manifest.get("context", [])
+    found.contexts["llm"] = [name for name in told if name != OPINION_TOLD]
     if unknown := untold(folder, found.contexts["llm"]):
         raise ConfigError(unknown)
+    if OPINION_TOLD in told and "q" not in config.policy:
+        raise ConfigError(f"{folder} was tuned with a Q-scorer's opinion: name one under policy.q, which gives it.")
+    tell = functools.partial(opinion_of_q, found.sources) if OPINION_TOLD in told else None
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
     worker = Worker(functools.partial(load_policy, folder), rules.timeout_s)
     ends.callback(worker.stop)
     worker.wait_until_ready()
-    return LanguageModel(worker.ask, rules, model)
+    return LanguageModel(worker.ask, rules, model, tell=tell)
+
+
+def opinion_of_q(sources: list[Source], decision: Decision) -> Decision:
+    """The decision with what the Q-scorer among the sources, as it stands now, expects of it."""
+    scorer = next(source.scorer for source in sources if isinstance(source, Q))
+    return with_opinion(decision, scorer.current())
 
 
 def remote_model(keys: dict, config: AgentConfig, found: Policies) -> Source:

@@ -254,7 +254,8 @@ def payoff_of(metadata: dict) -> float | None:
 
 
 def describe(columns: Columns, known: np.ndarray) -> dict:
-    """What a split holds; with "numbers", from where to where each number of a candidate goes."""
+    """What a split holds; with "settled", when the last of its known outcomes was, and "numbers", from where to where
+    each number of a candidate goes."""
     numbers = {name: columns.numbers[name] for name in FEATURES[1:-1] if not np.isnan(columns.numbers[name]).all()}
     return {
         "from": time_of(int(columns.time.min())).isoformat(),
@@ -263,5 +264,6 @@ def describe(columns: Columns, known: np.ndarray) -> dict:
         "candidates": len(known),
         "known": int(known.sum()),
         "unknown": int((~known).sum()),
+        "settled": time_of(int(columns.label_end[known].max())).isoformat(),
         "numbers": {name: [float(np.nanmin(values)), float(np.nanmax(values))] for name, values in numbers.items()},
     }

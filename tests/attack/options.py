@@ -233,6 +233,8 @@ LAWS = {
     "ohlcv_files": Law(of_vols, {"context": "ohlcv"}),
     "bar": Law(of_choice("1d", "1h")),
     "label_offset_hours": Law(of_number(-24, 24)),
+    "analogues": Law(of_flag, {"context": "spot", "settlement": "simulated"}),
+    "opinions": Law(of_vols),
     "hindsight": Law(of_flag),
     "explain": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),
