@@ -39,7 +39,7 @@ def test_each_policy_stands_with_each_context_and_its_interval(monkeypatch, caps
     printed = printed_by("context", monkeypatch, capsys, *options)
     rows = re.findall(r"^(\S.*?)  +(none|spot|spot, dvol)  +\d+ of \d+ +\d\.\d{3} +\d\.\d{3} +[+-]", printed, re.M)
     assert len(rows) == 18 and len(set(rows)) == 9
-    assert printed.index("Paid at the files' vol") < printed.index("Paid at the market's vol")
+    assert printed.index("Paid as the files say") < printed.index("Paid at the market's vol")
 
 
 def test_label_scoring_stands_beside_generating_and_separate_passes(monkeypatch, capsys):
