@@ -68,10 +68,15 @@ HEAD = ["prompt, or rule", *(f"{what}, {split}" for what in ("balanced accuracy"
 # Prompts
 
 
+FIELD, VOLS = r"[^,\n]*", ".*"  # of a line's fields only the vols, which come last, hold commas
+
+
 def pattern_of(template: str) -> re.Pattern:
     """What finds a template's texts, its fields as groups."""
-    parts = string.Formatter().parse(template)
-    return re.compile("".join(re.escape(said) + (f"(?P<{name}>.*?)" if name else "") for said, name, _, _ in parts))
+    pattern = ""
+    for said, name, _, _ in string.Formatter().parse(template):
+        pattern += re.escape(said) + (f"(?P<{name}>{VOLS if name == 'vols' else FIELD})" if name else "")
+    return re.compile(pattern)
 
 
 LINE = pattern_of(RANKING_LINE)
