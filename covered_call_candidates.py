@@ -73,10 +73,10 @@ logger = logging.getLogger("covered_call_candidates")
 MODULES = (
     "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
     "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "score_terms", "explanations", "spots",
-    "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
-    "builder",
+    "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
+    "preferences", "records", "builder",
 )
-MADE_FROM = "0cd52614ac33d8e50fa576dbe549856b41710868f009d0c7b3f2ac7dca6d19fc"  # their SHA-256
+MADE_FROM = "69799bc4ff1c55198f35d435c56e4f34e12cd13ccfad24d9fb0c9a0302a481d8"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -142,6 +142,33 @@ class Candidate(NamedTuple):
 Context = Mapping[str, float | str | None]  # words as words; None where unknown
 
 
+class Opinion(NamedTuple):
+    """What a model of outcomes, which was fitted before, expects of selling each call of a decision.
+
+    Args:
+        fitted_before: no outcome that it was fitted on ended after this; None where there is no such model.
+        of: by instrument the net outcome that it expects, in % of spot, and the probability that it is positive.
+    """
+
+    fitted_before: datetime.datetime | None
+    of: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "Opinion":
+        """Raises CandidatesError unless it is what to_dict gives."""
+        time = state.get("fitted_before") if isinstance(state, dict) else None
+        of = state.get("of") if isinstance(state, dict) else None
+        parsed = iso_time(time) if isinstance(time, str) else None
+        if not isinstance(of, dict) or (time is not None and parsed is None):
+            raise CandidatesError(f"opinion: {shown(state)} is no dict of fitted_before and, by instrument, of.")
+        both = {name: tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for name, pair in of.items()}
+        return cls(None if parsed is None else utc(parsed), both)
+
+    def to_dict(self) -> dict:
+        time = self.fitted_before
+        return {"fitted_before": time and time.isoformat(), "of": {name: list(pair) for name, pair in self.of.items()}}
+
+
 class Decision(NamedTuple):
     """All that a policy may know at one decision: the time (UTC), the market, and its candidates."""
 
@@ -151,6 +178,7 @@ class Decision(NamedTuple):
     spot: float
     candidates: tuple[Candidate, ...]
     context: Context | None = None  # of the market, by name, where a policy is asked with one
+    opinion: Opinion | None = None  # of a model of outcomes, where a policy is asked with one
 
     @classmethod
     def from_dict(cls, state: dict, max_iv: float | None = None) -> "Decision":
@@ -173,6 +201,8 @@ class Decision(NamedTuple):
         known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
         candidates = tuple(Candidate(**fields) for fields in known)
         fields: dict[str, Any] = state | {"decision_time": utc(parsed), "candidates": candidates}
+        if state["opinion"] is not None:
+            fields["opinion"] = Opinion.from_dict(state["opinion"])
         decision = cls(**fields)
         check_decision(decision, max_iv)
         return decision
@@ -181,8 +211,11 @@ class Decision(NamedTuple):
         """What from_dict takes, and json.dumps too."""
         candidates = [candidate._asdict() for candidate in self.candidates]
         state = self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
-        if self.context is None:
-            del state["context"]
+        if self.opinion is not None:
+            state["opinion"] = self.opinion.to_dict()
+        for name in ("context", "opinion"):
+            if state[name] is None:
+                del state[name]
         return state
 
     @property
@@ -259,7 +292,7 @@ NUMBERS = {
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
-MAY_BE_LEFT_OUT = (*MAY_LACK, "context")
+MAY_BE_LEFT_OUT = (*MAY_LACK, "context", "opinion")
 NO_TIME = "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00"
 # Every special token of the common chat formats has one of these: <|end|>, <s>, [INST], {{, <｜User｜>. The bar also
 # divides the parts of a decision's id, and a quote is one that a CSV lost.
@@ -355,6 +388,7 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
     for name in ("underlying", "exit_style"):
         check_name(name, getattr(decision, name), "the decision")
     check_context(decision.context)
+    check_opinion(decision)
     if not isinstance(decision.candidates, tuple) or not all(isinstance(c, Candidate) for c in decision.candidates):
         raise CandidatesError(f"candidates: {shown(decision.candidates)} is not a tuple of Candidate.")
     if decision.candidates:
@@ -379,6 +413,23 @@ def check_context(context: Context | None) -> None:
             check_name(f"context {name}", value, "the decision")
         elif value is not None:
             check_number(f"context {name}", value, "the decision", MAX_IV)
+
+
+def check_opinion(decision: Decision) -> None:
+    """Raises CandidatesError for numbers that cannot be, and for one of a model that was fitted on what came later."""
+    time, of = decision.opinion or Opinion(None, {})
+    if of and time is None:
+        raise CandidatesError(f"{decision.decision_id}: its opinion does not say fitted_before.")
+    if time is not None and time > decision.decision_time:
+        raise CandidatesError(
+            f"{decision.decision_id}: its opinion is of a model with fitted_before {time.isoformat()}, which is after "
+            "the decision: a leak. Give one of a model that was fitted earlier."
+        )
+    for name, pair in of.items():
+        if len(pair) != 2 or not all(is_number(one) and math.isfinite(one) for one in pair) or not 0 <= pair[1] <= 1:
+            raise CandidatesError(
+                f"{decision.decision_id}, opinion of {shown(name)}: {shown(pair)} is no % of spot and probability."
+            )
 
 
 def checked_decision(state: Decision | dict, max_iv: float | None) -> Decision:
@@ -454,6 +505,8 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 STATE, LOGGED = Candidate._fields[1:], Outcome._fields
 RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
+# What an Opinion says of a candidate, where opinions are told: % of spot, a probability, microseconds since 1970.
+OPINION = ("opinion_expected", "opinion_positive", "opinion_fitted_before")
 
 
 class Grounds(NamedTuple):
@@ -483,7 +536,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
+    numbers: dict[str, np.ndarray]  # (R,) float64, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS, and OPINION
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
     context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
     grounds: dict[str, Grounds] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
@@ -588,6 +641,8 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in LOGGED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
     numbers[COSTS] = floats(one.costs for one in counterfactuals)
+    if any(decision.opinion is not None for decision in decisions):
+        numbers |= opinions_in(decisions)
     return Columns(
         names,
         np.array([codes[decision.underlying] for decision in decisions], np.int32),
@@ -601,6 +656,25 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
         np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
         contexts_in([decision.context for decision in decisions]),
     )
+
+
+def opinions_in(decisions: Sequence[Decision]) -> dict[str, np.ndarray]:
+    """(R,) each, by the names of OPINION; NaN where there is none."""
+    rows, unknown = [], (None, None)
+    for decision in decisions:
+        before, of = decision.opinion or Opinion(None, {})
+        for candidate in decision.candidates:
+            said = of.get(candidate.instrument)
+            rows.append((*(said or unknown), None if before is None or said is None else microseconds(before)))
+    return {name: floats(row[place] for row in rows) for place, name in enumerate(OPINION)}
+
+
+def opinion_of(instruments: Sequence[str], expected: Sequence, positive: Sequence, before: Sequence) -> Opinion:
+    """From what one decision's rows say; None where unknown."""
+    rows = zip(instruments, expected, positive, strict=True)
+    of = {name: (one, other) for name, one, other in rows if one is not None and other is not None}
+    time = next((one for one in before if one is not None), None)
+    return Opinion(None if time is None or not of else time_of(int(time)), of)
 
 
 def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
@@ -662,11 +736,14 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
     contexts = contexts_of(columns)
+    said = [known(columns.numbers[name]) for name in OPINION if name in columns.numbers]
     logged = []
     of_each = zip(*fields, contexts, strict=True)
     for place, (underlying, exit_style, time, spot, chosen, context) in enumerate(of_each):
         its = slice(offsets[place], offsets[place + 1])
-        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]), context)
+        own = tuple(candidates[its])
+        opinion = opinion_of([one.instrument for one in own], *(values[its] for values in said)) if said else None
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, own, context, opinion)
         sold = None if chosen < 0 else chosen
         logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
     return logged
@@ -719,7 +796,7 @@ def time_of(time: int) -> datetime.datetime:
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 # Options whose value says where something lies on this machine: no word of that is shared.
-PATHS = ("iv_file", "context_vols", "ohlcv_files")
+PATHS = ("iv_file", "context_vols", "ohlcv_files", "opinions")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -819,6 +896,21 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "for the teacher's files",
         most=24,
         least=-24,
+    )
+    analogues: bool = option(
+        False,
+        CONTEXT,
+        "BOOL",
+        "tell what the best candidates of the 20 most similar decisions brought whose outcomes were settled by then; "
+        "with context, and with a settlement that no later trade chooses",
+    )
+    opinions: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "tell of each candidate what a model of outcomes that was fitted before expected: a file that covered-call "
+        "q-scorer --write_opinions wrote",
+        otherwise="none",
     )
     explain: bool = option(
         False,
@@ -999,7 +1091,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 f"context_columns={shown(told[0])}: this column is told already, or is of the outcome, which a prompt "
                 "must not tell. Give columns of your own."
             )
-        for name in ("context_columns", "context_vols"):
+        for name in ("context_columns", "context_vols", "analogues"):
             if getattr(self, name) and self.context == "none":
                 raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
         if (self.context == "ohlcv") != (self.ohlcv_files is not None):
@@ -1225,10 +1317,13 @@ OF_BARS = (  # what the level ohlcv has beside it
     "volume_ratio", "volume_class", "spread_ratio", "spread_class", "wick", "effort", *PATTERNS, "vwap_distance",
     "adx_14", "longer_ret", "longer_volume", "longer_trend", *CANDLE_RETURNS, *CANDLE_VOLUMES,
 )  # fmt: skip
+NEIGHBOURS = 20  # decisions whose outcomes the option analogues tells of
+ANALOGUES = ("analogues_positive", "analogues_mean")  # how many of them were positive, and their mean over spot
 PERCENT = (
     "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance", "vwap_distance", "longer_ret",
-    *CANDLE_RETURNS,
+    *CANDLE_RETURNS, "analogues_mean",
 )  # fmt: skip
+OPINION_TOLD = "opinion"  # among the names of what a policy is told, that it is told the opinion, too
 Texts = pa.StringArray | str  # many, or one for all
 HEADING = "Market context (known at decision time):\n"
 LINES = (
@@ -1247,6 +1342,7 @@ LINES = (
     "  - Last bars, the newest first (move, volume): "
     + ", ".join(f"{{{move}}} {{{volume}}}" for move, volume in zip(CANDLE_RETURNS, CANDLE_VOLUMES, strict=True))
     + "\n",
+    "  - Similar settled decisions: {analogues_positive}, mean {analogues_mean} of spot\n",
 )
 # Of files whose vols are all alike these say nothing, so that they are left out where they are unknown.
 WHERE_KNOWN = (
@@ -1261,8 +1357,13 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     """Of what a decision's context is made, in this order: the user's own columns last."""
     if options.context == "none":
         return []
-    bars = OF_BARS if options.context == "ohlcv" else ()
-    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *options.context_columns]
+    bars, alike = OF_BARS if options.context == "ohlcv" else (), ANALOGUES if options.analogues else ()
+    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *alike, *options.context_columns]
+
+
+def told_names(options: CoveredCallCandidatesConfig) -> list[str]:
+    """Of all that prompts tell beside the state: the context's names, and OPINION_TOLD."""
+    return [*context_names(options), *([OPINION_TOLD] if options.opinions else [])]
 
 
 def names_in(line: str) -> list[str]:
@@ -1286,7 +1387,25 @@ def text_of(name: str, value: float | None) -> str:
         return word_of(name, value) or UNKNOWN
     if name in PERCENT:
         return percent(value)
+    if name == "analogues_positive":
+        return positives(value)
     return ratio(value) if name in SAID and name not in PATTERNS else own(value)
+
+
+def positives(count: float | None) -> str:
+    """How many of NEIGHBOURS were positive, the share, and its interval."""
+    if count is None:
+        return UNKNOWN
+    low, high = wilson(count, NEIGHBOURS)
+    return f"{NEIGHBOURS}, {count:.0f} positive ({count / NEIGHBOURS:.2f} [{low:.2f}, {high:.2f}])"
+
+
+def wilson(count: float, of: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)."""
+    share, more = count / of, z * z / of
+    reach = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
+    low, high = ((share + more / 2 + side * reach) / (1 + more) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def context_block(context: Context | None) -> str:
@@ -1321,6 +1440,50 @@ def context_blocks(context: Mapping[str, np.ndarray]) -> pa.StringArray | str:
         if name not in SAID
     ]
     return pc.binary_join_element_wise(HEADING, *lines, "")
+
+
+OPINION_MODEL = "expected net outcome in % of spot, and P(positive)"
+OPINION_LINE = "  - Outcome model: {opinion}\n"  # of one candidate
+OPINION_HEAD = "Outcome model: {opinion}\n"  # of all that a ranking shows
+OPINION_SHORT = ", Outcome model: {opinion}"  # in the line of one of them
+
+
+def opinion_text(expected: float | None, positive: float | None, day: str | None = None) -> str:
+    """What is said of a candidate; with the day before which decisions were learnt from, where that is not said of
+    all."""
+    if expected is None or positive is None:
+        return UNKNOWN
+    if day is None:
+        return f"{expected:+.2f}%, P(positive) {positive:.2f}"
+    return f"{expected:+.2f}% of spot expected, P(positive) {positive:.2f} ({fitted_text(day)})"
+
+
+def opinion_head(day: str | None) -> str:
+    return UNKNOWN if day is None else f"{OPINION_MODEL} ({fitted_text(day)})"
+
+
+def fitted_text(day: str) -> str:
+    return f"fitted on decisions before {day}"
+
+
+def opinion_texts(numbers: Mapping[str, np.ndarray], days: bool) -> pa.StringArray:
+    """(R,) what opinion_text says of each, with the day or without."""
+    expected, positive, before = (numbers[name] for name in OPINION)
+    unknown = pa.array(np.isnan(expected) | np.isnan(positive) | np.isnan(before))
+    pieces: list[Texts] = [each_distinct(np.nan_to_num(expected), "{:+.2f}%".format)]
+    pieces += [" of spot expected"] * days + [", P(positive) "]
+    pieces += [each_distinct(np.nan_to_num(positive), "{:.2f}".format)]
+    pieces += [" (", each_distinct(np.nan_to_num(before), lambda time: fitted_text(day_of(time))), ")"] if days else []
+    return pc.if_else(unknown, UNKNOWN, pc.binary_join_element_wise(*pieces, ""))
+
+
+def opinion_heads(before: np.ndarray) -> pa.StringArray:
+    """(D,) what opinion_head says of each, of microseconds since 1970; NaN where there is none."""
+    return each_distinct(before, lambda time: opinion_head(None if time is None else day_of(time)))
+
+
+def day_of(time: float) -> str:
+    return time_of(int(time)).date().isoformat()
 
 
 def filled(template: str, fields: Mapping[str, Texts]) -> pa.StringArray:
@@ -1362,7 +1525,7 @@ Candidate option: {instrument}
   - Score: {score}
   - IV: {iv}
   - IV/RV ratio: {ivrv_ratio}
-
+{opinion}
 {hindsight}Question: Based only on the information available at decision time (ignore the realized outcome), what \
 ACTION should the policy take on this candidate? Reply with exactly one token: SELL_CALL or SKIP."""
 RANKING_SYSTEM = (
@@ -1375,11 +1538,13 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot: {spot}
 Teacher policy (exit_style): {exit_style}
-{context}Candidates:
+{context}{opinion}Candidates:
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}\n"
+RANKING_LINE = (
+    "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+)
 RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.
@@ -1404,6 +1569,7 @@ Outcome (teacher hindsight for the chosen candidate only):
 def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str = "") -> list[dict]:
     """System and user message that ask for SELL_CALL or SKIP on one candidate of a decision."""
     fields = fields_of_market(decision) | fields_of_state(candidate) | {"hindsight": hindsight}
+    fields["opinion"] = opinion_of_candidate(decision, candidate, OPINION_LINE, with_day=True)
     return chat(CANDIDATE_SYSTEM.format(**fields), (CANDIDATE_MARKET + CANDIDATE_STATE).format(**fields))
 
 
@@ -1411,12 +1577,33 @@ def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
     vols = "" if decision.context is None else RANKING_VOLS
     lines = [
-        RANKING_LINE.format(index=index, vols=vols.format(**fields_of_state(candidate)), **fields_of_state(candidate))
+        RANKING_LINE.format(
+            index=index,
+            vols=vols.format(**fields_of_state(candidate)),
+            opinion=opinion_of_candidate(decision, candidate, OPINION_SHORT),
+            **fields_of_state(candidate),
+        )
         for index, candidate in enumerate(decision.candidates, start=1)
     ]
     fields = {"lines": "".join(lines) or NO_LINES, "count": len(decision.candidates), "hindsight": hindsight}
-    fields |= fields_of_market(decision)
+    fields |= fields_of_market(decision) | {"opinion": opinion_of_decision(decision)}
     return chat(RANKING_SYSTEM.format(**fields), RANKING_USER.format(**fields))
+
+
+def opinion_of_candidate(decision: Decision, candidate: Candidate, template: str, with_day: bool = False) -> str:
+    """Nothing where no opinion is told."""
+    if decision.opinion is None:
+        return ""
+    time, of = decision.opinion
+    day = time.date().isoformat() if with_day and time is not None else None
+    return template.format(opinion=opinion_text(*of.get(candidate.instrument, (None, None)), day))
+
+
+def opinion_of_decision(decision: Decision) -> str:
+    if decision.opinion is None:
+        return ""
+    time = decision.opinion.fitted_before
+    return OPINION_HEAD.format(opinion=opinion_head(None if time is None else time.date().isoformat()))
 
 
 def fields_of_market(decision: Decision) -> dict[str, str]:
@@ -1533,7 +1720,9 @@ def candidate_chats(
     rows = pa.array(columns.decision_of)
     heads = filled(CANDIDATE_SYSTEM + CANDIDATE_MARKET, market).take(rows)
     blocks = filled(CANDIDATE_HINDSIGHT, texts_of_outcomes(columns.numbers)) if hindsight else ""
-    more = {"head": heads, "hindsight": blocks, "answer": answers}
+    more = {"head": heads, "hindsight": blocks, "answer": answers, "opinion": ""}
+    if OPINION[0] in columns.numbers:
+        more["opinion"] = filled(OPINION_LINE, {"opinion": opinion_texts(columns.numbers, days=True)})
     texts = filled("{head}" + CANDIDATE_STATE + "{answer}", texts_of_state(columns, *RATIOS) | more)
     system = lengths(filled(CANDIDATE_SYSTEM, market))[columns.decision_of]
     return cut_chats(texts, system, lengths(answers))
@@ -1548,7 +1737,8 @@ def ranking_chats(
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
     states = texts_of_state(columns, *(RATIOS if columns.context else RATIOS[:2]))
     vols = filled(RANKING_VOLS, states) if columns.context else ""
-    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols})
+    said, head = opinions_of_ranking(columns)
+    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols, "opinion": said})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
@@ -1557,12 +1747,24 @@ def ranking_chats(
         "lines": pc.if_else(pa.array(sizes > 0), lines, NO_LINES),
         "count": pa.array(sizes).cast(pa.string()),
         "hindsight": ranking_blocks(columns) if hindsight else "",
+        "opinion": head,
     }
     system = lengths(filled(RANKING_SYSTEM, fields))
     if answers is None:
         return cut_chats(filled(RANKING_SYSTEM + RANKING_USER, fields), system)
     texts = filled(RANKING_SYSTEM + RANKING_USER + "{answer}", fields | {"answer": answers})
     return cut_chats(texts, system, lengths(answers))
+
+
+def opinions_of_ranking(columns: Columns) -> tuple[Texts, Texts]:
+    """(R,) what is said of each candidate, and (D,) of each decision; nothing where no opinion is told."""
+    if OPINION[0] not in columns.numbers:
+        return "", ""
+    before, offered = np.full(len(columns), np.nan), np.diff(columns.offsets) > 0
+    if offered.any():
+        before[offered] = np.fmax.reduceat(columns.numbers[OPINION[2]], columns.offsets[:-1][offered])
+    said = filled(OPINION_SHORT, {"opinion": opinion_texts(columns.numbers, days=False)})
+    return said, filled(OPINION_HEAD, {"opinion": opinion_heads(before)})
 
 
 def ranking_blocks(columns: Columns) -> pa.StringArray:
@@ -1632,14 +1834,15 @@ def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
-def prompt_version(context: Context | None = None) -> str:
+def prompt_version(context: Context | None = None, with_opinion: bool = False) -> str:
     """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
     time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
     candidates = (
         Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
         Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
     )
-    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context)
+    opinion = Opinion(time, {candidates[0].instrument: (0.125, 0.5)}) if with_opinion else None
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context, opinion)
     chats = [candidate_messages(decision, candidate) for candidate in candidates]
     chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
     return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
@@ -1649,27 +1852,36 @@ PROMPT_VERSION = prompt_version()
 
 
 def version_with(names: Sequence[str]) -> str:
-    """That of prompts with a context of these names; PROMPT_VERSION without any."""
+    """That of prompts that tell what told_names says; PROMPT_VERSION of nothing."""
     if not names:
         return PROMPT_VERSION
     words = {name: said[-1] for name, said in CONTEXT_WORDS.items()}
-    return prompt_version({name: words.get(name, 0.125) for name in names})
+    context = {name: words.get(name, 0.125) for name in names if name != OPINION_TOLD}
+    return prompt_version(context or None, OPINION_TOLD in names)
 
 
 def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
-    """The decision with the context that a policy was fitted with, and nothing beside it.
+    """The decision with what a policy was told when it was fitted, see told_names, and nothing beside it.
 
     Raises:
         CandidatesError: if the decision does not have it.
     """
-    context = decision.context or {}
-    missing = [name for name in names if name not in context]
+    context, of_context = decision.context or {}, [name for name in names if name != OPINION_TOLD]
+    missing = [name for name in of_context if name not in context]
+    if OPINION_TOLD in names and decision.opinion is None:
+        raise CandidatesError(
+            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here is "
+            "none. Load files with opinions; live, give the Q-scorer, too."
+        )
     if missing:
         raise CandidatesError(
             f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
             "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
         )
-    return decision._replace(context={name: context[name] for name in names} or None)
+    return decision._replace(
+        context={name: context[name] for name in of_context} or None,
+        opinion=decision.opinion if OPINION_TOLD in names else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2929,7 +3141,9 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
         raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
     candidates = tuple(row.candidate for row in rows if row.candidate)
     outcomes = tuple(row.outcome for row in rows if row.candidate)
-    return LoggedDecision(Decision(*key, first.spot, candidates, first.own or None), chosen, outcomes)
+    return LoggedDecision(
+        Decision(*key, spot=first.spot, candidates=candidates, context=first.own or None), chosen, outcomes
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4947,6 +5161,223 @@ def has_costs(options: CoveredCallCandidatesConfig) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# analogues
+#
+# What similar decisions brought, of those whose outcomes were settled before: analogues of a decision.
+#
+# Nothing here looks past the time that it is asked of: no number changes when an outcome does that was not settled then,
+# or when anything later is left out.
+
+
+POOL = 2_000  # decisions that are looked through: those that were settled last
+OF_BEST = ("dte", "delta", "score", "iv", "ivrv_ratio")  # of the best candidate, beside its strike over spot
+NEVER_SETTLED = np.iinfo(np.int64).max
+
+
+class Pool(NamedTuple):
+    """D decisions of all markets by what analogues are found of.
+
+    Args:
+        market: (D,) the underlying and the exit style: others' outcomes mean something else.
+        time, settled: (D,) microseconds since 1970; NEVER_SETTLED where an outcome is unknown.
+        features: (D, F) what is known at the decision; NaN where it is not.
+        outcome: (D,) of the best candidate, as a share of spot.
+    """
+
+    market: np.ndarray
+    time: np.ndarray
+    settled: np.ndarray
+    features: np.ndarray
+    outcome: np.ndarray
+
+
+def check_rule(options: CoveredCallCandidatesConfig, what: str) -> None:
+    """Raises CandidatesError where how outcomes are computed is chosen by recorded trades, later ones among them."""
+    chosen = options.settlement == "auto" or (options.settlement == RECORDS and not as_recorded(options))
+    if chosen or options.pricing_iv == FIT or options.keep_cut:
+        given = "keep_cut" if options.keep_cut else "pricing_iv='fit'" if options.pricing_iv == FIT else "settlement"
+        given += f"={options.settlement!r}" if given == "settlement" else ""
+        raise CandidatesError(
+            f"{what}: with {given} outcomes depend on what was recorded later. Give a settlement that is known "
+            "beforehand, teacher, intrinsic, simulated or recorded, and neither pricing_iv='fit' nor keep_cut."
+        )
+
+
+def pool_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Pool:
+    """Of decisions with their context and outcomes; the best candidate is the one of the highest score, of equals the
+    lowest strike."""
+    numbers = columns.numbers
+    best = first_of(columns, np.ones(len(columns.decision_of), bool), -numbers["score"])
+    own = {name: np.append(numbers[name], np.nan)[best] for name in ("strike", *OF_BEST, COUNTERFACTUAL)}
+    spot = np.where(columns.spot > 0, columns.spot, np.nan)
+    features = [*(columns.context[name] for name in SPOT), own["strike"] / spot, *(own[name] for name in OF_BEST)]
+    outcome = own[COUNTERFACTUAL] / spot
+    settled = settled_at(columns, options)[best] if len(columns.label_end) else np.zeros(len(columns), np.int64)
+    settled[np.isnan(outcome)] = NEVER_SETTLED
+    market = columns.underlying * np.int64(len(columns.names)) + columns.exit_style
+    return Pool(market, columns.time, settled, np.column_stack(features), outcome)
+
+
+def settled_at(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
+    """(R,) microseconds since 1970 from which on no later price can change an outcome: its last price is known, the
+    call has expired, so that no chain of it goes on unseen, and a spot nearer to its end would have come by then."""
+    days = np.maximum(columns.numbers["dte"], float(options.horizon or 0))
+    expired = columns.time[columns.decision_of] + timedelta_of(days)
+    return np.maximum(columns.label_end, expired) + 2 * round(options.expiry_tolerance * HOUR)
+
+
+def join_pools(pools: list[Pool]) -> Pool:
+    return Pool(*map(np.concatenate, zip(*pools, strict=True)))
+
+
+def pick_pool(pool: Pool, rows: np.ndarray) -> Pool:
+    return Pool(*(values[rows] for values in pool))
+
+
+def analogues_of(pool: Pool, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """(K,) each, by the names of ANALOGUES, of these rows of the pool, or of all; NaN where fewer than NEIGHBOURS
+    decisions of the same market were settled.
+
+    Memory is bounded by POOL and the pool itself: one decision is looked at after another.
+    """
+    rows = np.arange(len(pool.time)) if rows is None else rows
+    found = {name: np.full(len(rows), np.nan) for name in ANALOGUES}
+    for market in np.unique(pool.market[rows]):
+        its = np.flatnonzero((pool.market == market) & (pool.settled < NEVER_SETTLED))
+        its = its[np.lexsort((pool.time[its], pool.settled[its]))]
+        asked = np.flatnonzero(pool.market[rows] == market)
+        ends = np.searchsorted(pool.settled[its], pool.time[rows[asked]], "right")
+        for place, end in zip(asked.tolist(), ends.tolist(), strict=True):
+            if end >= NEIGHBOURS:
+                past = its[max(0, end - POOL) : end]
+                near = past[nearest_of(pool.features[past], pool.features[rows[place]])]
+                of_near = ((pool.outcome[near] > 0).sum(), pool.outcome[near].mean())
+                for name, value in zip(ANALOGUES, of_near, strict=True):
+                    found[name][place] = value
+    return found
+
+
+def nearest_of(past: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """The places of the NEIGHBOURS nearest to (F,) numbers among those of (P, F), of equals the first.
+
+    The distance is Euclid's, each number over its standard deviation among the past, which is all that was known. What
+    is unknown on one side alone counts as one of these, on both as none, and a number that never varied as none.
+    """
+    there, has = ~np.isnan(past), ~np.isnan(now)
+    count = there.sum(axis=0)
+    zeroed = np.where(there, past, 0.0)
+    mean = zeroed.sum(axis=0) / np.maximum(count, 1)
+    variance = (np.where(there, past - mean, 0.0) ** 2).sum(axis=0) / np.maximum(count - 1, 1)
+    varies = variance > 1e-18 * mean**2  # beyond what rounding makes of equal numbers
+    scale = np.where(varies, 1 / np.where(varies, variance, 1.0), 0.0)
+    apart = np.where(there & has, (zeroed - np.where(has, now, 0.0)) ** 2 * scale, varies * (there != has))
+    return np.argsort(apart.sum(axis=1), kind="stable")[:NEIGHBOURS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# opinions
+#
+# What a model of outcomes expected of candidates, as a file has it: a second opinion, from before the decision.
+
+
+UTC_TIME = pa.timestamp("us", tz="UTC")
+# A row a candidate: what is expected of selling it, in % of spot, and how probably that is above 0, by a model that
+# was fitted on outcomes none of which ended after fitted_before.
+OPINIONS = pa.schema(
+    [("decision_time", UTC_TIME), *((name, pa.string()) for name in ("underlying", "exit_style", "instrument"))]
+    + [("expected", pa.float64()), ("positive", pa.float64()), ("fitted_before", UTC_TIME)]
+)  # fmt: skip
+OPINION_KEY = ("decision_time", "underlying", "exit_style", "instrument")
+
+
+def read_opinions(path: str) -> pa.Table:
+    """The rows of OPINIONS, by decision time.
+
+    Raises:
+        CandidatesError: for a file that cannot be read, a row that cannot be, one that stands there twice, or a model
+            that was fitted on what came after the decision; it names file, row and values.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise CandidatesError(
+            f"opinions={shown(path)} is no file. Make one with covered-call q-scorer --write_opinions FILE.parquet."
+        )
+    try:
+        table = pq.read_table(path)
+        missing = [name for name in OPINIONS.names if name not in table.schema.names]
+        if missing:
+            raise CandidatesError(f"{path} has no column {missing[0]}: give one that q-scorer --write_opinions wrote.")
+        table = table.select(OPINIONS.names).cast(OPINIONS).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise CandidatesError(f"opinions={shown(path)} cannot be read: {printable(str(error), 300)}") from error
+    check_opinions(path, table)
+    return table.append_column("row", pa.array(np.arange(len(table)))).sort_by("decision_time")
+
+
+def check_opinions(path: str, table: pa.Table) -> None:
+    time, before = (table[name].cast(pa.int64()).to_numpy() for name in ("decision_time", "fitted_before"))
+    expected, positive = (table[name].to_numpy() for name in ("expected", "positive"))
+    blank = np.logical_or.reduce([column.is_null().to_numpy() for column in table.columns])
+    wrong = blank | ~np.isfinite(expected) | ~((positive >= 0) & (positive <= 1))
+    late = before > time
+    again = np.ones(len(table), bool)
+    distinct = table.select(OPINION_KEY).append_column("row", pa.array(np.arange(len(table))))
+    again[distinct.group_by(list(OPINION_KEY)).aggregate([("row", "min")])["row_min"].to_numpy()] = False
+    said = (
+        (wrong, "a value is missing, no number, or no probability"),
+        (late, "fitted_before is after the decision: the model has seen what came later. Such a row is a leak"),
+        (again, "this candidate stands there twice"),
+    )
+    for rows, why in said:
+        if rows.any():
+            row = int(np.flatnonzero(rows)[0])
+            values = ", ".join(f"{name} {text_in(table[name][row])}" for name in OPINIONS.names)
+            raise CandidatesError(f"{path}, row {row + 1}: {why} ({values}). Write the file again.")
+
+
+def text_in(value: pa.Scalar) -> str:
+    found = value.as_py()
+    return found.isoformat() if hasattr(found, "isoformat") else shown(found)
+
+
+def opinions_on(columns: Columns, table: pa.Table) -> tuple[np.ndarray, ...]:
+    """(R,) each, by the names of OPINION, of candidates; NaN where the table has none.
+
+    Raises:
+        CandidatesError: if the rows of one decision are of several models.
+    """
+    unknown = tuple(np.full(len(columns.instrument), np.nan) for _ in OPINION)
+    if not len(columns.instrument) or not len(table):
+        return unknown
+    times = table["decision_time"].cast(pa.int64()).to_numpy()
+    begin = np.searchsorted(times, columns.time.min())
+    table = table.slice(begin, np.searchsorted(times, columns.time.max(), "right") - begin)
+    rows, names = pa.array(columns.decision_of), pa.array(columns.names, pa.string())
+    asked = pa.table({
+        "decision_time": pa.array(columns.time).view(UTC_TIME).take(rows),
+        **{name: names.take(pa.array(getattr(columns, name))).take(rows) for name in ("underlying", "exit_style")},
+        "instrument": columns.instrument,
+        "place": pa.array(np.arange(len(rows))),
+    })  # fmt: skip
+    found = asked.join(table.drop(["row"]), list(OPINION_KEY), join_type="inner")
+    place = found["place"].to_numpy()
+    values = (found["expected"], found["positive"], pc.cast(found["fitted_before"], pa.int64()))
+    for into, numbers in zip(unknown, values, strict=True):
+        into[place] = numbers.to_numpy()
+    check_one_model(columns, unknown[2])
+    return unknown
+
+
+def check_one_model(columns: Columns, before: np.ndarray) -> None:
+    rows = np.flatnonzero(~np.isnan(before))
+    of = columns.decision_of[rows]
+    other = np.flatnonzero((of[1:] == of[:-1]) & (before[rows][1:] != before[rows][:-1]))
+    if len(other):
+        time = time_of(int(columns.time[of[other[0]]])).isoformat()
+        raise CandidatesError(f"opinions: those of the decision at {time} are of several models: give one for each.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # splits
 #
 # Splits: chronological, a decision time never divided, and purged where options outlive the boundary.
@@ -5623,14 +6054,36 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     decisions = settled(decisions, rolls, options)
     replay, ends, horizons = decisions.replay, array.array("q"), horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+    opinions = read_opinions(options.opinions) if options.opinions else None
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         *computed, label_end = outcomes_of(columns, replay, replays)
         ends.frombytes(label_ends(dataclasses.replace(columns, label_end=label_end)).tobytes())
-        return *computed, label_end
+        told = () if opinions is None else opinions_on(columns, opinions)
+        return *computed, *told, label_end
 
-    decisions.spool.compute(outcomes, horizons)
+    decisions.spool.compute(outcomes, (*horizons, *(OPINION if opinions is not None else ())))
+    if options.analogues:
+        tell_analogues(decisions, options)
     return decisions._replace(label_end=np.asarray(ends)[decisions.place])
+
+
+def tell_analogues(decisions: Decisions, options: CoveredCallCandidatesConfig) -> None:
+    """Adds them to the context of each decision in the spool."""
+    check_rule(options, "analogues")
+    spool = decisions.spool
+    pool = join_pools([pool_of(spool.block(number), options) for number in range(len(spool.blocks))])
+    found = {name: np.full(len(spool), np.nan) for name in ANALOGUES}
+    for name, values in analogues_of(pick_pool(pool, decisions.place)).items():
+        found[name][decisions.place] = values
+    starts = iter(spool.starts)
+
+    def context(columns: Columns) -> dict[str, np.ndarray]:
+        its = slice(start := next(starts), start + len(columns))
+        own = {name: values for name, values in columns.context.items() if name not in options.context_columns}
+        return own | {name: values[its] for name, values in found.items()}
+
+    spool.describe(context)
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
@@ -5979,7 +6432,16 @@ def candidate_columns(columns: Columns) -> dict[str, pa.Array]:
         "spot": pa.array(columns.spot[columns.decision_of]),
         **{name: nullable(np.where(sold, columns.numbers[name], np.nan)) for name in RECORDED},
         COUNTERFACTUAL: nullable(columns.numbers[COUNTERFACTUAL]),
+        **opinion_columns(columns),
     }
+
+
+def opinion_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(R,) each, where opinions are told."""
+    if OPINION[0] not in columns.numbers:
+        return {}
+    found = {name: nullable(columns.numbers[name]) for name in OPINION}
+    return found | {OPINION[2]: found[OPINION[2]].cast(pa.int64()).view(pa.timestamp("us", tz="UTC"))}
 
 
 def nullable(values: np.ndarray) -> pa.Array:
@@ -6002,18 +6464,18 @@ def table_of(name: str, options: CoveredCallCandidatesConfig, arrays: dict[str, 
 
 
 def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, ...]:
-    """Those that options add to a config's records: the context, but to preferences, and the horizons.
+    """Those that options add to a config's records: the context and opinions, but to preferences, and the horizons.
 
     Raises:
         CandidatesError: for a column of the user's whose name is taken.
     """
-    context = [] if name == "preference" else context_names(options)
-    taken = [one for one in options.context_columns if one in FEATURES[name] or one in SAID]
+    told = () if name == "preference" else (*context_names(options), *(OPINION if options.opinions else ()))
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in (*SAID, *OPINION, OPINION_TOLD)]
     if taken:
         raise CandidatesError(
             f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."
         )
-    return (*context, *horizon_columns(options))
+    return (*told, *horizon_columns(options))
 
 
 @functools.cache
@@ -6022,8 +6484,13 @@ def schema_of(name: str, more: tuple[str, ...]) -> pa.Schema:
 
 
 def features_of(name: str, more: Iterable[str]) -> datasets.Features:
-    """Of a config's records, with the columns that options add."""
-    kinds = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    """Of a config's records, with the columns that options add; of a ranking its candidates have opinions."""
+    kinds: dict[str, Any] = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    if OPINION[2] in kinds:
+        kinds[OPINION[2]] = datasets.Value("timestamp[us, tz=UTC]")
+    if name == "per_decision_ranking" and OPINION[0] in kinds:
+        own = {one: kinds.pop(one) for one in OPINION}
+        kinds["candidates"] = [CANDIDATE_FEATURES | own]
     return datasets.Features(FEATURES[name] | kinds)
 
 

@@ -46,11 +46,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call import (  # noqa: E402
-    atomic,
-    resampling,  # noqa: E402
-    tuning,
-)
+from covered_call import atomic, resampling, tuning  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs, hash_of_vols  # noqa: E402
 from covered_call.candidates.columns import COUNTERFACTUAL, Columns, logged_of  # noqa: E402
 from covered_call.candidates.data_options import OUTCOME_OPTIONS, add_data_options  # noqa: E402

@@ -2,32 +2,44 @@
 
     python benchmarks/context.py                                        # the sample; minutes on 2 cores
     python benchmarks/context.py --data_files 'runs/*.csv' --context_vols 'vols/dvol_{underlying}_daily.csv'
+    python benchmarks/context.py --exit_style hold_to_expiry --folds 1 --seeds 0 1 2    # the tiny model, too
 
 Walking forward, each policy is fitted on what was settled before a block of decision times, and decides on it:
 
     logistic regression, gradient boosting     imitate the teacher, from the numbers that its prompts tell
     Q-scorer                                   learns what selling brings, and sells what it expects to pay
+    tiny model, one for each of --seeds        imitates the teacher, from the prompts, as in benchmarks/prompts.py
 
 The answers are held against the teacher's (balanced accuracy: recall of each answer, averaged), and paid in P&L vs
-HODL, USD a unit of underlying a decision: as the files say, and with --context_vols at the market's vol, too. The
-intervals are of 95 %, from a moving-block bootstrap of decision times. Nothing is random but that: no seed is given.
+HODL, USD a unit of underlying a decision: as the files say, which is at real quotes in those of covered-call backtest,
+and with --context_vols at the market's vol, too. USD of several underlyings do not add up: give the files of one. The
+intervals are of 95 %, from a moving-block bootstrap of decision times. Nothing else is random, but for the tiny model.
+
+What a tiny model answered is kept in --output_dir, and not asked again.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from prompts import STEPS, tiny_answers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from covered_call import atomic, resampling  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs  # noqa: E402
 from covered_call.candidates.columns import Columns, columns_of, label_ends  # noqa: E402
 from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
 from covered_call.candidates.preferences import at  # noqa: E402
-from covered_call.evaluation import resampling  # noqa: E402
+from covered_call.candidates.prompts import pick_of  # noqa: E402
+from covered_call.candidates.records import ranking_records  # noqa: E402
 from covered_call.evaluation.baselines import fit_baselines  # noqa: E402
 from covered_call.tables import align  # noqa: E402
 from covered_call.value_model.learning import net_outcomes  # noqa: E402
@@ -47,37 +59,66 @@ class Judged(NamedTuple):
     usd: np.ndarray
 
 
+class Tiny(NamedTuple):
+    """How tiny models are trained, and where their answers are kept."""
+
+    seeds: list[int]
+    steps: int
+    folder: Path
+
+
 def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("covered_call").setLevel(logging.ERROR)
     args = parse_arguments(arguments)
     files = find_csvs(args.data_files, None, str(Path(__file__).parents[1]))
     levels = {"none": {}, "spot": {"context": "spot"}}
-    prices = {"the files' vol": {}}
+    prices = {"as the files say": {}}
+    given = json.dumps([files, args.exit_style, args.folds, args.steps])
+    folder = args.output_dir / hashlib.sha256(given.encode()).hexdigest()[:12]
     if args.context_vols:
         levels["spot, dvol"] = {"context": "spot", "context_vols": args.context_vols}
-        prices["the market's vol"] = {"iv_file": args.context_vols}
+        prices["at the market's vol"] = {"iv_file": args.context_vols}
     for price, how in prices.items():
         found = {}
         for level, told in levels.items():
             options = CoveredCallCandidatesConfig(
                 splits="train", exit_style=args.exit_style, fee=args.fee, half_spread=args.half_spread, **how, **told
             )
-            for policy, judged in judge(files, options, args.folds).items():
+            tiny = Tiny(args.seeds, args.steps, folder / level.replace(", ", "_"))
+            for policy, judged in judge(files, options, args.folds, tiny).items():
                 found[policy, level] = judged
-        print(f"Paid at {price}\n\n{align(cells_of(found))}\n", flush=True)
+        print(f"Paid {price}\n\n{align(cells_of(found))}\n", flush=True)
 
 
-def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int) -> dict[str, Judged]:
+def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int, tiny: Tiny) -> dict[str, Judged]:
     """Of each policy its picks in all blocks."""
     entries = Backtest(files, options).logged
-    parts: dict[str, list[Judged]] = {policy: [] for policy in (*IMITATORS, Q_SCORER)}
-    for past, block in blocks(entries, folds):
-        rules, columns = fit_baselines(columns_of(past)), columns_of(block)
-        for policy in IMITATORS:
-            parts[policy].append(judged_of(columns, rules[policy].picks(columns), options))
+    parts: dict[str, list[Judged]] = {}
+    for number, (past, block) in enumerate(blocks(entries, folds)):
+        known, columns = columns_of(past), columns_of(block)
+        rules = fit_baselines(known)
+        picks = {policy: rules[policy].picks(columns) for policy in IMITATORS}
+        for seed in tiny.seeds:
+            path = tiny.folder / f"{number}-{seed}.json"
+            picks[f"tiny model, seed {seed}"] = tiny_picks(known, columns, options, tiny.steps, seed, path)
+        for policy, its in picks.items():
+            parts.setdefault(policy, []).append(judged_of(columns, its, options))
     for fold in walk_forward(entries, folds, options):
-        parts[Q_SCORER].append(judged_of(columns_of(fold.entries), fold.picks, options))
+        parts.setdefault(Q_SCORER, []).append(judged_of(columns_of(fold.entries), fold.picks, options))
     return {policy: Judged(*map(np.concatenate, zip(*its, strict=True))) for policy, its in parts.items()}
+
+
+def tiny_picks(
+    past: Columns, block: Columns, options: CoveredCallCandidatesConfig, steps: int, seed: int, path: Path
+) -> np.ndarray:
+    """(D,) for a block, of a tiny model that was trained on its past; from the file if it is there."""
+    if not path.is_file():
+        train, judged = (Dataset(InMemoryTable(ranking_records(columns, options))) for columns in (past, block))
+        answers = tiny_answers(train, {"block": judged}, steps, seed)["block"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, json.dumps(answers))
+    picks = map(pick_of, json.loads(path.read_text(encoding="utf-8")))
+    return np.array([-1 if pick is None else pick for pick in picks])
 
 
 def judged_of(columns: Columns, picks: np.ndarray, options: CoveredCallCandidatesConfig) -> Judged:
@@ -127,6 +168,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="blocks of time; default: %(default)s")
     parser.add_argument("--fee", type=float, default=0.0, metavar="SHARE", help="of each trade, of spot; default: 0")
     parser.add_argument("--half_spread", type=float, default=0.0, metavar="SHARE", help="of a price; default: 0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="of tiny models; default: none")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of a tiny model; default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/context"), help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

@@ -31,10 +31,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from covered_call import (
-    atomic,  # noqa: E402
-    resampling,  # noqa: E402
-)
+from covered_call import atomic, resampling  # noqa: E402
 from covered_call.candidates.builder import Backtest  # noqa: E402
 from covered_call.candidates.prompts import pick_of  # noqa: E402
 from covered_call.candidates.schema import NO_TRADE, CandidatesError  # noqa: E402

@@ -41,7 +41,7 @@ PAGES = sorted(
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 ELSEWHERE = re.compile("needs a GPU|needs the network|pushes to the Hub")
 SLOW = re.compile(r"\bminutes?\b")
-TUNED = re.compile(r"out/(tiny|ranks|prefers|mine)\b(?!_)")  # folders that only slow commands make
+TUNED = re.compile(r"out/(tiny|tiny_explained|ranks|prefers|mine)\b(?!_)")  # folders that only slow commands make
 # A training of the pages takes minutes; these steps take it through all that it does.
 SHORT = (
     "--max_steps 2 --warmup_steps 1 --eval_steps 1 --save_steps 1 --logging_steps 1 --max_eval_records 8 "

@@ -18,6 +18,7 @@ from covered_call.candidates.schema import (
     Counterfactual,
     Decision,
     LoggedDecision,
+    Opinion,
     Outcome,
     shown,
 )
@@ -26,6 +27,8 @@ EPOCH = datetime.datetime(1970, 1, 1, tzinfo=UTC)
 STATE, LOGGED = Candidate._fields[1:], Outcome._fields
 RECORDED, OUTCOME_DAYS = LOGGED[:-1], LOGGED[-1]
 COUNTERFACTUAL, COSTS = "counterfactual_pnl_vs_hodl", "counterfactual_costs"
+# What an Opinion says of a candidate, where opinions are told: % of spot, a probability, microseconds since 1970.
+OPINION = ("opinion_expected", "opinion_positive", "opinion_fitted_before")
 
 
 class Grounds(NamedTuple):
@@ -55,7 +58,7 @@ class Columns:
     chosen: np.ndarray  # (D,) int32: the place of the call that was sold, from 0; -1 for no trade
     offsets: np.ndarray  # (D + 1,) int64
     instrument: pa.StringArray  # (R,)
-    numbers: dict[str, np.ndarray]  # (R,) float64 each, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS
+    numbers: dict[str, np.ndarray]  # (R,) float64, by the names of STATE, LOGGED, COUNTERFACTUAL, COSTS, and OPINION
     label_end: np.ndarray  # (R,) int64, microseconds since 1970, UTC: of the last price that an outcome rests on
     context: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (D,) float64 each, of the market
     grounds: dict[str, Grounds] = dataclasses.field(default_factory=dict)  # by task, if answers are to be explained
@@ -160,6 +163,8 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
     numbers |= {name: floats(getattr(outcome, name) for outcome in outcomes) for name in LOGGED}
     numbers[COUNTERFACTUAL] = floats(one.pnl_vs_hodl for one in counterfactuals)
     numbers[COSTS] = floats(one.costs for one in counterfactuals)
+    if any(decision.opinion is not None for decision in decisions):
+        numbers |= opinions_in(decisions)
     return Columns(
         names,
         np.array([codes[decision.underlying] for decision in decisions], np.int32),
@@ -173,6 +178,25 @@ def columns_of(logged: Sequence[LoggedDecision]) -> Columns:
         np.array([microseconds(one.label_end) for one in counterfactuals], np.int64),
         contexts_in([decision.context for decision in decisions]),
     )
+
+
+def opinions_in(decisions: Sequence[Decision]) -> dict[str, np.ndarray]:
+    """(R,) each, by the names of OPINION; NaN where there is none."""
+    rows, unknown = [], (None, None)
+    for decision in decisions:
+        before, of = decision.opinion or Opinion(None, {})
+        for candidate in decision.candidates:
+            said = of.get(candidate.instrument)
+            rows.append((*(said or unknown), None if before is None or said is None else microseconds(before)))
+    return {name: floats(row[place] for row in rows) for place, name in enumerate(OPINION)}
+
+
+def opinion_of(instruments: Sequence[str], expected: Sequence, positive: Sequence, before: Sequence) -> Opinion:
+    """From what one decision's rows say; None where unknown."""
+    rows = zip(instruments, expected, positive, strict=True)
+    of = {name: (one, other) for name, one, other in rows if one is not None and other is not None}
+    time = next((one for one in before if one is not None), None)
+    return Opinion(None if time is None or not of else time_of(int(time)), of)
 
 
 def contexts_in(contexts: Sequence[Context | None]) -> dict[str, np.ndarray]:
@@ -234,11 +258,14 @@ def logged_of(columns: Columns) -> list[LoggedDecision]:
     offsets = columns.offsets.tolist()
     names, fields = columns.names, [getattr(columns, name).tolist() for name in BY_DECISION]
     contexts = contexts_of(columns)
+    said = [known(columns.numbers[name]) for name in OPINION if name in columns.numbers]
     logged = []
     of_each = zip(*fields, contexts, strict=True)
     for place, (underlying, exit_style, time, spot, chosen, context) in enumerate(of_each):
         its = slice(offsets[place], offsets[place + 1])
-        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, tuple(candidates[its]), context)
+        own = tuple(candidates[its])
+        opinion = opinion_of([one.instrument for one in own], *(values[its] for values in said)) if said else None
+        decision = Decision(time_of(time), names[underlying], names[exit_style], spot, own, context, opinion)
         sold = None if chosen < 0 else chosen
         logged.append(LoggedDecision(decision, sold, tuple(outcomes[its]), tuple(counterfactuals[its])))
     return logged

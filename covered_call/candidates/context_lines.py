@@ -1,5 +1,6 @@
 """The market's context of a decision: what its numbers are called, and the lines in which prompts say them."""
 
+import math
 import string
 from collections.abc import Mapping
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import CONTEXT_WORDS, number_of_word, word_of
+from covered_call.candidates.columns import CONTEXT_WORDS, OPINION, number_of_word, time_of, word_of
 from covered_call.candidates.number_texts import UNKNOWN, each_distinct, exact, ratio
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import Context
@@ -28,10 +29,13 @@ OF_BARS = (  # what the level ohlcv has beside it
     "volume_ratio", "volume_class", "spread_ratio", "spread_class", "wick", "effort", *PATTERNS, "vwap_distance",
     "adx_14", "longer_ret", "longer_volume", "longer_trend", *CANDLE_RETURNS, *CANDLE_VOLUMES,
 )  # fmt: skip
+NEIGHBOURS = 20  # decisions whose outcomes the option analogues tells of
+ANALOGUES = ("analogues_positive", "analogues_mean")  # how many of them were positive, and their mean over spot
 PERCENT = (
     "ret_1d", "ret_7d", "ret_30d", "dist_ma50", "drawdown_90d", "support", "resistance", "vwap_distance", "longer_ret",
-    *CANDLE_RETURNS,
+    *CANDLE_RETURNS, "analogues_mean",
 )  # fmt: skip
+OPINION_TOLD = "opinion"  # among the names of what a policy is told, that it is told the opinion, too
 Texts = pa.StringArray | str  # many, or one for all
 HEADING = "Market context (known at decision time):\n"
 LINES = (
@@ -50,6 +54,7 @@ LINES = (
     "  - Last bars, the newest first (move, volume): "
     + ", ".join(f"{{{move}}} {{{volume}}}" for move, volume in zip(CANDLE_RETURNS, CANDLE_VOLUMES, strict=True))
     + "\n",
+    "  - Similar settled decisions: {analogues_positive}, mean {analogues_mean} of spot\n",
 )
 # Of files whose vols are all alike these say nothing, so that they are left out where they are unknown.
 WHERE_KNOWN = (
@@ -64,8 +69,13 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     """Of what a decision's context is made, in this order: the user's own columns last."""
     if options.context == "none":
         return []
-    bars = OF_BARS if options.context == "ohlcv" else ()
-    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *options.context_columns]
+    bars, alike = OF_BARS if options.context == "ohlcv" else (), ANALOGUES if options.analogues else ()
+    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *alike, *options.context_columns]
+
+
+def told_names(options: CoveredCallCandidatesConfig) -> list[str]:
+    """Of all that prompts tell beside the state: the context's names, and OPINION_TOLD."""
+    return [*context_names(options), *([OPINION_TOLD] if options.opinions else [])]
 
 
 def names_in(line: str) -> list[str]:
@@ -89,7 +99,25 @@ def text_of(name: str, value: float | None) -> str:
         return word_of(name, value) or UNKNOWN
     if name in PERCENT:
         return percent(value)
+    if name == "analogues_positive":
+        return positives(value)
     return ratio(value) if name in SAID and name not in PATTERNS else own(value)
+
+
+def positives(count: float | None) -> str:
+    """How many of NEIGHBOURS were positive, the share, and its interval."""
+    if count is None:
+        return UNKNOWN
+    low, high = wilson(count, NEIGHBOURS)
+    return f"{NEIGHBOURS}, {count:.0f} positive ({count / NEIGHBOURS:.2f} [{low:.2f}, {high:.2f}])"
+
+
+def wilson(count: float, of: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)."""
+    share, more = count / of, z * z / of
+    reach = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
+    low, high = ((share + more / 2 + side * reach) / (1 + more) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def context_block(context: Context | None) -> str:
@@ -124,6 +152,50 @@ def context_blocks(context: Mapping[str, np.ndarray]) -> pa.StringArray | str:
         if name not in SAID
     ]
     return pc.binary_join_element_wise(HEADING, *lines, "")
+
+
+OPINION_MODEL = "expected net outcome in % of spot, and P(positive)"
+OPINION_LINE = "  - Outcome model: {opinion}\n"  # of one candidate
+OPINION_HEAD = "Outcome model: {opinion}\n"  # of all that a ranking shows
+OPINION_SHORT = ", Outcome model: {opinion}"  # in the line of one of them
+
+
+def opinion_text(expected: float | None, positive: float | None, day: str | None = None) -> str:
+    """What is said of a candidate; with the day before which decisions were learnt from, where that is not said of
+    all."""
+    if expected is None or positive is None:
+        return UNKNOWN
+    if day is None:
+        return f"{expected:+.2f}%, P(positive) {positive:.2f}"
+    return f"{expected:+.2f}% of spot expected, P(positive) {positive:.2f} ({fitted_text(day)})"
+
+
+def opinion_head(day: str | None) -> str:
+    return UNKNOWN if day is None else f"{OPINION_MODEL} ({fitted_text(day)})"
+
+
+def fitted_text(day: str) -> str:
+    return f"fitted on decisions before {day}"
+
+
+def opinion_texts(numbers: Mapping[str, np.ndarray], days: bool) -> pa.StringArray:
+    """(R,) what opinion_text says of each, with the day or without."""
+    expected, positive, before = (numbers[name] for name in OPINION)
+    unknown = pa.array(np.isnan(expected) | np.isnan(positive) | np.isnan(before))
+    pieces: list[Texts] = [each_distinct(np.nan_to_num(expected), "{:+.2f}%".format)]
+    pieces += [" of spot expected"] * days + [", P(positive) "]
+    pieces += [each_distinct(np.nan_to_num(positive), "{:.2f}".format)]
+    pieces += [" (", each_distinct(np.nan_to_num(before), lambda time: fitted_text(day_of(time))), ")"] if days else []
+    return pc.if_else(unknown, UNKNOWN, pc.binary_join_element_wise(*pieces, ""))
+
+
+def opinion_heads(before: np.ndarray) -> pa.StringArray:
+    """(D,) what opinion_head says of each, of microseconds since 1970; NaN where there is none."""
+    return each_distinct(before, lambda time: opinion_head(None if time is None else day_of(time)))
+
+
+def day_of(time: float) -> str:
+    return time_of(int(time)).date().isoformat()
 
 
 def filled(template: str, fields: Mapping[str, Texts]) -> pa.StringArray:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from covered_call.candidates.analogues import analogues_of, check_rule, join_pools, pick_pool, pool_of
 from covered_call.candidates.chains import Rolls, no_rolls, rolls_of
 from covered_call.candidates.columnar import Doubt, InPieces, Said, scan, scan_in_pieces
 from covered_call.candidates.columns import (
+    OPINION,
     OUTCOME_DAYS,
     Columns,
     Grounds,
@@ -26,9 +28,11 @@ from covered_call.candidates.columns import (
     time_of,
 )
 from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
+from covered_call.candidates.context_lines import ANALOGUES
 from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
 from covered_call.candidates.explanations import grounds_of
+from covered_call.candidates.opinions import opinions_on, read_opinions
 from covered_call.candidates.options import CoveredCallCandidatesConfig, horizon_columns
 from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
@@ -224,14 +228,36 @@ def with_outcomes(decisions: Decisions, rolls: list[Rolls], options: CoveredCall
     decisions = settled(decisions, rolls, options)
     replay, ends, horizons = decisions.replay, array.array("q"), horizon_columns(options)
     replays = [replay.changed(dataclasses.replace(options, horizon=days)) for days in horizons.values()]
+    opinions = read_opinions(options.opinions) if options.opinions else None
 
     def outcomes(columns: Columns) -> tuple[np.ndarray, ...]:
         *computed, label_end = outcomes_of(columns, replay, replays)
         ends.frombytes(label_ends(dataclasses.replace(columns, label_end=label_end)).tobytes())
-        return *computed, label_end
+        told = () if opinions is None else opinions_on(columns, opinions)
+        return *computed, *told, label_end
 
-    decisions.spool.compute(outcomes, horizons)
+    decisions.spool.compute(outcomes, (*horizons, *(OPINION if opinions is not None else ())))
+    if options.analogues:
+        tell_analogues(decisions, options)
     return decisions._replace(label_end=np.asarray(ends)[decisions.place])
+
+
+def tell_analogues(decisions: Decisions, options: CoveredCallCandidatesConfig) -> None:
+    """Adds them to the context of each decision in the spool."""
+    check_rule(options, "analogues")
+    spool = decisions.spool
+    pool = join_pools([pool_of(spool.block(number), options) for number in range(len(spool.blocks))])
+    found = {name: np.full(len(spool), np.nan) for name in ANALOGUES}
+    for name, values in analogues_of(pick_pool(pool, decisions.place)).items():
+        found[name][decisions.place] = values
+    starts = iter(spool.starts)
+
+    def context(columns: Columns) -> dict[str, np.ndarray]:
+        its = slice(start := next(starts), start + len(columns))
+        own = {name: values for name, values in columns.context.items() if name not in options.context_columns}
+        return own | {name: values[its] for name, values in found.items()}
+
+    spool.describe(context)
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:

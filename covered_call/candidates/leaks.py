@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, Columns, columns_of
+from covered_call.candidates.analogues import analogues_of, pool_of
+from covered_call.candidates.columns import COUNTERFACTUAL, LOGGED, OPINION, Columns, columns_of
+from covered_call.candidates.context_lines import ANALOGUES
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.records import FEATURES, RECORDS, batches
@@ -84,6 +86,38 @@ def find_leaks(corpora: dict[str, Corpus], config: CoveredCallCandidatesConfig) 
     if telling:
         found.append(f"FAILED: {len(telling)} names in {task} prompts are words of an answer, such as {telling[0]!r}.")
     return found
+
+
+ASKED = 50  # decisions whose analogues are looked up again
+
+
+def find_unsettled(columns: Columns, options: CoveredCallCandidatesConfig) -> list[str]:
+    """One line where analogues change with outcomes that were not settled at the decision, its own among them.
+
+    Args:
+        columns: all decisions, by time, with their context and outcomes.
+    """
+    rows = np.unique(np.linspace(0, len(columns) - 1, min(ASKED, len(columns))).astype(int))
+    changed, own = 0, {name: columns.context[name] for name in ANALOGUES}
+    for row in rows.tolist():
+        open_then = (columns.label_end > columns.time[row]) | (columns.decision_of == row)
+        other = np.where(
+            open_then, 1 - np.nan_to_num(columns.numbers[COUNTERFACTUAL]), columns.numbers[COUNTERFACTUAL]
+        )
+        others = dataclasses.replace(columns, numbers=columns.numbers | {COUNTERFACTUAL: other})
+        found = analogues_of(pool_of(others, options), np.array([row]))
+        changed += any(not np.array_equal(own[name][[row]], found[name], equal_nan=True) for name in ANALOGUES)
+    if not changed:
+        return []
+    return [f"FAILED: the analogues of {changed:,} of {len(rows):,} decisions change with outcomes not settled then."]
+
+
+def find_late_opinions(columns: Columns) -> list[str]:
+    """One line where an opinion is of a model that was fitted on what came after the decision."""
+    late = columns.numbers[OPINION[2]] > columns.time[columns.decision_of]
+    return (
+        [f"FAILED: {late.sum():,} opinions are of models that were fitted on what came later."] if late.any() else []
+    )
 
 
 def names_in(decision: Decision) -> list[str]:

@@ -27,7 +27,7 @@ from covered_call.candidates.schema import (
 FIT = "fit"  # of pricing_iv: what the recorded trades were paid at
 CHATS = ("per_candidate", "per_decision_ranking")  # the configs whose records are chats with the teacher's answer
 # Options whose value says where something lies on this machine: no word of that is shared.
-PATHS = ("iv_file", "context_vols", "ohlcv_files")
+PATHS = ("iv_file", "context_vols", "ohlcv_files", "opinions")
 AS_SETTLED = "as settlement has it"
 MOST_HORIZONS = 20  # of the option horizons: each takes about as long as q_sell
 # Of what an option is: the headings under which --help shows them.
@@ -127,6 +127,21 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
         "for the teacher's files",
         most=24,
         least=-24,
+    )
+    analogues: bool = option(
+        False,
+        CONTEXT,
+        "BOOL",
+        "tell what the best candidates of the 20 most similar decisions brought whose outcomes were settled by then; "
+        "with context, and with a settlement that no later trade chooses",
+    )
+    opinions: str | None = option(
+        None,
+        CONTEXT,
+        "FILE",
+        "tell of each candidate what a model of outcomes that was fitted before expected: a file that covered-call "
+        "q-scorer --write_opinions wrote",
+        otherwise="none",
     )
     explain: bool = option(
         False,
@@ -307,7 +322,7 @@ class CoveredCallCandidatesConfig(datasets.BuilderConfig):
                 f"context_columns={shown(told[0])}: this column is told already, or is of the outcome, which a prompt "
                 "must not tell. Give columns of your own."
             )
-        for name in ("context_columns", "context_vols"):
+        for name in ("context_columns", "context_vols", "analogues"):
             if getattr(self, name) and self.context == "none":
                 raise CandidatesError(f"{name} goes with context='spot' or 'ohlcv': context is 'none'.")
         if (self.context == "ohlcv") != (self.ohlcv_files is not None):

@@ -14,8 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covered_call.candidates.columns import CONTEXT_WORDS, RECORDED, Columns
-from covered_call.candidates.context_lines import Texts, context_block, context_blocks, filled
+from covered_call.candidates.columns import CONTEXT_WORDS, OPINION, RECORDED, Columns
+from covered_call.candidates.context_lines import (
+    OPINION_HEAD,
+    OPINION_LINE,
+    OPINION_SHORT,
+    OPINION_TOLD,
+    Texts,
+    context_block,
+    context_blocks,
+    filled,
+    opinion_head,
+    opinion_heads,
+    opinion_text,
+    opinion_texts,
+)
 from covered_call.candidates.number_texts import days, each_distinct, exact, iso_times, money, ratio, ratios
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.schema import (
@@ -27,6 +40,7 @@ from covered_call.candidates.schema import (
     CandidatesError,
     Context,
     Decision,
+    Opinion,
 )
 
 ROLES = ("system", "user", "assistant")
@@ -48,7 +62,7 @@ Candidate option: {instrument}
   - Score: {score}
   - IV: {iv}
   - IV/RV ratio: {ivrv_ratio}
-
+{opinion}
 {hindsight}Question: Based only on the information available at decision time (ignore the realized outcome), what \
 ACTION should the policy take on this candidate? Reply with exactly one token: SELL_CALL or SKIP."""
 RANKING_SYSTEM = (
@@ -61,11 +75,13 @@ Decision time: {decision_time}
 Underlying: {underlying}
 Spot: {spot}
 Teacher policy (exit_style): {exit_style}
-{context}Candidates:
+{context}{opinion}Candidates:
 {lines}
 {hindsight}Question: Before seeing the outcome, which candidate index should the policy choose to SELL_CALL? Reply \
 with exactly one token: 1, 2, ..., {count}, or NO_TRADE."""
-RANKING_LINE = "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}\n"
+RANKING_LINE = (
+    "  [{index}] {instrument} — Strike: {strike}, DTE: {dte}, Delta: {delta}, Score: {score}{vols}{opinion}\n"
+)
 RANKING_VOLS = ", IV: {iv}, IV/RV: {ivrv_ratio}"  # where there is a context, whose vols they stand beside
 NO_LINES = "  (none)\n"
 # The outcomes as text. They name the answer: only for corpora that must match the teacher's.
@@ -90,6 +106,7 @@ Outcome (teacher hindsight for the chosen candidate only):
 def candidate_messages(decision: Decision, candidate: Candidate, hindsight: str = "") -> list[dict]:
     """System and user message that ask for SELL_CALL or SKIP on one candidate of a decision."""
     fields = fields_of_market(decision) | fields_of_state(candidate) | {"hindsight": hindsight}
+    fields["opinion"] = opinion_of_candidate(decision, candidate, OPINION_LINE, with_day=True)
     return chat(CANDIDATE_SYSTEM.format(**fields), (CANDIDATE_MARKET + CANDIDATE_STATE).format(**fields))
 
 
@@ -97,12 +114,33 @@ def ranking_messages(decision: Decision, hindsight: str = "") -> list[dict]:
     """System and user message that ask for 1..N or NO_TRADE over all N candidates, in the order given."""
     vols = "" if decision.context is None else RANKING_VOLS
     lines = [
-        RANKING_LINE.format(index=index, vols=vols.format(**fields_of_state(candidate)), **fields_of_state(candidate))
+        RANKING_LINE.format(
+            index=index,
+            vols=vols.format(**fields_of_state(candidate)),
+            opinion=opinion_of_candidate(decision, candidate, OPINION_SHORT),
+            **fields_of_state(candidate),
+        )
         for index, candidate in enumerate(decision.candidates, start=1)
     ]
     fields = {"lines": "".join(lines) or NO_LINES, "count": len(decision.candidates), "hindsight": hindsight}
-    fields |= fields_of_market(decision)
+    fields |= fields_of_market(decision) | {"opinion": opinion_of_decision(decision)}
     return chat(RANKING_SYSTEM.format(**fields), RANKING_USER.format(**fields))
+
+
+def opinion_of_candidate(decision: Decision, candidate: Candidate, template: str, with_day: bool = False) -> str:
+    """Nothing where no opinion is told."""
+    if decision.opinion is None:
+        return ""
+    time, of = decision.opinion
+    day = time.date().isoformat() if with_day and time is not None else None
+    return template.format(opinion=opinion_text(*of.get(candidate.instrument, (None, None)), day))
+
+
+def opinion_of_decision(decision: Decision) -> str:
+    if decision.opinion is None:
+        return ""
+    time = decision.opinion.fitted_before
+    return OPINION_HEAD.format(opinion=opinion_head(None if time is None else time.date().isoformat()))
 
 
 def fields_of_market(decision: Decision) -> dict[str, str]:
@@ -219,7 +257,9 @@ def candidate_chats(
     rows = pa.array(columns.decision_of)
     heads = filled(CANDIDATE_SYSTEM + CANDIDATE_MARKET, market).take(rows)
     blocks = filled(CANDIDATE_HINDSIGHT, texts_of_outcomes(columns.numbers)) if hindsight else ""
-    more = {"head": heads, "hindsight": blocks, "answer": answers}
+    more = {"head": heads, "hindsight": blocks, "answer": answers, "opinion": ""}
+    if OPINION[0] in columns.numbers:
+        more["opinion"] = filled(OPINION_LINE, {"opinion": opinion_texts(columns.numbers, days=True)})
     texts = filled("{head}" + CANDIDATE_STATE + "{answer}", texts_of_state(columns, *RATIOS) | more)
     system = lengths(filled(CANDIDATE_SYSTEM, market))[columns.decision_of]
     return cut_chats(texts, system, lengths(answers))
@@ -234,7 +274,8 @@ def ranking_chats(
     """(D,) the messages of ranking_messages and, where there are answers, the answer to each."""
     states = texts_of_state(columns, *(RATIOS if columns.context else RATIOS[:2]))
     vols = filled(RANKING_VOLS, states) if columns.context else ""
-    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols})
+    said, head = opinions_of_ranking(columns)
+    lines = filled(RANKING_LINE, states | {"index": answers_of(columns.place), "vols": vols, "opinion": said})
     # A decision's lines stand side by side, so that together they are one text.
     offsets = offsets_of(lines)[columns.offsets]
     lines = pa.StringArray.from_buffers(len(columns), pa.py_buffer(offsets), lines.buffers()[2])
@@ -243,12 +284,24 @@ def ranking_chats(
         "lines": pc.if_else(pa.array(sizes > 0), lines, NO_LINES),
         "count": pa.array(sizes).cast(pa.string()),
         "hindsight": ranking_blocks(columns) if hindsight else "",
+        "opinion": head,
     }
     system = lengths(filled(RANKING_SYSTEM, fields))
     if answers is None:
         return cut_chats(filled(RANKING_SYSTEM + RANKING_USER, fields), system)
     texts = filled(RANKING_SYSTEM + RANKING_USER + "{answer}", fields | {"answer": answers})
     return cut_chats(texts, system, lengths(answers))
+
+
+def opinions_of_ranking(columns: Columns) -> tuple[Texts, Texts]:
+    """(R,) what is said of each candidate, and (D,) of each decision; nothing where no opinion is told."""
+    if OPINION[0] not in columns.numbers:
+        return "", ""
+    before, offered = np.full(len(columns), np.nan), np.diff(columns.offsets) > 0
+    if offered.any():
+        before[offered] = np.fmax.reduceat(columns.numbers[OPINION[2]], columns.offsets[:-1][offered])
+    said = filled(OPINION_SHORT, {"opinion": opinion_texts(columns.numbers, days=False)})
+    return said, filled(OPINION_HEAD, {"opinion": opinion_heads(before)})
 
 
 def ranking_blocks(columns: Columns) -> pa.StringArray:
@@ -318,14 +371,15 @@ def chats_of(contents: pa.StringArray, roles: tuple[str, ...]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(ends), messages)
 
 
-def prompt_version(context: Context | None = None) -> str:
+def prompt_version(context: Context | None = None, with_opinion: bool = False) -> str:
     """A hash of what the prompts say and of how they write numbers: a model tuned on one is not asked another."""
     time = datetime.datetime(2024, 9, 1, tzinfo=UTC)
     candidates = (
         Candidate("BTC-08SEP24-63000-C", 63000.0, 7.0, 0.2351, 3.2029, 0.7, 0.9306),
         Candidate("X-0.55-C", 0.55, 7.25, 0.0, -1.0, None, None),
     )
-    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context)
+    opinion = Opinion(time, {candidates[0].instrument: (0.125, 0.5)}) if with_opinion else None
+    decision = Decision(time, "BTC", "tp_and_roll", 58466.0, candidates, context, opinion)
     chats = [candidate_messages(decision, candidate) for candidate in candidates]
     chats += [ranking_messages(decision), ranking_messages(decision._replace(candidates=()))]
     return hashlib.sha256(json.dumps([chats, SELL_CALL, SKIP, NO_TRADE]).encode()).hexdigest()[:12]
@@ -335,24 +389,33 @@ PROMPT_VERSION = prompt_version()
 
 
 def version_with(names: Sequence[str]) -> str:
-    """That of prompts with a context of these names; PROMPT_VERSION without any."""
+    """That of prompts that tell what told_names says; PROMPT_VERSION of nothing."""
     if not names:
         return PROMPT_VERSION
     words = {name: said[-1] for name, said in CONTEXT_WORDS.items()}
-    return prompt_version({name: words.get(name, 0.125) for name in names})
+    context = {name: words.get(name, 0.125) for name in names if name != OPINION_TOLD}
+    return prompt_version(context or None, OPINION_TOLD in names)
 
 
 def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
-    """The decision with the context that a policy was fitted with, and nothing beside it.
+    """The decision with what a policy was told when it was fitted, see told_names, and nothing beside it.
 
     Raises:
         CandidatesError: if the decision does not have it.
     """
-    context = decision.context or {}
-    missing = [name for name in names if name not in context]
+    context, of_context = decision.context or {}, [name for name in names if name != OPINION_TOLD]
+    missing = [name for name in of_context if name not in context]
+    if OPINION_TOLD in names and decision.opinion is None:
+        raise CandidatesError(
+            f"{decision.decision_id}: the policy was fitted with the opinion of a model of outcomes, and here is "
+            "none. Load files with opinions; live, give the Q-scorer, too."
+        )
     if missing:
         raise CandidatesError(
             f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
             "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
         )
-    return decision._replace(context={name: context[name] for name in names} or None)
+    return decision._replace(
+        context={name: context[name] for name in of_context} or None,
+        opinion=decision.opinion if OPINION_TOLD in names else None,
+    )

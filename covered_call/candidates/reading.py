@@ -259,4 +259,6 @@ def log_decision(path: str, key: tuple, rows: list[Row]) -> LoggedDecision:
         raise BadRow(path, first.line, "trade_executed", 1, "but no row of the decision has chosen=1")
     candidates = tuple(row.candidate for row in rows if row.candidate)
     outcomes = tuple(row.outcome for row in rows if row.candidate)
-    return LoggedDecision(Decision(*key, first.spot, candidates, first.own or None), chosen, outcomes)
+    return LoggedDecision(
+        Decision(*key, spot=first.spot, candidates=candidates, context=first.own or None), chosen, outcomes
+    )

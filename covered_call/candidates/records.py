@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 from covered_call.candidates.columns import (
     CONTEXT_WORDS,
     COUNTERFACTUAL,
+    OPINION,
     RECORDED,
     STATE,
     Columns,
     in_batches,
     words_of,
 )
-from covered_call.candidates.context_lines import SAID, context_names
+from covered_call.candidates.context_lines import OPINION_TOLD, SAID, context_names
 from covered_call.candidates.explanations import explanations
 from covered_call.candidates.options import CoveredCallCandidatesConfig, PreferenceConfig, horizon_columns
 from covered_call.candidates.preferences import preferred_pairs, recorded_outcomes
@@ -157,7 +158,16 @@ def candidate_columns(columns: Columns) -> dict[str, pa.Array]:
         "spot": pa.array(columns.spot[columns.decision_of]),
         **{name: nullable(np.where(sold, columns.numbers[name], np.nan)) for name in RECORDED},
         COUNTERFACTUAL: nullable(columns.numbers[COUNTERFACTUAL]),
+        **opinion_columns(columns),
     }
+
+
+def opinion_columns(columns: Columns) -> dict[str, pa.Array]:
+    """(R,) each, where opinions are told."""
+    if OPINION[0] not in columns.numbers:
+        return {}
+    found = {name: nullable(columns.numbers[name]) for name in OPINION}
+    return found | {OPINION[2]: found[OPINION[2]].cast(pa.int64()).view(pa.timestamp("us", tz="UTC"))}
 
 
 def nullable(values: np.ndarray) -> pa.Array:
@@ -180,18 +190,18 @@ def table_of(name: str, options: CoveredCallCandidatesConfig, arrays: dict[str, 
 
 
 def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, ...]:
-    """Those that options add to a config's records: the context, but to preferences, and the horizons.
+    """Those that options add to a config's records: the context and opinions, but to preferences, and the horizons.
 
     Raises:
         CandidatesError: for a column of the user's whose name is taken.
     """
-    context = [] if name == "preference" else context_names(options)
-    taken = [one for one in options.context_columns if one in FEATURES[name] or one in SAID]
+    told = () if name == "preference" else (*context_names(options), *(OPINION if options.opinions else ()))
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in (*SAID, *OPINION, OPINION_TOLD)]
     if taken:
         raise CandidatesError(
             f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."
         )
-    return (*context, *horizon_columns(options))
+    return (*told, *horizon_columns(options))
 
 
 @functools.cache
@@ -200,8 +210,13 @@ def schema_of(name: str, more: tuple[str, ...]) -> pa.Schema:
 
 
 def features_of(name: str, more: Iterable[str]) -> datasets.Features:
-    """Of a config's records, with the columns that options add."""
-    kinds = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    """Of a config's records, with the columns that options add; of a ranking its candidates have opinions."""
+    kinds: dict[str, Any] = {one: datasets.Value("string" if one in CONTEXT_WORDS else "float64") for one in more}
+    if OPINION[2] in kinds:
+        kinds[OPINION[2]] = datasets.Value("timestamp[us, tz=UTC]")
+    if name == "per_decision_ranking" and OPINION[0] in kinds:
+        own = {one: kinds.pop(one) for one in OPINION}
+        kinds["candidates"] = [CANDIDATE_FEATURES | own]
     return datasets.Features(FEATURES[name] | kinds)
 
 

@@ -224,6 +224,11 @@ def made_by(options: CoveredCallCandidatesConfig) -> dict:
             f"context={shown(options.context)}: a cluster's tasks do not see the market's history. Export on one "
             "machine: engine='local', or load_candidates."
         )
+    if options.opinions:
+        raise CandidatesError(
+            f"opinions={shown(options.opinions)}: a cluster's tasks do not read the file. Export on one machine: "
+            "engine='local', or load_candidates."
+        )
     given = {name: getattr(options, name) for name in names_of(type(options)) if name not in PATHS}
     said = {"code": CODE_HASH, "part": PART, "options": given | {"iv_file": hash_of_vols(options.iv_file)}}
     return json.loads(json.dumps(said))  # tuples are lists

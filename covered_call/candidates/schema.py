@@ -49,6 +49,33 @@ class Candidate(NamedTuple):
 Context = Mapping[str, float | str | None]  # words as words; None where unknown
 
 
+class Opinion(NamedTuple):
+    """What a model of outcomes, which was fitted before, expects of selling each call of a decision.
+
+    Args:
+        fitted_before: no outcome that it was fitted on ended after this; None where there is no such model.
+        of: by instrument the net outcome that it expects, in % of spot, and the probability that it is positive.
+    """
+
+    fitted_before: datetime.datetime | None
+    of: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "Opinion":
+        """Raises CandidatesError unless it is what to_dict gives."""
+        time = state.get("fitted_before") if isinstance(state, dict) else None
+        of = state.get("of") if isinstance(state, dict) else None
+        parsed = iso_time(time) if isinstance(time, str) else None
+        if not isinstance(of, dict) or (time is not None and parsed is None):
+            raise CandidatesError(f"opinion: {shown(state)} is no dict of fitted_before and, by instrument, of.")
+        both = {name: tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for name, pair in of.items()}
+        return cls(None if parsed is None else utc(parsed), both)
+
+    def to_dict(self) -> dict:
+        time = self.fitted_before
+        return {"fitted_before": time and time.isoformat(), "of": {name: list(pair) for name, pair in self.of.items()}}
+
+
 class Decision(NamedTuple):
     """All that a policy may know at one decision: the time (UTC), the market, and its candidates."""
 
@@ -58,6 +85,7 @@ class Decision(NamedTuple):
     spot: float
     candidates: tuple[Candidate, ...]
     context: Context | None = None  # of the market, by name, where a policy is asked with one
+    opinion: Opinion | None = None  # of a model of outcomes, where a policy is asked with one
 
     @classmethod
     def from_dict(cls, state: dict, max_iv: float | None = None) -> "Decision":
@@ -80,6 +108,8 @@ class Decision(NamedTuple):
         known = [fields_of(Candidate, row, f"candidate {place}") for place, row in enumerate(rows, start=1)]
         candidates = tuple(Candidate(**fields) for fields in known)
         fields: dict[str, Any] = state | {"decision_time": utc(parsed), "candidates": candidates}
+        if state["opinion"] is not None:
+            fields["opinion"] = Opinion.from_dict(state["opinion"])
         decision = cls(**fields)
         check_decision(decision, max_iv)
         return decision
@@ -88,8 +118,11 @@ class Decision(NamedTuple):
         """What from_dict takes, and json.dumps too."""
         candidates = [candidate._asdict() for candidate in self.candidates]
         state = self._asdict() | {"decision_time": self.decision_time.isoformat(), "candidates": candidates}
-        if self.context is None:
-            del state["context"]
+        if self.opinion is not None:
+            state["opinion"] = self.opinion.to_dict()
+        for name in ("context", "opinion"):
+            if state[name] is None:
+                del state[name]
         return state
 
     @property
@@ -166,7 +199,7 @@ NUMBERS = {
 }  # fmt: skip
 ABOVE_ZERO = ("spot", "strike")
 MAY_LACK = ("iv", "ivrv_ratio")
-MAY_BE_LEFT_OUT = (*MAY_LACK, "context")
+MAY_BE_LEFT_OUT = (*MAY_LACK, "context", "opinion")
 NO_TIME = "is not an ISO 8601 time such as 2024-09-01T00:00:00+00:00"
 # Every special token of the common chat formats has one of these: <|end|>, <s>, [INST], {{, <｜User｜>. The bar also
 # divides the parts of a decision's id, and a quote is one that a CSV lost.
@@ -262,6 +295,7 @@ def check_decision(decision: Decision, max_iv: float | None = None) -> None:
     for name in ("underlying", "exit_style"):
         check_name(name, getattr(decision, name), "the decision")
     check_context(decision.context)
+    check_opinion(decision)
     if not isinstance(decision.candidates, tuple) or not all(isinstance(c, Candidate) for c in decision.candidates):
         raise CandidatesError(f"candidates: {shown(decision.candidates)} is not a tuple of Candidate.")
     if decision.candidates:
@@ -286,6 +320,23 @@ def check_context(context: Context | None) -> None:
             check_name(f"context {name}", value, "the decision")
         elif value is not None:
             check_number(f"context {name}", value, "the decision", MAX_IV)
+
+
+def check_opinion(decision: Decision) -> None:
+    """Raises CandidatesError for numbers that cannot be, and for one of a model that was fitted on what came later."""
+    time, of = decision.opinion or Opinion(None, {})
+    if of and time is None:
+        raise CandidatesError(f"{decision.decision_id}: its opinion does not say fitted_before.")
+    if time is not None and time > decision.decision_time:
+        raise CandidatesError(
+            f"{decision.decision_id}: its opinion is of a model with fitted_before {time.isoformat()}, which is after "
+            "the decision: a leak. Give one of a model that was fitted earlier."
+        )
+    for name, pair in of.items():
+        if len(pair) != 2 or not all(is_number(one) and math.isfinite(one) for one in pair) or not 0 <= pair[1] <= 1:
+            raise CandidatesError(
+                f"{decision.decision_id}, opinion of {shown(name)}: {shown(pair)} is no % of spot and probability."
+            )
 
 
 def checked_decision(state: Decision | dict, max_iv: float | None) -> Decision:

@@ -7,8 +7,8 @@ from pathlib import Path
 MODULES = (
     "schema", "columns", "options", "number_texts", "context_lines", "prompts", "csv_rows", "strays", "csv_blocks",
     "columnar", "reading", "pricing", "series", "context_ohlcv", "context", "score_terms", "explanations", "spots",
-    "settlement", "chains", "vols", "outcomes", "splits", "terms", "spool", "decisions", "preferences", "records",
-    "builder",
+    "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
+    "preferences", "records", "builder",
 )  # fmt: skip
 
 

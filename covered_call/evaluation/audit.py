@@ -21,9 +21,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.columns import columns_of, logged_of
+from covered_call.candidates.columns import OPINION, columns_of, logged_of
 from covered_call.candidates.data_options import Help, add_data_options, backtest_of, config_of, typed
-from covered_call.candidates.leaks import CHOSEN_INDEX, PROMPTED, REWARD, Corpus, find_leaks, render, render_splits
+from covered_call.candidates.leaks import (
+    CHOSEN_INDEX,
+    PROMPTED,
+    REWARD,
+    Corpus,
+    find_late_opinions,
+    find_leaks,
+    find_unsettled,
+    render,
+    render_splits,
+)
 from covered_call.candidates.options import CHATS, CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import answer_of, present_in_order
 from covered_call.candidates.schema import NO_TRADE, SELL_CALL, SKIP, CandidatesError, LoggedDecision
@@ -78,8 +88,24 @@ def audit(args: argparse.Namespace) -> int:
             f"context_columns: {', '.join(options.context_columns)} stand in the prompts as the files have them. That "
             "they were known at the decision is for you to vouch for."
         )
+    leaks += audit_past(backtest, options)
     print("\n".join(leaks) if leaks else "Passed: no prompt names its answer.")
     return int(bool(leaks))
+
+
+def audit_past(backtest: Backtest, options: CoveredCallCandidatesConfig) -> list[str]:
+    """What is told of others' outcomes, looked at; a line for each way in which it knows what came later."""
+    leaks, decisions = [], backtest.decisions
+    if options.analogues:
+        print("Analogues: looked up again with all outcomes changed that were not settled at the decision.")
+        leaks += find_unsettled(decisions.columns(), options)
+    if options.opinions:
+        columns = decisions.columns()
+        before = columns.numbers[OPINION[2]]
+        told = ~np.isnan(before)
+        print(f"opinions: {told.sum():,} of {len(told):,} candidates have one, of a model that was fitted before.")
+        leaks += find_late_opinions(columns)
+    return leaks
 
 
 def describe_labels(backtest: Backtest, options: CoveredCallCandidatesConfig) -> str:

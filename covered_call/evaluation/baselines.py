@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from covered_call.candidates.columns import Columns
+from covered_call.candidates.columns import OPINION, Columns
 from covered_call.candidates.records import is_sold
 from covered_call.candidates.schema import CandidatesError
 
@@ -51,7 +51,7 @@ def fit_baselines(train: Columns) -> dict[str, Rule]:
             f"The training split has {len(train)} decisions, and not both a call that was sold and one that was not: "
             "no baseline can be fitted. Give more data, or other splits."
         )
-    told = [*NUMBERS, *train.context]
+    told = told_in(train)
     return {
         "majority answer": majority_answer(train),
         "first candidate": Rule(lambda columns: -columns.place, by_place=True),
@@ -123,7 +123,13 @@ def features(columns: Columns) -> pd.DataFrame:
     numbers = columns.numbers | {"spot": columns.spot[rows]}
     styles = pd.Categorical.from_codes(columns.exit_style[rows], columns.names)
     context = {name: values[rows] for name, values in columns.context.items()}
-    return pd.DataFrame({"exit_style": styles, **{name: numbers[name] for name in NUMBERS}, **context})
+    numbers = {name: numbers[name] for name in told_in(columns) if name in numbers}
+    return pd.DataFrame({"exit_style": styles, **numbers, **context})
+
+
+def told_in(columns: Columns) -> list[str]:
+    """The numbers that prompts tell of a candidate and its market."""
+    return [*NUMBERS, *(name for name in OPINION[:2] if name in columns.numbers), *columns.context]
 
 
 def logistic_regression(told: list[str]):
@@ -143,7 +149,7 @@ def in_columns(numbers, told: list[str]):
 def classifier(model, train: Columns, sold: np.ndarray) -> Rule:
     """Sells the candidate that is likeliest to be one the teacher sells, above a threshold fitted on train too."""
     known = features(train)
-    empty = [name for name in (*NUMBERS, *train.context) if known[name].isna().all()]
+    empty = [name for name in told_in(train) if known[name].isna().all()]
     model.fit(known.fillna(dict.fromkeys(empty, 0.0)), sold)  # trees fail on a column without a number
 
     def likelihoods(columns: Columns) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from covered_call import atomic
+from covered_call.candidates.context_lines import wilson
 from covered_call.candidates.schema import CandidatesError, shown
 from covered_call.tables import align
 
@@ -42,10 +43,7 @@ class Matched(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95 % of Wilson's (1927): it holds near 0 and 1, too."""
-        z, n, p = 1.959964, self.questions, self.share
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-        return max(0.0, low), min(1.0, high)
+        return wilson(self.met, self.questions)
 
 
 def read_questions(path: str) -> list[Question]:

@@ -18,7 +18,6 @@ written, once all chains are read; they are read one snapshot after another, wha
 
 import argparse
 import datetime
-import glob
 import os
 import re
 import shutil
@@ -26,8 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.utils import tqdm
 
 from covered_call import atomic
@@ -38,8 +35,9 @@ from covered_call.candidates.series import HOUR
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.market.book import SOLD_AT, STYLES, WAYS, Conditions
 from covered_call.market.candidate_csv import file_name
+from covered_call.market.files import by_first_time, chain_files
 from covered_call.market.replay import ChainReplay, Log, rule_of
-from covered_call.market.snapshot import BadRows, layout_of, read_snapshots, times_of
+from covered_call.market.snapshot import BadRows, read_snapshots
 from covered_call.market.teacher import PRESETS, read_spots, rules_of
 from covered_call.tables import align
 
@@ -67,7 +65,7 @@ def main(arguments: list[str]) -> None:
         settings = Settings(**{name: value for name, value in vars(args).items() if name in Settings._fields})
         os.makedirs(args.to, exist_ok=True)
         bad = BadRows(settings.on_bad_rows)
-        replays = replay(files_of(args.chains), settings, bad, args.to)
+        replays = replay(chain_files(args.chains, "chains"), settings, bad, args.to)
         for path in write_logs(replays, args.to):
             print(f"Wrote {path}")
         print(f"\n{summary(replays, settings, bad)}")
@@ -99,37 +97,6 @@ def replay(paths: list[str], settings: Settings, bad: BadRows, folder: str) -> l
     for one in replays.values():
         one.finish()
     return list(replays.values())
-
-
-def files_of(patterns: list[str]) -> list[str]:
-    """The Parquet files that patterns, or folders, name."""
-    found = {}
-    for pattern in patterns:
-        pattern = os.path.expanduser(pattern)
-        its = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.parquet") if os.path.isdir(pattern) else pattern))
-        if not its:
-            raise CandidatesError(f"chains={shown(pattern)}: there is no such file. Give Parquet files, or a folder.")
-        found |= dict.fromkeys(its)
-    return list(found)
-
-
-def by_first_time(paths: list[str]) -> list[str]:
-    """The files in the order in which they begin."""
-    if len(paths) == 1:
-        return paths
-    bar = tqdm(paths, desc="order of files", unit=" files", disable=None)
-    return sorted(paths, key={path: first_time(path) for path in bar}.__getitem__)
-
-
-def first_time(path: str) -> int:
-    """Microseconds since 1970; 0 for a file without rows, of which its reader says what is wrong."""
-    try:
-        with pq.ParquetFile(path) as file:
-            name = layout_of(path, file.schema_arrow.names).columns["time"]
-            batch = next(file.iter_batches(1, columns=[name]), None)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CandidatesError(f"{path} cannot be read as Parquet: {error}. Give a file of option quotes.") from error
-    return int(times_of(path, pa.chunked_array([batch.column(0)]), name)[0]) if batch else 0
 
 
 def time_of_day(text: str) -> int | None:

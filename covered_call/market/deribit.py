@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 TESTNET = "https://test.deribit.com"
 DAY = 86_400_000  # milliseconds, as all times of the API
+LAST_MILLISECOND = 253_402_300_800_000  # of the year 9999
 # Between the tries of a request, in seconds. ccxt's own maxRetriesOnFailure waits equally long each time, which an
 # exchange that is overloaded, or that has answered 429, is not helped by.
 WAITS = (1, 2, 4, 8, 16)
@@ -146,6 +147,17 @@ class Deribit:
 
     def result_of(self, answer: dict) -> Any:
         return answer.get("result")
+
+    def time(self) -> datetime.datetime:
+        """The exchange's own clock, UTC.
+
+        Raises:
+            DeribitError, Outage: see ask; for an answer that is no time.
+        """
+        found = self.ask("publicGetGetTime")
+        if not is_number(found) or not 0 < found < LAST_MILLISECOND:
+            raise DeribitError(f"Deribit's time is {shown(found)}, and no number of milliseconds.")
+        return datetime.datetime.fromtimestamp(found / 1000, datetime.UTC)
 
     def book_summary(self, currency: str, on_bad_rows: str = "error") -> pa.Table:
         """The option chain now, a row an instrument, with the columns of SNAPSHOT; null is unknown.

@@ -16,6 +16,7 @@ from covered_call.candidates.context import (
     closes_until,
     context_of,
     distance_of,
+    levels_of,
     regimes,
     returns_of,
     vols_of_closes,
@@ -64,6 +65,8 @@ PRESETS = {
     ),
     "synthetic": Rules(7, 7, 0.15, 0.35, premium_in_score=False, max_candidates=26),
 }  # fmt: skip
+BREAKS = 5  # days in which a resistance was broken
+LEVEL_DAYS, LEVEL_LEAST = 50, 10  # closes that levels are of, and those of them that have to be there: see levels_of
 
 
 def read_spots(pattern: str, underlying: str, *others: str) -> Series:
@@ -100,6 +103,31 @@ def past_of(closes: Series, time: int, spot: float) -> Past:
     returns = returns_of(known, times, spots, (7, 30))[0] + 0 * distance
     numbers = [vols_of_closes(days, 30), vols_of_closes(days, 7), distance, returns]
     return Past(*known_or_none(np.concatenate(numbers)))
+
+
+class Broken(NamedTuple):
+    """The resistances that spot broke of late.
+
+    That of a day is the nearest level above its close, as it was known then (see context.levels_of). It is broken once
+    a later close, or spot, is above it.
+    """
+
+    broken_resistances: int | None  # of the last BREAKS days; None where closes are missing
+    broken_resistance: float | None  # USD, the lowest of them
+
+
+def broken_of(closes: Series, time: int, spot: float) -> Broken:
+    """From the closes that are known at a time, in microseconds since 1970, and the spot of then."""
+    (days,) = closes_until(Prices(closes.time, closes.number), np.array([time]), LEVEL_DAYS + BREAKS)
+    if np.isnan(days[-LEVEL_LEAST - BREAKS :]).any() or not spot > 0:
+        return Broken(None, None)
+    broken = []
+    for ago in range(1, BREAKS + 1):
+        close = days[-ago - 1]
+        (above,) = levels_of(days[None, :-ago], close[None])["resistance"]  # of the close; NaN where there is none
+        if max(*days[-ago:], spot) / close - 1 > above:
+            broken.append(float(close * (1 + above)))
+    return Broken(len(broken), min(broken, default=None))
 
 
 def with_context(decision: Decision, closes: Series, snapshot: Snapshot | None = None) -> Decision:

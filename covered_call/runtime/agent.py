@@ -1,16 +1,14 @@
 """The verb agent: policies that decide over time with positions, on a backtest, in shadow, on paper, on a testnet."""
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
 import functools
-import heapq
 import importlib
 import itertools
 import signal
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,28 @@ from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError
 from covered_call.market.deribit import Deribit, DeribitError
+from covered_call.market.files import chain_files, in_time
 from covered_call.market.harvest_log import HarvestError
-from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots
+from covered_call.market.snapshot import BadRows
 from covered_call.market.teacher import PRESETS
 from covered_call.runtime import live, testnet
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.alerts import Alerts
 from covered_call.runtime.broker import BrokerRules, DeribitTestnet
-from covered_call.runtime.chain import paths_of
-from covered_call.runtime.configured import Policies, closes_of, fusion_of, policies_of
+from covered_call.runtime.configured import NO_PAYOFF, Policies, closes_of, fusion_of, pair_of, payoff_for, policies_of
 from covered_call.runtime.drift import drift_of
-from covered_call.runtime.engine import Agent, Cycle, Steps, Venue, fall_back
+from covered_call.runtime.engine import Agent, Steps, Venue, fall_back
 from covered_call.runtime.exits import exits_of
-from covered_call.runtime.fusion import fuse
+from covered_call.runtime.experience import Experience, Settled
+from covered_call.runtime.fusion import Fused, fuse
 from covered_call.runtime.journal import Journal, JournalError, opened
 from covered_call.runtime.kill import killed
-from covered_call.runtime.paper import FILLED, Begun, Paper
+from covered_call.runtime.paper import Begun, Paper
 from covered_call.runtime.replay import Recorded, logged_in, states_from
 from covered_call.runtime.risk import Note, RiskRules, notes_of, vetoes_of
-from covered_call.runtime.sizing import SizingRules, size
-from covered_call.runtime.state import SELL_CALL, Intention, MarketState, Portfolio, Veto
+from covered_call.runtime.screen import Told, page, result_lines, seen_lines
+from covered_call.runtime.sizing import Sizing, SizingRules, size
+from covered_call.runtime.state import Intention, MarketState, Portfolio, Proposal, Veto
 from covered_call.runtime.worker import WorkerError
 from covered_call.value_model.learning import QScorerError
 
@@ -148,10 +148,13 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
     venue = Recorded(options)
     with opened(folder, durable=False) as journal:
         begins = datetime.datetime.fromtimestamp(int(decisions.time[0]) / 1e6, UTC)
-        agent = agent_of(args, config, policies, venue, journal, begins)
+        experience = Experience(pair_of(config))
+        agent = agent_of(args, config, policies, venue, journal, begins, experience=lambda: experience)
         told = Told()
         for cycle in agent.run(venue.states(logged_in(decisions))):
             told.add(cycle)
+            if learns(config):
+                experience.add(cycle.state, cycle.portfolio, cycle.plan.proposals, venue.brought())
             if stop:
                 break
     ends = venue.rest(agent.portfolio)
@@ -163,7 +166,7 @@ def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, st
 def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     """Shadow and paper, over snapshots."""
     bad, closes = BadRows(args.on_bad_rows), closes_of(config)
-    snapshots = in_time(paths_of(args.snapshot), bad, config)
+    snapshots = in_time(chain_files(args.snapshot, "snapshot"), bad, config.holdings)
     folder = args.log or Path(config.state_dir) / args.mode
     venue = Paper(closes) if args.mode == "paper" else None
     if policies.with_market and not closes:
@@ -219,18 +222,35 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
 def agent_of(
     args: argparse.Namespace, config: AgentConfig, policies: Policies, venue: Venue | None, journal: Journal,
     begins: datetime.datetime, clock: Callable[[], datetime.datetime] | None = None,
+    experience: Callable[[], Experience] | None = None,
 ) -> Agent:  # fmt: skip
-    """Args: begins: of a new log. clock: None: each state is decided at its time."""
+    """Args:
+    begins: of a new log.
+    clock: None: each state is decided at its time.
+    experience: what became of earlier decisions; None: what is settled beside the log.
+    """
     its = {"config_hash": config.sha, "config": dataclasses.asdict(config)}
     about = {"mode": args.mode, **its, "versions": policies.versions}
     begun = Begun(begins, dict(config.holdings), float(config.cash_usd))
-    steps = steps_of(config, args.mode, journal.folder, policies.ranges, journal.decided)
+    if experience is None:
+        experience = Settled(journal.folder, pair_of(config)).now if learns(config) else Experience
+    if config.sizing.get("method") == "half_kelly":
+        for name in config.holdings:
+            if payoff_for(config, policies.payoffs, experience(), name, (clock or live.now)())[0] is None:
+                print(f"{name}: {NO_PAYOFF}.")
+    steps = steps_of(config, args.mode, journal.folder, policies, experience, journal.decided)
     return Agent(policies.sources, steps, venue, begun, journal, about, clock, policies.ranges)
 
 
+def learns(config: AgentConfig) -> bool:
+    """Whether anything looks at what became of earlier decisions."""
+    return pair_of(config) is not None or config.sizing.get("method") == "half_kelly"
+
+
 def steps_of(
-    config: AgentConfig, mode: str, folder: str | Path, ranges: dict[str, dict], decided: Collection[str] = ()
-) -> Steps:
+    config: AgentConfig, mode: str, folder: str | Path, policies: Policies, experience: Callable[[], Experience],
+    decided: Collection[str] = (),
+) -> Steps:  # fmt: skip
     """How proposals are fused, sized, and stopped, also by the kill switch.
 
     Args:
@@ -245,7 +265,7 @@ def steps_of(
     switches = [folder] if mode == "replay" else [folder, config.state_dir]
 
     def seen(state: MarketState) -> dict[str, Any]:
-        drift = [text for its in ranges.values() for text in drift_of(state.decision, its)]
+        drift = [text for its in policies.ranges.values() for text in drift_of(state.decision, its)]
         return {"killed": killed(*switches), "ordered": decided, "drift": drift}
 
     def vetoed(intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Veto]:
@@ -257,47 +277,25 @@ def steps_of(
     def left(state: MarketState, portfolio: Portfolio, now: datetime.datetime) -> list[Intention]:
         return [order for one in exits_of(state, portfolio, config.exit, now) for order in one.intentions]
 
+    def fused(members: Sequence[Proposal], state: MarketState, portfolio: Portfolio) -> Fused:
+        if fusion is None:
+            return fall_back(members, state, portfolio)
+        return fuse(members, state, portfolio, fusion, experience().settled() if fusion.mode == "learned" else None)
+
+    def sized(proposal: Proposal, state: MarketState, portfolio: Portfolio) -> Sizing:
+        if sizing.method != "half_kelly":
+            return size(proposal, state, portfolio, sizing)
+        put = state.decision
+        payoff, whose = payoff_for(config, policies.payoffs, experience(), put.underlying, put.decision_time)
+        return size(proposal, state, portfolio, sizing, payoff)._replace(payoff=payoff, payoff_of=whose)
+
     return Steps(
-        fuse=(lambda members, state, portfolio: fuse(members, state, portfolio, fusion)) if fusion else fall_back,
-        size=lambda proposal, state, portfolio: size(proposal, state, portfolio, sizing),
+        fuse=fused,
+        size=sized,
         vetoes_of=vetoed,
         exits=left,
         notes_of=noted,
     )
-
-
-def in_time(paths: list[str], bad: BadRows, config: AgentConfig) -> Iterator[Snapshot]:
-    """The snapshots of what is held, of all files by time; a file is opened when its time has come.
-
-    Raises:
-        CandidatesError: for an underlying that stands in two files at one time.
-    """
-    firsts = [next(read_snapshots(path, BadRows("skip")), None) for path in paths]
-    begins = sorted((first.time, path) for first, path in zip(firsts, paths, strict=True) if first)
-    waiting = collections.deque((time, place, path) for place, (time, path) in enumerate(begins))
-    merged: list[tuple[int, int, Snapshot, Iterator[Snapshot]]] = []
-    last: dict[str, Snapshot] = {}
-    while waiting or merged:
-        while waiting and (not merged or waiting[0][0] <= merged[0][0]):
-            _, place, path = waiting.popleft()
-            push(merged, place, read_snapshots(path, bad))
-        _, place, snapshot, rest = heapq.heappop(merged)
-        push(merged, place, rest)
-        before = last.get(snapshot.underlying)
-        if before and snapshot.time <= before.time:
-            raise CandidatesError(
-                f"{snapshot.source} has {snapshot.underlying} at a time that {before.source} has, too. Give one."
-            )
-        last[snapshot.underlying] = snapshot
-        if snapshot.underlying in config.holdings:
-            yield snapshot
-
-
-def push(merged: list, place: int, snapshots: Iterator[Snapshot]) -> None:
-    """The next snapshot of a file among those of others; of equal times the file of the lower place is first."""
-    snapshot = next(snapshots, None)
-    if snapshot:
-        heapq.heappush(merged, (snapshot.time, place, snapshot, snapshots))
 
 
 @contextlib.contextmanager
@@ -320,80 +318,7 @@ def ended_by_ctrl_c() -> Generator[list]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
-
-
-def page(cycle: Cycle, drift: dict[str, list[str]]) -> str:
-    """A cycle on one screen."""
-    state, plan, executions, portfolio = cycle
-    decision, intention = state.decision, plan.entry.intention
-    lines = [
-        f"{decision.underlying} {decision.decision_time:%Y-%m-%d %H:%M:%S} UTC, {decision.exit_style}: spot "
-        f"{decision.spot:,.2f}, {len(decision.candidates)} candidates",
-        *(f"  {one.source}: {one.error or one.instrument or 'NO_TRADE'}" + ("" if one.error else
-            f" (confidence {one.confidence:.3f}; {one.reason})") for one in plan.proposals),
-        *(f"  drift, {name}: {'; '.join(found)}: its answer is a guess" for name, found in drift.items()),
-        f"  {intention.action} {intention.instrument or ''} by {plan.fused.method}"
-        + (f", {intention.units:g} coin(s)" if intention.action == SELL_CALL else "")
-        + "".join(f" ({code})" for code in intention.reason_codes if code != plan.fused.method),
-        *(f"  vetoed, {one.code}: {one.text}" for one in plan.entry.vetoes),
-        *(f"  {one.status}" + (f" at {one.price:,.2f} USD, fee {one.fee_usd:,.2f}" if one.status == FILLED
-            else f": {one.reason}") for one in executions),
-        *standing_lines(portfolio),
-    ]  # fmt: skip
-    return "\n".join([*lines, ""])
-
-
-def standing_lines(portfolio: Portfolio) -> list[str]:
-    if portfolio.equity_usd is None and not portfolio.positions:
-        return []
-    equity = "unknown" if portfolio.equity_usd is None else f"{portfolio.equity_usd:,.2f} USD"
-    held = ", ".join(f"{-one.units:g} {one.instrument} sold at {one.entry_price:,.2f}" for one in portfolio.positions)
-    return [f"  equity before orders {equity}; open: {held or 'nothing'}; {len(portfolio.trades)} trade(s) closed"]
-
-
-class Told:
-    """Counts of cycles."""
-
-    def __init__(self):
-        self.cycles, self.times = 0, []
-        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-
-    def add(self, cycle: Cycle) -> None:
-        self.cycles += 1
-        self.times.append(cycle.state.decision.decision_time)
-        plan = cycle.plan
-        self.counts["meant"][plan.entry.intention.action] += 1
-        self.counts["by"][plan.fused.method] += 1
-        self.counts["vetoed"].update(one.code for one in plan.entry.vetoes)
-        self.counts["orders"].update(one.status for one in cycle.executions)
-        self.counts["errors"].update(one.source for one in plan.proposals if one.error)
-
-    def lines(self) -> list[str]:
-        found = [f"{self.cycles:,} decisions"]
-        for name, its in self.counts.items():
-            if its:
-                found.append(f"  {name}: " + ", ".join(f"{key} {count:,}" for key, count in its.most_common()))
-        return found
-
-
-def result_lines(results: list[float], unknown: int) -> list[str]:
-    lines = [
-        f"{len(results):,} sales brought {sum(results):+,.2f} USD against holding the coin, at the files' own vols: "
-        "no verdict, for which see covered-call evaluate."
-    ]
-    return [*lines, f"{unknown:,} more were not made: what they bring is unknown."] if unknown else lines
-
-
-def seen_lines(times: list[datetime.datetime], tuned_to: dict[str, datetime.datetime]) -> list[str]:
-    """Which of the decisions a policy was tuned on, or on what came after them."""
-    counts = {name: sum(time <= end for time in times) for name, end in tuned_to.items()}
-    return [
-        f"{count:,} of the decisions are of the time until {tuned_to[name]:%Y-%m-%d}, on which {name} was tuned: what "
-        "it does there says little."
-        for name, count in counts.items()
-        if count
-    ]
+# The command line
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 import argparse
 import collections
 import datetime
-import glob
 import io
 import itertools
 import math
@@ -15,15 +14,17 @@ import numpy as np
 from datasets.utils import tqdm
 
 from covered_call import atomic
+from covered_call.candidates.context_lines import OPINION_TOLD
 from covered_call.candidates.data_options import Help, flags
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
-from covered_call.candidates.schema import MAX_IV, CandidatesError, shown
+from covered_call.candidates.schema import MAX_IV, CandidatesError
 from covered_call.candidates.series import Series
 from covered_call.candidates.vols import Vols, read_vols
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
 from covered_call.market.deribit import TESTNET, Deribit, DeribitError
+from covered_call.market.files import chain_files
 from covered_call.market.snapshot import BadRows, Snapshot, read_snapshots, snapshots_in
 from covered_call.market.teacher import (
     PRESETS,
@@ -38,6 +39,7 @@ from covered_call.market.teacher import (
 )
 from covered_call.runtime.drift import drift_of
 from covered_call.tables import align
+from covered_call.value_model.opinions import with_opinion
 from covered_call.value_model.scorer import FILE_NAME, QScorer, QScorerError
 
 DESCRIPTION = """\
@@ -123,16 +125,8 @@ def snapshots_from(args: argparse.Namespace, bad: BadRows) -> Iterator[Snapshot]
             table = exchange.book_summary(currency, args.on_bad_rows)
             yield from fresh(args, snapshots_in(f"Deribit's {currency}", table.schema.names, table.to_batches(), bad))
     else:
-        bar = tqdm(paths_of(args.snapshot), unit=" files", disable=None, leave=False)
+        bar = tqdm(chain_files(args.snapshot, "snapshot"), unit=" files", disable=None, leave=False)
         yield from fresh(args, itertools.chain.from_iterable(read_snapshots(path, bad) for path in bar))
-
-
-def paths_of(patterns: Sequence[str]) -> list[str]:
-    found = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [path for path in found if not os.path.isfile(path)]
-    if missing:
-        raise CandidatesError(f"snapshot={shown(missing[0])} is no file. Give Parquet files of option quotes.")
-    return found
 
 
 def fresh(args: argparse.Namespace, snapshots: Iterable[Snapshot]) -> Iterator[Snapshot]:
@@ -184,14 +178,17 @@ def policy_answers(args: argparse.Namespace, puts: list[Put]) -> Iterator[list[S
 
         policy = Policy.load(args.model, threshold=args.threshold)
         numbers = policy.manifest["tuned_on"]["numbers"]
+        asked = decisions
+        if OPINION_TOLD in policy.manifest.get("context", ()) and args.q_scorer:
+            fitted = QScorer.load(q_path(args)).fitted
+            asked = [with_opinion(decision, fitted) for decision in decisions]
         yield [
             Said(f"model {args.model}", one.pick, f"probability {one.probability:.3f}, margin {one.margin:.3f}"
                 + (", abstained" if one.abstained else ""), drift_of(decision, numbers))
-            for decision, one in zip(decisions, policy.decide(decisions), strict=True)
+            for decision, one in zip(decisions, policy.decide(asked), strict=True)
         ]  # fmt: skip
     if args.q_scorer:
-        path = os.path.join(args.q_scorer, FILE_NAME) if os.path.isdir(args.q_scorer) else args.q_scorer
-        scorer = QScorer.load(path)
+        scorer = QScorer.load(q_path(args))
         numbers = scorer.fitted.metadata["train"].get("numbers", {})
         yield [
             Said("Q-scorer", one.pick, "no candidate" if one.best is None else
@@ -199,6 +196,10 @@ def policy_answers(args: argparse.Namespace, puts: list[Put]) -> Iterator[list[S
                 + (f", stopped by {one.stopped_by}" if one.stopped_by else ""), drift_of(decision, numbers))
             for decision, one in zip(decisions, scorer.decide(decisions), strict=True)
         ]  # fmt: skip
+
+
+def q_path(args: argparse.Namespace) -> str:
+    return os.path.join(args.q_scorer, FILE_NAME) if os.path.isdir(args.q_scorer) else args.q_scorer
 
 
 def refuse_drift(args: argparse.Namespace, answers: list[list[Said]]) -> None:

@@ -5,24 +5,31 @@ import dataclasses
 import datetime
 import functools
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from covered_call import __version__
-from covered_call.candidates.context_lines import SPOT
+from covered_call.candidates.context_lines import OPINION_TOLD, SPOT
 from covered_call.candidates.prompts import PROMPT_VERSION
-from covered_call.candidates.schema import CHAIN_COLUMNS
+from covered_call.candidates.schema import CHAIN_COLUMNS, Decision
 from covered_call.candidates.series import Series, read_series
 from covered_call.language_model.manifest import read_manifest
 from covered_call.market.teacher import DAY_BEGINS
 from covered_call.runtime.agent_config import AgentConfig, ConfigError
 from covered_call.runtime.contradictions import LANGUAGE_MODELS
+from covered_call.runtime.experience import Experience
 from covered_call.runtime.fusion import Fusion
 from covered_call.runtime.policies import LanguageModel, Model, Q, Rule, Source
 from covered_call.runtime.remote import TASK, Client, KeyMissing, Remote
 from covered_call.runtime.worker import Worker, load_policy
-from covered_call.value_model.learning import Fitted, QScorerError
+from covered_call.value_model.learning import Fitted, QScorerError, payoff_of
+from covered_call.value_model.opinions import with_opinion
 from covered_call.value_model.scorer import FILE_NAME, QScorer
+
+NO_PAYOFF = (
+    "no payoff is known yet, so nothing is sold: fit a Q-scorer (again), settle 30 candidates of its log, or give "
+    "sizing: {payoff: NUMBER}"
+)
 
 
 class Policies(NamedTuple):
@@ -36,6 +43,7 @@ class Policies(NamedTuple):
     ranges: dict[str, dict[str, list[float]]]
     tuned_to: dict[str, datetime.datetime]
     contexts: dict[str, list[str]]  # of those that were fitted with the market's context what it was
+    payoffs: dict[str, float | None]  # of a Q-scorer's training outcomes: see learning.payoff_of
 
     @property
     def with_market(self) -> bool:
@@ -45,7 +53,7 @@ class Policies(NamedTuple):
 
 @contextlib.contextmanager
 def policies_of(config: AgentConfig) -> Generator[Policies]:
-    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {}, {})
+    found = Policies([], {"code": __version__, "prompts": PROMPT_VERSION}, {}, {}, {}, {})
     with contextlib.ExitStack() as ends:
         for name, value in config.policy.items():
             if name == "rule":
@@ -74,7 +82,7 @@ def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
             raise QScorerError(
                 f"{path} was fitted with another context of the market than the one before. Start again."
             )
-        found.versions["q"] = sha256
+        found.versions["q"], found.payoffs["q"] = sha256, payoff_of(fitted.metadata)
         found.ranges["q"] = fitted.metadata["train"].get("numbers", {})
         found.tuned_to["q"] = datetime.datetime.fromisoformat(fitted.metadata["validation"]["to"])
 
@@ -89,16 +97,26 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
     manifest = read_manifest(folder)
     if config.exit_style not in manifest["tuned_on"]["exit_styles"]:
         raise ConfigError(other_style(folder, config, manifest["tuned_on"]["exit_styles"]))
-    found.contexts["llm"] = manifest.get("context", [])
+    told = manifest.get("context", [])
+    found.contexts["llm"] = [name for name in told if name != OPINION_TOLD]
     if unknown := untold(folder, found.contexts["llm"]):
         raise ConfigError(unknown)
+    if OPINION_TOLD in told and "q" not in config.policy:
+        raise ConfigError(f"{folder} was tuned with a Q-scorer's opinion: name one under policy.q, which gives it.")
+    tell = functools.partial(opinion_of_q, found.sources) if OPINION_TOLD in told else None
     model, rules = Model.of(manifest), config.rules_of_querying
     found.versions["llm"], found.ranges["llm"] = model.sha, manifest["tuned_on"]["numbers"]
     found.tuned_to["llm"] = datetime.datetime.fromisoformat(manifest["splits"]["train"]["to"])
     worker = Worker(functools.partial(load_policy, folder), rules.timeout_s)
     ends.callback(worker.stop)
     worker.wait_until_ready()
-    return LanguageModel(worker.ask, rules, model)
+    return LanguageModel(worker.ask, rules, model, tell=tell)
+
+
+def opinion_of_q(sources: list[Source], decision: Decision) -> Decision:
+    """The decision with what the Q-scorer among the sources, as it stands now, expects of it."""
+    scorer = next(source.scorer for source in sources if isinstance(source, Q))
+    return with_opinion(decision, scorer.current())
 
 
 def remote_model(keys: dict, config: AgentConfig, found: Policies) -> Source:
@@ -141,3 +159,22 @@ def fusion_of(config: AgentConfig) -> Fusion | None:
     if "llm" not in config.fusion and fusion.llm not in models:
         fusion = dataclasses.replace(fusion, llm=models[0] if models else fusion.llm)
     return fusion
+
+
+def pair_of(config: AgentConfig) -> tuple[str, str] | None:
+    """The sources whose disagreements the fusion learns from; None where it does not."""
+    fusion = fusion_of(config)
+    if fusion is None or fusion.mode != "learned":
+        return None
+    return fusion.llm, fusion.second or next(name for name in config.policy if name != fusion.llm)
+
+
+def payoff_for(
+    config: AgentConfig, payoffs: Mapping[str, float | None], experience: Experience, underlying: str,
+    time: datetime.datetime,
+) -> tuple[float | None, str]:  # fmt: skip
+    """The payoff that Kelly's rule takes at a time, and who says so: the configuration, else the Q-scorer's training,
+    else what is settled by then."""
+    stated = {"sizing.payoff": config.sizing.get("payoff"), "q": payoffs.get("q")}
+    known = [(value, name) for name, value in stated.items() if value is not None]
+    return known[0] if known else (experience.payoff(underlying, time), "settled")

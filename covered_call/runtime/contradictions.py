@@ -69,7 +69,7 @@ def of_fusion(policies: Collection[str], given: Mapping[str, Any]) -> Iterator[s
 
 def of_sizing(holdings: Mapping[str, float], given: Mapping[str, Any]) -> Iterator[str]:
     rules = SizingRules(**given)
-    for key, method in (("units", "fixed"), ("share", "holdings_share")):
+    for key, method in (("units", "fixed"), ("share", "holdings_share"), ("payoff", "half_kelly")):
         if key in given and rules.method != method:
             yield f"sizing.{key} is for the method {method}, and method is {rules.method}: leave it out."
     if not any(holdings.values()):

@@ -1,6 +1,7 @@
 """The verb agent doctor: is all there that a configuration names? One line for each thing, and what to do."""
 
 import argparse
+import contextlib
 import datetime
 import email.utils
 import importlib.util
@@ -22,15 +23,17 @@ from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import UTC, CandidatesError
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
+from covered_call.market.deribit import Deribit, DeribitError
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.answers import ServerError
-from covered_call.runtime.configured import closes_of, other_style, q_file
+from covered_call.runtime.configured import NO_PAYOFF, closes_of, other_style, payoff_for, q_file
+from covered_call.runtime.experience import Experience, read_experience
 from covered_call.runtime.journal import ROOM, JournalError, files_of, read
 from covered_call.runtime.kill import KILL, folders_of, killed
 from covered_call.runtime.policies import Model
 from covered_call.runtime.remote import Client, KeyMissing, Remote, told
 from covered_call.runtime.risk import RiskRules
-from covered_call.value_model.learning import QScorerError
+from covered_call.value_model.learning import QScorerError, payoff_of
 from covered_call.value_model.scorer import read_hashed
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -53,15 +56,20 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     start_logging()
     with plain_errors(args):
-        found = list(examined(args.config))
+        found = list(examined(args.config, args.url if args.live else None, args.live))
         print("\n".join(map(str, found)))
         failed, warned = (sum(one.how == how for one in found) for how in (FAIL, WARN))
         print(f"{failed} to mend, {warned} to look at." if failed or warned else "All is there.")
     return int(failed > 0)
 
 
-def examined(path: str) -> Iterator[Found]:
-    """What is found, one after another; what cannot be looked at is a FAIL, and the next is looked at."""
+def examined(path: str, url: str | None = None, live: bool = False) -> Iterator[Found]:
+    """What is found, one after another; what cannot be looked at is a FAIL, and the next is looked at.
+
+    Args:
+        url: of Deribit's API; None is its own.
+        live: whether chains are to come from there, so that its clock counts.
+    """
     try:
         config = read_config(path)
     except ConfigError as error:
@@ -78,6 +86,10 @@ def examined(path: str) -> Iterator[Found]:
                 yield from look(config)
             except EXPECTED as error:
                 yield Found(FAIL, what, str(error))
+    if config.sizing.get("method") == "half_kelly":
+        yield from of_payoff(config)
+    if live:
+        yield of_exchange(url, RiskRules(**config.risk).max_clock_skew_s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,11 +175,51 @@ def of_clock(date: str | None, limit: float) -> Found:
         theirs = email.utils.parsedate_to_datetime(date or "")
     except ValueError:
         return Found(WARN, "clock", "not compared: the server does not say its time")
-    skew = (datetime.datetime.now(UTC) - theirs.astimezone(UTC)).total_seconds()
-    skew = math.copysign(max(0.0, abs(skew) - 1), skew)
+    return of_skew("the server's", (datetime.datetime.now(UTC) - theirs.astimezone(UTC)).total_seconds(), 1, limit)
+
+
+def of_exchange(url: str | None, limit: float) -> Found:
+    """Its clock, as it was at some moment between question and answer."""
+    try:
+        exchange = Deribit(url, patience=SECONDS)
+    except DeribitError as error:
+        return Found(FAIL, "exchange clock", str(error))
+    asked = datetime.datetime.now(UTC)
+    try:
+        theirs = exchange.time()
+    except DeribitError as error:
+        return Found(WARN, "exchange clock", f"not compared: {error}")
+    waited = (datetime.datetime.now(UTC) - asked).total_seconds()
+    skew = (asked - theirs).total_seconds() + waited / 2
+    return of_skew("Deribit's", skew, waited / 2, limit)._replace(what="exchange clock")
+
+
+def of_skew(whose: str, skew: float, unsure: float, limit: float) -> Found:
+    """Seconds that this clock is ahead, of which so many may be no skew."""
+    skew = math.copysign(max(0.0, abs(skew) - unsure), skew)
     if abs(skew) > limit:
-        return Found(FAIL, "clock", f"{skew:+.0f} s from the server's, and {limit:g} s may be: set it, such as by NTP")
-    return Found(OK, "clock", f"within {limit:g} s of the server's")
+        return Found(FAIL, "clock", f"{skew:+.0f} s from {whose}, and {limit:g} s may be: set it, such as by NTP")
+    return Found(OK, "clock", f"within {limit:g} s of {whose}")
+
+
+def of_payoff(config: AgentConfig) -> Iterator[Found]:
+    """Of Kelly's rule, which sells nothing without one."""
+    payoffs, now, folders = {}, datetime.datetime.now(UTC), folders_of(config.state_dir)
+    with contextlib.suppress(QScorerError):  # which of_q_scorer says
+        payoffs = {"q": payoff_of(read_hashed(q_file(config.policy["q"]))[0].metadata)} if "q" in config.policy else {}
+    try:
+        known = {f"settled in {one}": read_experience(one) for one in folders if files_of(one)}
+    except JournalError as error:
+        yield Found(FAIL, "sizing", str(error))
+        return
+    for name in config.holdings:
+        stated, whose = payoff_for(config, payoffs, Experience(), name, now)
+        found = {f"of {whose}": stated} | {where: its.payoff(name, now) for where, its in known.items()}
+        told = next(((where, value) for where, value in found.items() if value is not None), None)
+        if told:
+            yield Found(OK, "sizing", f"{name}: a payoff of {told[1]:.4g}, {told[0]}")
+        else:
+            yield Found(WARN, "sizing", f"{name}: {NO_PAYOFF}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +277,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="covered-call agent doctor", description="Looks at all that a configuration names: model, prompts, "
         "Q-scorer, server, key, clock, spots, disk, lock, log. Exit status 1 if anything has to be mended.",
-        epilog="example:\n  covered-call agent doctor --config agent.yaml", formatter_class=Help, allow_abbrev=False,
+        epilog="examples:\n  covered-call agent doctor --config agent.yaml\n  covered-call agent doctor --config "
+        "agent.yaml --live", formatter_class=Help, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", metavar="YAML", required=True, help="the agent's")
-    return parser.parse_args(arguments)
+    parser.add_argument("--live", action="store_true", help="compares this clock with Deribit's, too")
+    parser.add_argument("--url", metavar="URL", help="of --live: another address of the API")
+    args = parser.parse_args(arguments)
+    if args.url and not args.live:
+        parser.error("--url is of --live.")
+    return args

@@ -102,14 +102,18 @@ def proposal_lines(proposals: list[dict]) -> list[str]:
 def decision_lines(cycle: dict) -> list[str]:
     """Drift, fusion, sizing, what spoke against it, and what was meant."""
     fusion, sizing, intention = cycle["fusion"], cycle["sizing"], cycle["intention"]
+    learnt = fusion.get("learnt_from")
     weights = ", ".join(f"{name} {number(weight)}" for name, weight in fusion["weights"].items())
     lines = [f"  drift, {name}: {'; '.join(found)}" for name, found in cycle.get("drift", {}).items()]
-    lines.append(f"Fusion: {fusion['method']}, of {fusion['proposal']}" + (f"; weights {weights}" if weights else ""))
+    lines.append(f"Fusion: {fusion['method']}, of {fusion['proposal']}" + (f"; weights {weights}" if weights else "")
+        + (f"; {learnt} settled disagreements" if learnt is not None else ""))  # fmt: skip
     if sizing:
-        known = [name for name in ("wanted", "free", "at_risk", "kelly") if sizing[name] is not None]  # else no limit
+        names = ("wanted", "free", "at_risk", "kelly", "payoff")
+        known = [name for name in names if sizing.get(name) is not None]  # else no limit
         numbers = (f"{name} {number(sizing[name])}" for name in known)
         code = f", {sizing['code']}" if sizing["code"] else ""
-        lines.append(f"Sizing: {number(sizing['units'])} coin(s){code}; {', '.join(numbers)}")
+        whose = f" (of {sizing['payoff_of']})" if sizing.get("payoff") is not None else ""
+        lines.append(f"Sizing: {number(sizing['units'])} coin(s){code}; {', '.join(numbers)}{whose}")
     lines.append("Vetoes:" if cycle["vetoes"] else "Vetoes: none")
     lines += [f"  {one['code']}: {value(one['value'])} against {value(one['limit'])}. {one['text']}"
         for one in cycle["vetoes"]]  # fmt: skip

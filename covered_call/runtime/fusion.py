@@ -67,11 +67,17 @@ class Fusion:
 
 
 class Fused(NamedTuple):
-    """The proposal to act on, how it was come by, and what each source weighed."""
+    """The proposal to act on, how it was come by, and what each source weighed.
+
+    Args:
+        learnt_from: of the mode learned, where two disagree: how many disagreements were settled by then; of too few
+            nothing is learnt, and ``method`` is one of the mode rules.
+    """
 
     proposal: Proposal
     method: str
     weights: dict[str, float] = {}
+    learnt_from: int | None = None
 
 
 class Disagreements(NamedTuple):
@@ -140,10 +146,12 @@ def fuse(
         return Fused(second, "agreement", weights_of(llm, second, 0.5))
     if options.mode == "agreement":
         return nobody("disagreement", weights_of(llm, second, 0.5))
-    if options.mode == "learned" and settled is not None:
-        chance = llm_chance(features_of(llm, second, state, portfolio), settled, state)
-        if chance is not None:
-            return by_chance(llm, second, chance, options)
+    if options.mode == "learned":
+        known = settled_by(settled or NONE_SETTLED, state)
+        chance = llm_chance(features_of(llm, second, state, portfolio), known)
+        by_rules = by_confidence(llm, second, options.llm_weight, options)
+        found = by_rules if chance is None else by_chance(llm, second, chance, options)
+        return found._replace(learnt_from=len(known.llm_won))
     weight = REGIME_LLM_WEIGHTS[regime_of(state.context)] if options.mode == "regime" else options.llm_weight
     return by_confidence(llm, second, weight, options)
 
@@ -222,6 +230,7 @@ def regime_of(context: Mapping[str, float | None]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Learned of past disagreements
 
+NONE_SETTLED = Disagreements(np.zeros((0, 0)), np.zeros(0, bool), np.zeros(0, np.int64))
 FEATURES = ("llm_confidence", "second_confidence", "both_sell", "trend", "range", "realised_vol", "drawdown")
 
 
@@ -241,11 +250,16 @@ def features_of(llm: Proposal, second: Proposal, state: MarketState, portfolio: 
     )
 
 
-def llm_chance(features: tuple[float, ...], settled: Disagreements, state: MarketState) -> float | None:
-    """The probability that the LLM's pick beats the second's, by a logistic regression on what was settled by the
-    decision's time. None while that is too little, or all of one kind."""
+def settled_by(settled: Disagreements, state: MarketState) -> Disagreements:
+    """What was settled by the decision's time."""
     known = settled.settled_at <= microseconds(state.decision.decision_time)
-    won = settled.llm_won[known]
+    return Disagreements(*(values[known] for values in settled))
+
+
+def llm_chance(features: tuple[float, ...], known: Disagreements) -> float | None:
+    """The probability that the LLM's pick beats the second's, by a logistic regression on what is known. None while
+    that is too little, or all of one kind."""
+    won = known.llm_won
     if len(won) < MIN_DISAGREEMENTS or won.all() or not won.any():
         return None
     from sklearn.impute import SimpleImputer  # only here: no other mode waits for it
@@ -254,7 +268,7 @@ def llm_chance(features: tuple[float, ...], settled: Disagreements, state: Marke
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), LogisticRegression())
-    return float(model.fit(settled.features[known], won).predict_proba([features])[0, 1])
+    return float(model.fit(known.features, won).predict_proba([features])[0, 1])
 
 
 def by_chance(llm: Proposal, second: Proposal, chance: float, options: Fusion) -> Fused:

@@ -238,6 +238,7 @@ class LanguageModel:
         ask: the answer to a decision within some seconds; whatever it raises is an error proposal. TimeoutError says
             that there was none in time. ``Worker.ask`` is one.
         model: of which the exact cache holds answers; None: there is no such cache.
+        tell: adds to a decision what else the model is told; whatever it raises is an error proposal, too.
     """
 
     def __init__(
@@ -246,7 +247,9 @@ class LanguageModel:
         rules: Querying | None = None,
         model: Model | None = None,
         name: str = "llm",
+        tell: Callable[[Decision], Decision] | None = None,
     ):
+        self.tell = tell
         self.ask, self.rules, self.model, self.name = ask, rules or Querying(), model, name
         self.cache = ExactCache(self.rules.cache_max_age, self.rules.cache_size)
         self.memory: dict[str, Memory] = {}  # by underlying
@@ -273,6 +276,11 @@ class LanguageModel:
 
     def asked(self, decision: Decision, why: str) -> Proposal:
         began = time.monotonic()
+        try:
+            decision = self.tell(decision) if self.tell else decision
+        except Exception as error:
+            self.count_error()
+            return failed(self.name, error, began)
         key = self.model.key_of(decision) if self.model else None
         found = self.cache.get(key) if key else None
         if found:

@@ -15,7 +15,8 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.candidates.series import Series
 from covered_call.market.candidate_csv import quotes_of
 from covered_call.market.snapshot import BadRows, Snapshot
-from covered_call.market.teacher import UNKNOWN, Rules, offer_of, past_of, with_context
+from covered_call.market.teacher import UNKNOWN, Broken, Rules, broken_of, offer_of, past_of, with_context
+from covered_call.runtime.experience import Brought
 from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event, Execution, Marked, Opened
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
@@ -69,6 +70,14 @@ class Recorded:
         for entry in logged:
             self.now = entry
             yield from states_of([entry])
+
+    def brought(self) -> dict[str, Brought]:
+        """By instrument what each candidate of the decision that was just put brings: for whoever asks later."""
+        assert self.now is not None
+        its = zip(self.now.decision.candidates, net_outcomes(self.now, self.options), self.now.counterfactuals,
+            strict=True)  # fmt: skip
+        return {one.instrument: Brought(net.value, after.label_end) for one, net, after in its
+            if net.value is not None}  # fmt: skip
 
     def settled(self, portfolio: Portfolio, state: MarketState) -> list[Event]:
         due = [one for one in portfolio.positions if self.sold[key_of(one)].ends <= state.decision.decision_time]
@@ -148,12 +157,15 @@ def states_from(
         if np.isnan(snapshot.spot):
             continue
         series = (closes or {}).get(snapshot.underlying)
-        past = past_of(series, snapshot.time, snapshot.spot) if series is not None else UNKNOWN
+        past, broken = UNKNOWN, Broken(None, None)
+        if series is not None:
+            past = past_of(series, snapshot.time, snapshot.spot)
+            broken = broken_of(series, snapshot.time, snapshot.spot)
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
             decision = with_context(decision, series, snapshot)
         at_the_money = None if np.isnan(snapshot.atm_iv) else snapshot.atm_iv
-        context = past._asdict() | {"atm_iv": at_the_money}
+        context = past._asdict() | broken._asdict() | {"atm_iv": at_the_money}
         yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)
 
 

@@ -155,11 +155,20 @@ def exits_of(lines: list[dict]) -> dict[str, Any]:
 
 
 def closed_trades(entries: list[Entry]) -> dict[str, Any]:
-    """Those of the portfolio itself: its own units, its own exits."""
+    """Those of the portfolio itself, its own units and exits, until what an exchange holds was adopted: from then on
+    what the portfolio brought is unknown."""
     lines = [one.line for one in entries] + completions(entries)
-    closed = [event for line in lines for event in line.get("events", ()) if event["event"] == "closed"]
-    whole = [event for event in closed if event.get("units") is None]  # else a part was bought back
-    return {"trades": len(whole), "pnl_usd": math.fsum(event["pnl_usd"] for event in closed)}
+    events = [event for line in lines for event in line.get("events", ())]
+    adoptions = sorted(event["time"] for event in events if event["event"] == "adopted")
+    known = [one for one in events if one["event"] == "closed" and not (adoptions and one["time"] >= adoptions[0])]
+    parts = [one for one in known if one.get("units") is not None]
+    return {
+        "trades": len(known) - len(parts),
+        "parts": len(parts),
+        "pnl_usd": math.fsum(event["pnl_usd"] for event in known),
+        "adoptions": len(adoptions),
+        "unknown_from": adoptions[0] if adoptions else None,
+    }
 
 
 def latencies(entries: list[Entry]) -> dict[str, dict]:

@@ -1,5 +1,6 @@
 """The figures of an agent's report as Markdown."""
 
+import datetime
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -49,15 +50,24 @@ def head(found: dict[str, Any]) -> str:
         f"Fusion: {counts(found['fusion'])}. Orders: {counts(found['orders'])}. Exits: "
         f"{counts(found['exits']['meant'])}; vetoed: {counts(found['exits']['vetoes'])}.",
     ]  # fmt: skip
-    closed = found["closed"]
-    if closed["trades"]:
-        lines.append(f"The portfolio closed {closed['trades']:,} trade(s), which brought {usd(closed['pnl_usd'])} USD "
-            "net of fees, at its own units and exits.")  # fmt: skip
+    lines += closed_lines(found["closed"])
     if found["taken_anew"]:
         lines.append(f"{found['taken_anew']:,} decision(s) were abandoned and taken anew: the last one counts.")
     if found["torn"]:
         lines.append("The log ends in half a line, which is left out: an agent that goes on there repairs it.")
     return "\n\n".join(lines)
+
+
+def closed_lines(closed: dict[str, Any]) -> list[str]:
+    """What the portfolio itself made of it."""
+    parts = f" and {closed['parts']:,} part(s) of others" if closed["parts"] else ""
+    its = f"The portfolio closed {closed['trades']:,} trade(s){parts}, which brought {usd(closed['pnl_usd'])} USD net "
+    lines = [f"{its}of fees, at its own units and exits."] if closed["trades"] or closed["parts"] else []
+    if closed["adoptions"]:
+        since = datetime.datetime.fromisoformat(closed["unknown_from"])
+        lines.append(f"{closed['adoptions']:,} time(s) what the exchange held was adopted, first at "
+            f"{since:%Y-%m-%d %H:%M} UTC: what the portfolio brought is unknown from then on.")  # fmt: skip
+    return lines
 
 
 def policies(found: dict[str, Any]) -> str:

@@ -43,7 +43,8 @@ class RiskRules:
         min_premium_usd: of the bid, a coin.
         max_iv, min_iv: at the money, a fraction a year; None: not applied.
         min_ivrv: of the call, where it is known; 1.2 in production.
-        near_level, near_level_pct: whether nothing is sold from so close below a broken resistance on.
+        near_level, near_level_pct: whether nothing is sold from so close below a broken resistance on: see
+            market.teacher.Broken.
         blocked_hours, blocked_weekdays: UTC, 0 to 23 and Mon to Sun.
         max_age_s, max_clock_skew_s: of a snapshot.
         drift_stops: whether a feature outside a policy's training is a veto, not a note.
@@ -162,7 +163,7 @@ def vetoes_of(
     Raises:
         CandidatesError: for a sale of what is not offered.
     """
-    case = Case(intention, state, after_buy_back(portfolio, intention), now, **more)
+    case = Case(intention, state, after_buy_back(portfolio, intention, state), now, **more)
     return [one for one in findings(case, rules) if isinstance(one, Veto)]
 
 
@@ -175,7 +176,7 @@ def notes_of(
     **more: Any,
 ) -> list[Note]:
     """What is to be logged of an entry and stops nothing: rules that could not be applied, and drift."""
-    case = Case(intention, state, after_buy_back(portfolio, intention), now, **more)
+    case = Case(intention, state, after_buy_back(portfolio, intention, state), now, **more)
     return [one for one in findings(case, rules) if isinstance(one, Note)]
 
 
@@ -338,10 +339,10 @@ def min_ivrv(case: Case, rules: RiskRules) -> Finding:
 def near_level(case: Case, rules: RiskRules) -> Finding:
     if not rules.near_level:
         return None
-    level, spot = case.state.context.get("broken_resistance"), case.state.decision.spot
+    count, level = (case.state.context.get(name) for name in ("broken_resistances", "broken_resistance"))
     if level is None:
-        return unknown("near_level", None, "No broken resistance is known")
-    limit = level * (1 - rules.near_level_pct / 100)
+        return None if count == 0 else unknown("near_level", None, "Whether a resistance is broken is unknown")
+    spot, limit = case.state.decision.spot, level * (1 - rules.near_level_pct / 100)
     if not spot < limit:
         text = (
             f"Spot is {spot:,.2f}, within {rules.near_level_pct:g} % of a broken resistance, {level:,.2f}, or above."
@@ -398,11 +399,18 @@ CODES = ("kill_switch", *ENTRY_RULES)
 # What several of them ask
 
 
-def after_buy_back(portfolio: Portfolio, intention: Intention) -> Portfolio:
-    """Without the position that a roll's sale takes the place of: the oldest of its instrument, which is what a
-    buy-back is of. Its delta is not known here, and stays."""
+def after_buy_back(portfolio: Portfolio, intention: Intention, state: MarketState) -> Portfolio:
+    """Without the position that a roll's sale takes the place of, and its delta: the oldest of its instrument, which
+    is what a buy-back is of. A delta that the state does not know counted as 0 before, too."""
     gone = next((one for one in portfolio.positions if one.instrument == intention.replaces), None)
-    return portfolio._replace(positions=tuple(one for one in portfolio.positions if one is not gone))
+    if gone is None:
+        return portfolio
+    delta = next((one.delta for one in state.decision.candidates if one.instrument == gone.instrument), 0.0)
+    left = portfolio.net_delta.get(gone.underlying, 0.0) - gone.units * delta
+    return portfolio._replace(
+        positions=tuple(one for one in portfolio.positions if one is not gone),
+        net_delta={**portfolio.net_delta, gone.underlying: left},
+    )
 
 
 def unknown(code: str, limit: float | None, what: str) -> Note:

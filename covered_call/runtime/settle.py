@@ -29,11 +29,11 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.candidates.series import HOUR, Series
 from covered_call.candidates.source import HOME
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.market.backtest import Settings, by_first_time, hours
+from covered_call.market.backtest import Settings, hours
 from covered_call.market.book import KNOWN, NO_PRICE, STYLES, Book, Conditions, Fixings, Quotes, Results
+from covered_call.market.files import by_first_time, chain_files
 from covered_call.market.snapshot import BadRows, QuotedCalls, Snapshot, read_snapshots
 from covered_call.market.teacher import PRESETS, read_spots
-from covered_call.runtime.chain import paths_of
 from covered_call.runtime.journal import JournalError
 from covered_call.runtime.logged import Entry, Log, read_log
 from covered_call.runtime.outcomes_log import FILE_NAME, Outcomes, Settled, add_outcomes, read_outcomes
@@ -199,7 +199,7 @@ def followed(groups: dict[str, list[Books]], snapshots: Iterable[Snapshot]) -> I
 
 def snapshots_of(args: argparse.Namespace) -> Iterator[Snapshot]:
     bad = BadRows(args.on_bad_rows)
-    for path in by_first_time(paths_of(args.snapshot)):
+    for path in by_first_time(chain_files(args.snapshot, "snapshot")):
         yield from read_snapshots(path, bad)
 
 

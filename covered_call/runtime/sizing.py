@@ -29,6 +29,8 @@ class SizingRules:
         share: of the holdings; method holdings_share.
         max_risk_pct: of the equity, what a call may lose at most, as loss_95 counts it; None: not limited.
         step: coins of the least contract; None: that of Deribit, of BTC or ETH.
+        payoff: a mean gain over a mean loss, for half_kelly; None: as the Q-scorer's training had it, else as what
+            is settled beside the log has it.
 
     Raises:
         CandidatesError: for a value that cannot be.
@@ -39,11 +41,12 @@ class SizingRules:
     share: float = 1.0
     max_risk_pct: float | None = 2.0
     step: float | None = None
+    payoff: float | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise CandidatesError(f"method={shown(self.method)}: choose one of {', '.join(METHODS)}.")
-        for name in ("units", "share", "max_risk_pct", "step"):
+        for name in ("units", "share", "max_risk_pct", "step", "payoff"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise CandidatesError(f"{name}={value!r}: give a number above 0.")
@@ -54,11 +57,13 @@ class Sizing(NamedTuple):
 
     Args:
         units: whole contracts; 0 is no trade.
-        code: of no trade, why: "kelly", "too_small", or "unknown_risk" where the risk cannot be counted.
+        code: of no trade, why: "kelly", "too_small", "unknown_payoff" where Kelly's rule has none, or "unknown_risk"
+            where the risk cannot be counted.
         wanted: coins by the method alone.
         free: coins that no call is short of.
         at_risk: coins that max_risk_pct allows; None: it does not limit.
         kelly: the share that Kelly's rule puts at stake; None for another method, or where it is unknown.
+        payoff, payoff_of: what it rests on, and who says so: "sizing.payoff", "q" or "settled".
     """
 
     units: float
@@ -67,6 +72,8 @@ class Sizing(NamedTuple):
     free: float = math.inf
     at_risk: float | None = None
     kelly: float | None = None
+    payoff: float | None = None
+    payoff_of: str = ""
 
 
 def size(
@@ -86,7 +93,7 @@ def size(
     kelly = kelly_share(proposal.confidence, payoff) if rules.method == "half_kelly" else None
     wanted = wanted_units(rules, portfolio.holdings.get(underlying, 0.0), free, kelly)
     if rules.method == "half_kelly" and (kelly is None or kelly <= ROUNDED):
-        return Sizing(0.0, "kelly", wanted, free, kelly=kelly)
+        return Sizing(0.0, "unknown_payoff" if kelly is None else "kelly", wanted, free, kelly=kelly)
     at_risk = None
     if rules.max_risk_pct is not None:
         at_risk = units_at_risk(candidate_of(proposal, state), state, portfolio, rules.max_risk_pct)

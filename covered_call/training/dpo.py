@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_fsdp_enabled
 
-from covered_call.candidates.context_lines import context_names
+from covered_call.candidates.context_lines import told_names
 from covered_call.language_model.loading import ADAPTER, answer_tokens, load_config, load_tokenizer, pinned_revision
 from covered_call.tables import markdown
 from covered_call.training.card import SHARES, Panel, fill_card
@@ -149,11 +149,12 @@ def take_over(model: StartArguments, data: PairArguments, given: dict) -> dict |
     ]
     if orders[0] != orders[1]:
         raise RecipeError(f"{model.adapter} was shown candidates in {orders[0]} order: set candidate_order to it.")
-    told = start.get("context", []), context_names(data.backtest().options)
+    told = start.get("context", []), told_names(data.backtest().options)
     if told[0] != told[1]:
         raise RecipeError(
             f"{model.adapter} was told {', '.join(told[0]) or 'nothing'} of the market's context, and these options "
-            f"tell {', '.join(told[1]) or 'nothing'}: set context, context_columns and context_vols as they were."
+            f"tell {', '.join(told[1]) or 'nothing'}: set context, context_columns, context_vols, analogues and "
+            "opinions as they were."
         )
     lora = LoraConfig.from_pretrained(model.adapter)
     own = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_fsdp_enabled
 
 from covered_call.candidates.builder import Backtest
-from covered_call.candidates.columns import Grounds
+from covered_call.candidates.columns import OPINION, Grounds, microseconds, opinion_of
 from covered_call.candidates.explanations import explain
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import (
@@ -27,7 +27,7 @@ from covered_call.candidates.prompts import (
     ranking_messages,
 )
 from covered_call.candidates.records import FEATURES
-from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision
+from covered_call.candidates.schema import NO_TRADE, SKIP, Candidate, Decision, Opinion
 from covered_call.language_model import loading
 from covered_call.language_model.loading import encode, first_line, load_config
 from covered_call.language_model.tiny_phi3 import build_tiny_base, tiny_base_path
@@ -136,7 +136,7 @@ def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: s
     candidates = tuple(Candidate(*(row[name] for name in Candidate._fields)) for row in rows)
     context = {name: value for name, value in record.items() if name not in FEATURES[RANKING]} or None
     time, underlying, exit_style = (record[name] for name in ("decision_time", "underlying", "exit_style"))
-    state = Decision(time, underlying, exit_style, rows[0]["spot"], candidates, context)
+    state = Decision(time, underlying, exit_style, rows[0]["spot"], candidates, context, opinion_in(rows))
     decision, order = order_candidates(state, options)
     pick = pick_of(record["label"])
     pick = None if pick is None else order.index(pick)
@@ -148,6 +148,15 @@ def in_another_order(record: dict, options: CoveredCallCandidatesConfig, code: s
         "candidates": [rows[i] for i in order],
         "chosen_index": None if pick is None else pick + 1,
     }
+
+
+def opinion_in(rows: list[dict]) -> Opinion | None:
+    """Of a ranking's candidates, where opinions are told."""
+    if OPINION[0] not in rows[0]:
+        return None
+    *said, times = ([row[name] for row in rows] for name in OPINION)
+    before = [None if time is None else microseconds(time) for time in times]
+    return opinion_of([row["instrument"] for row in rows], *said, before)
 
 
 def build_base_if_tiny(model: ModelArguments, train: Dataset, training: RunArguments) -> None:

@@ -87,8 +87,9 @@ class StartArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
-    """What load_candidates is called with; what is not given takes its default there."""
+class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS, OUTCOMES)):
+    """What load_candidates is called with; what is not given takes its default there. Of outcomes prompts tell with
+    analogues alone."""
 
     mixed: ClassVar[tuple[str, ...]] = CHATS  # the configs that a mix may hold
 
@@ -185,8 +186,8 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS)):
 
 
 @dataclass(kw_only=True)
-class PairArguments(DataArguments, recipe_keys(OUTCOMES, PAIRS, kind=PreferenceConfig)):
-    """Which answers are paired, and what their outcomes are net of; default as in load_candidates."""
+class PairArguments(DataArguments, recipe_keys(PAIRS, kind=PreferenceConfig)):
+    """Which answers are paired; default as in load_candidates."""
 
     mixed: ClassVar[tuple[str, ...]] = ("preference",)
     dataset_config: str = field(default="preference", init=False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from covered_call import atomic
 from covered_call.candidates.builder import fingerprint
-from covered_call.candidates.context_lines import context_names
+from covered_call.candidates.context_lines import told_names
 from covered_call.candidates.decisions import hashes_of
 from covered_call.candidates.prompts import version_with
 from covered_call.candidates.source import CODE_HASH
@@ -50,7 +50,7 @@ def describe_run(
         RecipeError: if a data file is not any more as it was before it was read.
     """
     hashes, splits, sampler = examples.hashes, examples.splits, examples.sampler
-    context = context_names(data.backtest().options)
+    context = told_names(data.backtest().options)
     for path, digest in hashes_of(fingerprint(list(hashes))).items():
         if digest != hashes[path]:
             raise RecipeError(f"{path} has changed since this run began to read it. Start again when it is whole.")

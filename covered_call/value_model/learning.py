@@ -196,7 +196,7 @@ def learn(
         "positive_weight": positive_weight,
         "gates": Gates()._asdict(),
         "offset": 0.0,
-        "train": describe(train, known),
+        "train": {**describe(train, known), "outcomes": gains_and_losses(target)},
         "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
     }
     return Fitted(Trees.of(value), sign, metadata)
@@ -238,8 +238,24 @@ def fit(
     return fit_offset(learn(train, config, positive_weight), validation, config)
 
 
+def gains_and_losses(target: np.ndarray) -> dict:
+    """Of known outcomes (K,), shares of spot: which share of them is positive, the mean gain and the mean loss, both
+    above 0, None where there is none."""
+    gains, losses = target[target > 0], -target[target < 0]
+    means = {name: float(its.mean()) if len(its) else None for name, its in (("gain", gains), ("loss", losses))}
+    return {"positive": float(np.mean(target > 0)), **{f"mean_{name}": mean for name, mean in means.items()}}
+
+
+def payoff_of(metadata: dict) -> float | None:
+    """The mean gain over the mean loss of the training outcomes; None without both, or of a file that has none."""
+    found = metadata["train"].get("outcomes", {})
+    gain, loss = (found.get(name) for name in ("mean_gain", "mean_loss"))
+    return gain / loss if gain and loss else None
+
+
 def describe(columns: Columns, known: np.ndarray) -> dict:
-    """What a split holds; with "numbers", from where to where each number of a candidate goes."""
+    """What a split holds; with "settled", when the last of its known outcomes was, and "numbers", from where to where
+    each number of a candidate goes."""
     numbers = {name: columns.numbers[name] for name in FEATURES[1:-1] if not np.isnan(columns.numbers[name]).all()}
     return {
         "from": time_of(int(columns.time.min())).isoformat(),
@@ -248,5 +264,6 @@ def describe(columns: Columns, known: np.ndarray) -> dict:
         "candidates": len(known),
         "known": int(known.sum()),
         "unknown": int((~known).sum()),
+        "settled": time_of(int(columns.label_end[known].max())).isoformat(),
         "numbers": {name: [float(np.nanmin(values)), float(np.nanmax(values))] for name, values in numbers.items()},
     }

@@ -4,6 +4,7 @@
     covered-call q-scorer --data_files 'runs/*.csv' --optimize       # search threshold and gates on validation
     covered-call q-scorer --data_files 'runs/*.csv' --horizon 3 --fee 0.0003 --positive_weight 1.5
     covered-call q-scorer --data_files 'runs/*.csv' --deploy out/live/q_scorer.zip
+    covered-call q-scorer --settlement simulated --write_opinions out/opinions.parquet
     covered-call evaluate --baselines-only --q_scorer out/q_scorer/q_scorer.zip
 
 A regressor predicts each candidate's net outcome (``q_sell``; holding is worth 0), a classifier the probability that
@@ -12,8 +13,9 @@ spot, and thresholds are in % of spot: the same number then means the same at 4,
 underlying. What is told of outcomes is in USD a unit of underlying, as everywhere else.
 
 --deploy puts it where a running chain or agent reads it, in one step, if the walk forward brought more than never
-selling. The test split is never looked at. A saved file is a zip of numbers and text: loading one runs no code of
-its own.
+selling. --write_opinions has each scorer of the walk forward say what it expects of the candidates after it, and the
+saved one of those of the test split, for the option opinions of a load. Nothing is learnt from the test split. A saved
+file is a zip of numbers and text: loading one runs no code of its own.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import shlex
 from pathlib import Path
 
 from covered_call import atomic
+from covered_call.candidates.analogues import check_rule
 from covered_call.candidates.data_options import Help, add_data_options, backtest_of, flags, typed
 from covered_call.candidates.options import CONTEXT, CoveredCallCandidatesConfig, options_of
 from covered_call.candidates.schema import CandidatesError, LoggedDecision
@@ -29,6 +32,7 @@ from covered_call.command_line import plain_errors, start_logging
 from covered_call.tables import align
 from covered_call.value_model.gate_search import draw_grid, grid_csv, optimize, search_json, search_lines
 from covered_call.value_model.learning import Fitted, Gates, QScorerError, check_weight, fit_offset, gates_text, learn
+from covered_call.value_model.opinions import opinions_file
 from covered_call.value_model.scorer import FILE_NAME, save, to_bytes
 from covered_call.value_model.walk_forward import FOLDS, Fold, fold_json, fold_rows, pooled, walk_forward
 
@@ -52,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
     with atomic.locked(folder):
         print(f"Reading {len(backtest.files)} file(s) ...", flush=True)
         train, validation = (backtest.splits.get(name, []) for name in ("train", "validation"))
-        fitted, made = fit_all(args, gates, backtest.options, train, validation)
+        if args.write_opinions:
+            check_rule(backtest.options, "write_opinions")
+        fitted, made, folds = fit_all(args, gates, backtest.options, train, validation)
         print("\n".join(backtest.decisions.checks()))
         hashes = {os.path.basename(path): sha256 for path, sha256 in backtest.hashes.items()}
         fitted = fitted._replace(metadata=fitted.metadata | {"data_files": hashes})
@@ -60,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
         old = (GRID, PICTURE) if (folder / FILE_NAME).is_file() else ()
         atomic.write_together(folder, {FILE_NAME: to_bytes(fitted), **made}, old)
     print(f"Saved {', '.join(str(folder / name) for name in (FILE_NAME, *made))}: {gates_text(fitted.gates)}")
+    if args.write_opinions:
+        parts = [*((fold.fitted, fold.entries) for fold in folds), (fitted, backtest.splits.get("test", []))]
+        write_opinions(parts, Path(args.write_opinions))
     if args.deploy:
         deploy(fitted, Path(args.deploy), args.force)
     told = context_words(backtest.options)
@@ -75,6 +84,14 @@ def context_words(options: CoveredCallCandidatesConfig) -> str:
     changed = {one.name: value for one, value in known.items() if value != one.default}
     words = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in changed.items()}
     return "".join(f" --{name} {shlex.join(map(str, its))}" for name, its in words.items())
+
+
+def write_opinions(parts: list[tuple[Fitted, list[LoggedDecision]]], path: Path) -> None:
+    content, rows = opinions_file(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, content)
+    decisions = sum(len(entries) for _, entries in parts)
+    print(f"Saved {path}: opinions on {rows:,} candidates of {decisions:,} decisions, none before the first fold.")
 
 
 def deploy(fitted: Fitted, path: Path, force: bool) -> None:
@@ -104,8 +121,8 @@ def fit_all(
     config: CoveredCallCandidatesConfig,
     train: list[LoggedDecision],
     validation: list[LoggedDecision],
-) -> tuple[Fitted, dict[str, bytes]]:
-    """Prints what was learnt and how it held; returns the scorer, and by name the files that go with it."""
+) -> tuple[Fitted, dict[str, bytes], list[Fold]]:
+    """Prints what was learnt and how it held; returns the scorer, by name the files that go with it, and the folds."""
     print("Learning ...", flush=True)
     fitted, search, made, more = learn(train, config, args.positive_weight), None, {}, {}
     if args.optimize:
@@ -121,7 +138,7 @@ def fit_all(
     told = {"walk_forward": [fold_json(fold) for fold in folds], "walked": pooled(folds, config)}
     if search:
         print("\n".join(search_lines(search)))
-    return fitted._replace(metadata=fitted.metadata | told | more), made
+    return fitted._replace(metadata=fitted.metadata | told | more), made, folds
 
 
 def walk(
@@ -173,12 +190,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     run.add_argument(
         "--deploy", metavar="FILE", help="replace this file too, if the walk forward brought more than never selling"
     )
+    run.add_argument(
+        *flags("write_opinions"), metavar="FILE",
+        help="write, walked forward, what is expected of each candidate: a Parquet file for the option opinions",
+    )  # fmt: skip
     run.add_argument("--force", action="store_true", help="deploy whatever the walk forward brought")
     args = parser.parse_args(arguments)
     if args.deploy and not (args.folds or args.force):
         parser.error("--deploy asks the walk forward: give --folds 1 or more, or --force.")
     if args.optimize and (args.threshold, args.min_confidence, args.min_abs_return) != (None, None, None):
         parser.error("--optimize finds threshold, min_confidence and min_abs_return: do not give them too.")
+    if args.write_opinions and not args.folds:
+        parser.error("--write_opinions walks forward: give --folds 1 or more.")
     if args.folds < 0:
         parser.error(f"--folds {args.folds}: give 0 or more.")
     return typed(parser, args)

@@ -323,6 +323,9 @@ def check_metadata(metadata: dict) -> None:
             if time is None or time.tzinfo is None:
                 raise ValueError(f"{split} {name} {metadata[split][name]!r:.40} is no time with an offset")
         number(f"{split} known", metadata[split]["known"], sys.float_info.max)
+        for name, value in metadata[split].get("outcomes", {}).items():  # of none in files of before
+            if value is not None:
+                number(f"{split} {name}", value, MAX_OFFSET)
 
 
 def read_trees(models: dict, metadata: dict) -> list[Trees]:

@@ -52,6 +52,8 @@ def outcome(path: Path, options: CoveredCallCandidatesConfig) -> tuple[Any, list
         return logged_of(decisions.read_decisions([str(path)], options).columns()), heard.lines
     except CandidatesError as error:
         return str(error), heard.lines
+    except Exception as error:  # of numbers that should have been refused: never what the other way says
+        return repr(error), heard.lines
     finally:
         logger.removeHandler(heard)
         logger.propagate = propagated

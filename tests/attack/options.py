@@ -133,7 +133,7 @@ def of_vol(value):
             value = value if value == "fit" else float(value)
         except ValueError:
             return NOTHING
-    return value if value == "fit" and isinstance(value, str) else of_number(math.ulp(0), 5)(value)
+    return value if isinstance(value, str) and value == "fit" else of_number(math.ulp(0), 5)(value)
 
 
 def of_vols(value):
@@ -233,6 +233,8 @@ LAWS = {
     "ohlcv_files": Law(of_vols, {"context": "ohlcv"}),
     "bar": Law(of_choice("1d", "1h")),
     "label_offset_hours": Law(of_number(-24, 24)),
+    "analogues": Law(of_flag, {"context": "spot", "settlement": "simulated"}),
+    "opinions": Law(of_vols),
     "hindsight": Law(of_flag),
     "explain": Law(of_flag),
     "candidate_order": Law(of_choice("instrument", "csv", "shuffle")),

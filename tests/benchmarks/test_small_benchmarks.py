@@ -16,6 +16,7 @@ from covered_call.training.recipe import parse_recipe
 def printed_by(name: str, monkeypatch, capsys, *options) -> str:
     path = SCRIPT.parent / "benchmarks" / f"{name}.py"
     monkeypatch.setattr("sys.argv", [str(path), *map(str, options)])
+    monkeypatch.syspath_prepend(path.parent)
     import_script(path).main()
     return capsys.readouterr().out
 
@@ -35,11 +36,21 @@ def test_each_policy_stands_with_each_context_and_its_interval(monkeypatch, caps
     path = write_csv(tmp_path / "a.csv", walk(150))
     vols = tmp_path / "vols_BTC.csv"
     vols.write_text("time,vol\n" + "".join(f"{time(day)[:10]},{50 + day % 9}\n" for day in range(-9, 150)))
-    options = ("--data_files", path, "--folds", 2, "--context_vols", vols)
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    asked = []
+
+    def answers(train, judged, steps, seed):
+        """In place of the tiny model, which has a test of its own."""
+        asked.append("Market's IV" in train[0]["messages"][1]["content"])
+        return {name: ["2"] * len(split) for name, split in judged.items()}
+
+    monkeypatch.setattr("prompts.tiny_answers", answers)
+    options = ("--data_files", path, "--folds", 2, "--context_vols", vols, "--seeds", 5, "--output_dir", tmp_path)
     printed = printed_by("context", monkeypatch, capsys, *options)
     rows = re.findall(r"^(\S.*?)  +(none|spot|spot, dvol)  +\d+ of \d+ +\d\.\d{3} +\d\.\d{3} +[+-]", printed, re.M)
-    assert len(rows) == 18 and len(set(rows)) == 9
-    assert printed.index("Paid at the files' vol") < printed.index("Paid at the market's vol")
+    assert len(rows) == 24 and len(set(rows)) == 12 and ("tiny model, seed 5", "spot, dvol") in rows
+    assert asked == [False] * 4 + [True] * 2  # once a block and level, whatever is paid
+    assert printed.index("Paid as the files say") < printed.index("Paid at the market's vol")
 
 
 def test_label_scoring_stands_beside_generating_and_separate_passes(monkeypatch, capsys):
@@ -139,7 +150,17 @@ def test_a_cluster_of_one_node_says_what_a_row_costs(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["training_speed", "label_scoring", "loading_speed", "recipe_options", "gpu_memory", "pair_balance", "scale_out"],
+    [
+        "training_speed",
+        "label_scoring",
+        "loading_speed",
+        "recipe_options",
+        "gpu_memory",
+        "pair_balance",
+        "scale_out",
+        "context",
+        "prompts",
+    ],
 )
 def test_what_a_benchmark_says_of_itself_names_it(name):
     text = (SCRIPT.parent / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")

@@ -61,7 +61,7 @@ from covered_call.candidates.prompts import (
 from covered_call.candidates.scale_out import made_by
 from covered_call.candidates.schema import COLUMNS, CandidatesError, Decision
 from covered_call.candidates.series import HOUR
-from covered_call.market.teacher import Past, penalty
+from covered_call.market.teacher import Past, penalties
 
 pytestmark = on_the_default_stack
 
@@ -710,7 +710,8 @@ def test_the_real_score_column_follows_from_the_context():
     rows = np.flatnonzero(~np.isnan(context["dist_ma50"]))
     assert len(rows) == 443
     for row in rows:
-        lost = penalty(moneyness[row : row + 1], Past(*(context[name][row] for name in told))).item()
+        past = Past(*(context[name][row] for name in told))
+        lost = sum(its.item() for its in penalties(moneyness[row : row + 1], past).values())
         assert np.clip(score[row] - lost, 0, 10) == pytest.approx(numbers["score"][row], abs=1e-12)
 
 

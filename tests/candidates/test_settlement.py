@@ -329,7 +329,7 @@ def test_an_edited_file_of_vols_gives_new_rows(load, tmp_path):
     ({"pricing_iv": 0.0}, "pricing_iv=0.0: give a vol"),
     ({"pricing_iv": True}, "pricing_iv=True: give a vol"),
     ({"pricing_iv": 0.5, "iv_file": "a.csv"}, "Give either pricing_iv or iv_file"),
-    ({"iv_file": 5}, "iv_file=5: give the path of a CSV"),
+    ({"iv_file": 5}, "iv_file=5: give the path of a file"),
     ({"iv_shift": -9}, "iv_shift=-9: give a number from -5 to 5"),
     ({"defend": -1}, "defend=-1: give a number from 0 to inf"),
 ])  # fmt: skip

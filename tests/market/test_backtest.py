@@ -356,7 +356,7 @@ def test_calls_that_are_settled_in_dollars_are_an_underlying_of_their_own(backte
             r"rule delta:7: choose one of teacher, highest_premium, lowest_delta, never, or delta",
         ),
         (["--at", "8"], "at 8: give a time of day, UTC, such as 08:00, or all"),
-        (["--chains", "nowhere/*.parquet"], r"chains nowhere/\*\.parquet: there is no such file"),
+        (["--chains", "nowhere/*.parquet"], r"chains nowhere/\*\.parquet is no file"),
         (["--spots", "nowhere.csv"], "spots nowhere.csv is no file"),
     ],
 )

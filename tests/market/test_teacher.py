@@ -12,7 +12,17 @@ from covered_call.candidates.columns import DAY
 from covered_call.candidates.schema import CandidatesError, check_decision
 from covered_call.candidates.series import Series
 from covered_call.market.snapshot import BadRows, read_snapshots
-from covered_call.market.teacher import PRESETS, UNKNOWN, Past, offer_of, past_of, penalties, rules_of
+from covered_call.market.teacher import (
+    PRESETS,
+    UNKNOWN,
+    Broken,
+    Past,
+    broken_of,
+    offer_of,
+    past_of,
+    penalties,
+    rules_of,
+)
 
 from .quotes import chain, quote, write_harvest
 
@@ -152,6 +162,41 @@ def test_nothing_after_a_time_changes_its_past(numbers, factor, later):
     other = Series(known.time, np.where(known.time > time, known.number * factor, known.number), known.line)
     for series in (other, Series(*(values[known.time <= time] for values in known))):
         assert past_of(series, time, 100.0) == past_of(known, time, 100.0)
+
+
+RIDGE = [100.0] * 20 + [104, 108, 110, 107, 104, 102, 100, 98, 96, 95, 94, 93]  # a high of 110, 10 days ago
+
+
+def broken(numbers: list[float], spot: float) -> Broken:
+    """At the last of a close a day."""
+    return broken_of(closes(numbers), 0, spot)
+
+
+def test_a_resistance_is_broken_once_spot_or_a_later_close_is_above_it():
+    assert broken([*RIDGE, 99], 110.0) == (0, None)  # at it, and not above
+    assert broken([*RIDGE, 99], 110.01) == (5, pytest.approx(110))
+    assert broken([*RIDGE, 111, 105], 105.0) == (
+        4,
+        pytest.approx(110),
+    )  # fallen back: of 4 of 5 days it was a resistance
+    assert broken([*RIDGE, 111, *[105] * 4], 105.0) == (1, pytest.approx(110))
+    assert broken([*RIDGE, 111, *[105] * 5], 105.0) == (0, None)  # long ago
+
+
+def test_without_closes_no_resistance_is_known_to_be_whole():
+    assert broken(RIDGE[-14:], 120.0) == (None, None) and broken(RIDGE[-15:], 90.0) == (0, None)
+    assert broken(RIDGE, math.nan) == (None, None)
+    assert broken_of(closes(RIDGE), 2 * DAY, 120.0) == (None, None)  # stale
+
+
+@given(
+    st.lists(st.floats(50, 150), min_size=25, max_size=60), st.floats(50, 200), st.floats(0.1, 9), st.integers(1, 5)
+)
+def test_no_close_of_later_changes_what_is_broken_now(numbers, spot, factor, later):
+    known = closes(numbers)
+    time = int(known.time[-later - 1])
+    other = known._replace(number=np.where(known.time > time, known.number * factor, known.number))
+    assert broken_of(other, time, spot) == broken_of(known, time, spot) != (None, None)
 
 
 @pytest.mark.parametrize("past, lost", [

@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import decision, on_the_default_stack, write_csv
 from peft import LoraConfig, get_peft_model
+from runtime.server import Server, completion
 from safetensors import safe_open
 from transformers.utils.import_utils import is_serve_available
 
@@ -35,6 +36,7 @@ from covered_call.language_model.manifest import hash_of
 from covered_call.language_model.policy import Policy
 from covered_call.language_model.tiny_phi3 import random_phi3, train_tokenizer
 from covered_call.publishing import merge
+from covered_call.runtime.remote import UNSAID, Client, Remote
 from covered_call.training.examples import tuned_on
 
 from .conftest import MANIFEST, MODEL_CARD
@@ -314,3 +316,60 @@ def test_an_openai_compatible_server_of_it_gives_the_answers_of_policy(server, m
         assert choice["finish_reason"] == "stop"
         given.append(choice["message"]["content"])
     assert given == answers(merged, asked) == RIGHT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="no packages of `pip install transformers[serving]`")
+def test_an_agent_s_policy_openai_gets_the_picks_of_policy_from_such_a_server(server, merged, asked):
+    """It gives no probabilities, so that the agent's confidence stands for none."""
+    client = Client(Remote(f"{server}/v1", str(merged), logprobs=False), 60.0)
+    found = [client.ask(one) for one in asked]
+    expected = Policy.load(merged).decide(asked)
+    assert [one.instrument for one in found] == [one.instrument for one in expected]
+    assert {one.probability for one in found} == {UNSAID} and any(one.instrument for one in found)
+
+
+class Serving(Server):
+    """Answers with a model, and says how likely each token was, as vLLM does."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+
+    @property
+    def answer(self) -> str:
+        body = self.requests[-1][2]
+        assert (body["temperature"], body["logprobs"]) == (0, True)
+        tokenizer = self.policy.tokenizer
+        prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_tensors="pt",
+            return_dict=True)  # fmt: skip
+        made = self.policy.model.generate(**prompt, max_new_tokens=8, do_sample=False, output_scores=True,
+            return_dict_in_generate=True)  # fmt: skip
+        taken = made.sequences[0, prompt["input_ids"].shape[1] :]
+        places = []
+        for token, scores in zip(taken.tolist(), made.scores, strict=True):
+            if token in tokenizer.all_special_ids:
+                break
+            likely = scores[0].float().softmax(-1).topk(body["top_logprobs"])
+            likely = dict(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
+            order = sorted(likely, key=lambda one: one != token)  # noqa: B023, the loop's own
+            places.append({tokenizer.decode([one]): max(likely[one], 1e-30) for one in order})
+        return completion(tokenizer.decode(taken, skip_special_tokens=True), *places)
+
+    @answer.setter
+    def answer(self, text: str) -> None:
+        """What a server says that has no model."""
+
+
+def test_where_a_server_says_how_likely_tokens_are_the_agent_is_as_sure_as_policy_is(merged, asked):
+    """But for the temperature, which was fitted here, and what goes to answers that are none: here up to 5 %."""
+    policy = Policy.load(merged)
+    policy.temperature = 1.0
+    with Serving(policy) as serving:
+        client = Client(Remote(serving.url, "ranking"), 60.0)
+        found = [client.ask(one) for one in asked]
+    expected = policy.decide(asked)
+    assert [one.instrument for one in found] == [one.instrument for one in expected]
+    for its, own in zip(found, expected, strict=True):
+        assert -1e-3 <= own.probability - its.probability <= 0.05
+        assert -1e-3 <= own.margin - its.margin <= 0.1

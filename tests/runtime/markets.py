@@ -24,7 +24,7 @@ def at_most(positions: int) -> Callable[[Intention, MarketState, Portfolio, date
     def vetoes_of(
         intention: Intention, state: MarketState, portfolio: Portfolio, now: datetime.datetime
     ) -> list[Veto]:
-        stay = after_buy_back(portfolio, intention).positions
+        stay = after_buy_back(portfolio, intention, state).positions
         count = sum(one.underlying == state.decision.underlying for one in stay)
         if intention.action not in ENTRIES or count < positions:
             return []

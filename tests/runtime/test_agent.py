@@ -1,11 +1,13 @@
 """The command over the cycle: what its user reads, and what is said of a configuration that cannot be."""
 
+import dataclasses
 import datetime
 import os
 import re
 import signal
 
 import pytest
+import yaml
 from conftest import ROOT, decision, python, write_csv
 from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
@@ -15,8 +17,10 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.runtime import agent
 from covered_call.runtime.agent import main
-from covered_call.runtime.agent_config import ConfigError, read_config
+from covered_call.runtime.agent_config import SECTIONS, AgentConfig, ConfigError, read_config
+from covered_call.runtime.fusion import MODES
 from covered_call.runtime.journal import read
+from covered_call.runtime.risk import CODES
 from covered_call.value_model.learning import fit
 from covered_call.value_model.scorer import save
 
@@ -207,6 +211,25 @@ def test_the_hash_of_a_configuration_is_that_of_what_it_says(here):
     one = read_config(configured("sizing: {units: 0.2}\nholdings: {BTC: 1}"))
     assert one.sha == read_config(configured("# as before\nholdings: {BTC: 1.0}\nsizing: {units: 0.2}")).sha
     assert one.sha != read_config(configured("sizing: {units: 0.3}")).sha
+
+
+def test_the_example_of_the_page_has_every_key_with_its_default(here):
+    page = (ROOT / "docs" / "agent.md").read_text(encoding="utf-8")
+    (here / "agent.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    found = yaml.safe_load((here / "agent.yaml").read_text())
+    assert list(found) == [one.name for one in dataclasses.fields(AgentConfig)]
+    read, default = read_config("agent.yaml"), AgentConfig()
+    for key, kind in SECTIONS.items():
+        assert kind(**getattr(read, key)) == kind()
+    assert read.rules_of_querying == default.rules_of_querying
+    others = [key for key in found if key not in (*SECTIONS, "querying")]
+    assert [getattr(read, key) for key in others] == [getattr(default, key) for key in others]
+
+
+def test_every_rule_of_risk_and_every_mode_of_fusion_is_on_the_page():
+    page = (ROOT / "docs" / "agent.md").read_text(encoding="utf-8")
+    for name in (*CODES, *MODES):
+        assert f"`{name}`" in page
 
 
 def test_what_does_not_go_together_is_said(here, capsys):

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from covered_call.runtime.paper import Paper
 from covered_call.runtime.policies import Rule
 from covered_call.value_model.learning import fit
 from covered_call.value_model.scorer import save
+from runtime.account import AccountExchange
 from runtime.markets import BEGUN, FREELY, ONE, quoted_states
 from runtime.server import Server
 from runtime.test_agent import configured, fails, said_by, week
@@ -42,9 +44,9 @@ def here(tmp_path, monkeypatch):
 # doctor
 
 
-def diagnosed(capsys, *lines: str) -> tuple[dict[str, str], int]:
+def diagnosed(capsys, *lines: str, more: Sequence[str] = ()) -> tuple[dict[str, str], int]:
     """What is said of each thing, and the exit status."""
-    status = main(["doctor", "--config", configured("\n".join(lines))])
+    status = main(["doctor", "--config", configured("\n".join(lines)), *more])
     said = capsys.readouterr().out.splitlines()
     return {line[5:].partition(":")[0]: line for line in said[:-1]}, status
 
@@ -104,6 +106,25 @@ def test_a_server_is_asked_for_its_model_and_its_time(here, capsys):
     found, status = diagnosed(capsys, policy)
     assert status == 1 and "cannot be reached: ConnectError" in found["openai"]
     assert found["clock"].startswith("warn")  # who cannot be reached tells no time, which is no failure of the clock
+
+
+def test_the_clock_is_compared_with_the_exchange_s_where_chains_are_to_come_from_there(here, capsys, monkeypatch):
+    with AccountExchange() as exchange:
+        words = ["--live", "--url", exchange.url]
+        assert "exchange clock" not in diagnosed(capsys, RULE)[0]
+        found, status = diagnosed(capsys, RULE, more=words)
+        assert status == 0 and found["exchange clock"] == "ok   exchange clock: within 5 s of Deribit's"
+        monkeypatch.setattr(exchange, "get_time", lambda: 1000 * (time.time() - 60))
+        found, status = diagnosed(capsys, RULE, more=words)
+        assert status == 1 and found["exchange clock"].startswith("FAIL exchange clock: +60 s from Deribit's, and 5 s")
+        monkeypatch.setattr(exchange, "get_time", lambda: -1.0)
+        assert "is -1.0, and no number of" in diagnosed(capsys, RULE, more=words)[0]["exchange clock"]
+    monkeypatch.setattr(doctor, "SECONDS", 0.1)
+    found, status = diagnosed(capsys, RULE, more=words)  # nobody is there any more
+    assert status == 0 and found["exchange clock"].startswith("warn exchange clock: not compared: Deribit gave no")
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", "agent.yaml", "--url", exchange.url])
+    assert "--url is of --live" in capsys.readouterr().err
 
 
 def test_spots_that_do_not_reach_are_said(here, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import json
 import math
 import re
 import subprocess
@@ -16,8 +17,10 @@ from market.quotes import NOW, as_history, chain, quote, write_harvest
 from market.standin import Exchange, summary
 
 from covered_call.candidates.columns import logged_of, time_of
+from covered_call.candidates.context_lines import OPINION_TOLD
 from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.prompts import version_with
 from covered_call.candidates.schema import Candidate, Decision
 from covered_call.market.snapshot import read_snapshots
 from covered_call.market.teacher import read_spots, with_context
@@ -150,6 +153,22 @@ def test_a_policy_that_was_fitted_with_the_market_s_context_gets_it_of_the_spots
     fails(asked, "fitted with the market's context.*live, give spots")
     main([*asked, "--spots", spots(tmp_path)])
     assert "Q-scorer: " in capsys.readouterr().out
+
+
+def test_a_model_that_was_tuned_with_an_opinion_gets_it_of_the_q_scorer(snapshot, scorer, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    save_run(tmp_path / "run", "per_decision_ranking", adapter=False)
+    tuned_with_opinion(tmp_path / "run")
+    asked = ["--snapshot", snapshot, "--model", str(tmp_path / "run")]
+    fails(asked, "fitted with the opinion of a model of outcomes, and here is none.*live, give the Q-scorer, too")
+    main([*asked, "--q_scorer", scorer])
+    assert re.search(r"model \S+: \S+.*probability .*\nQ-scorer: ", capsys.readouterr().out, re.DOTALL)
+
+
+def tuned_with_opinion(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    told = {"context": [OPINION_TOLD], "prompt_version": version_with([OPINION_TOLD])}
+    (folder / "manifest.json").write_text(json.dumps(manifest | told))
 
 
 def test_what_is_told_live_is_what_a_file_of_the_same_closes_tells(snapshot, tmp_path):

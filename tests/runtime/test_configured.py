@@ -1,25 +1,35 @@
 """What an agent.yaml names: several policies, a Q-scorer that is replaced meanwhile, and what contradicts."""
 
 import datetime
+import json
 import os
 import re
 import shutil
 from dataclasses import fields
+from typing import ClassVar
 
 import pytest
 from conftest import ROOT, on_the_default_stack, python
+from language_model.test_policy import save_run
 from markets import CONFIG, rich_if_volatile
 
 from covered_call import atomic
+from covered_call.candidates.context_lines import OPINION_TOLD
+from covered_call.candidates.prompts import version_with
+from covered_call.runtime import configured as configured_policies
 from covered_call.runtime.agent import steps_of
 from covered_call.runtime.agent_config import ConfigError, read_config
-from covered_call.runtime.configured import fusion_of, policies_of
+from covered_call.runtime.answers import Said
+from covered_call.runtime.configured import Policies, fusion_of, policies_of
 from covered_call.runtime.contradictions import LIMITS
 from covered_call.runtime.engine import Agent
+from covered_call.runtime.experience import Experience
 from covered_call.runtime.journal import opened, read
+from covered_call.runtime.paper import begin
 from covered_call.runtime.policies import Rule
 from covered_call.runtime.risk import CODES, RiskRules
 from covered_call.value_model.learning import Gates, fit
+from covered_call.value_model.opinions import fitted_before
 from covered_call.value_model.scorer import save
 from runtime.markets import BEGUN, FREELY, quoted_states
 from runtime.server import Server, completion
@@ -101,6 +111,48 @@ def test_a_file_of_another_exit_style_is_refused_and_a_later_good_one_taken(here
         save(fitted.with_gates(Gates(threshold=99.0)), "q.zip")
 
     assert len({line["versions"]["q"] for line in cycles(here, twice)}) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model that was tuned with the opinion of a Q-scorer
+
+
+class Stub:
+    """Stands for the process of a language model."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self, load, timeout):
+        self.seen.clear()
+
+    def ask(self, decision):
+        self.seen.append(decision)
+        return Said(None, 0.9, 0.5, False)
+
+    def stop(self):
+        pass
+
+    wait_until_ready = stop
+
+
+def test_it_is_told_by_the_q_scorer_as_it_stands_or_refused(here, fitted, monkeypatch):
+    folder = here / "run"
+    folder.mkdir()
+    save_run(folder, "per_decision_ranking", adapter=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"context": [OPINION_TOLD], "prompt_version": version_with([OPINION_TOLD])}
+    manifest["tuned_on"]["exit_styles"] = ["hold_to_expiry"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(configured_policies, "Worker", Stub)
+    save(fitted, "q.zip")
+    with pytest.raises(ConfigError, match="was tuned with a Q-scorer's opinion: name one under policy.q"):
+        with policies_of(read_config(configured("policy: {llm: run}"))):
+            pass
+    with policies_of(read_config(configured("policy: {llm: run, q: q.zip}"))) as policies:
+        assert not policies.with_market
+        proposal = policies.sources[0].propose(quoted_states(1)[0], begin(BEGUN))
+    (seen,) = Stub.seen
+    assert proposal.error is None and seen.opinion.fitted_before == fitted_before(fitted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +264,8 @@ LOCAL = "base_url: 'http://127.0.0.1:8000/v1', model: m"
         ("risk: {min_trades: 60}", "risk.min_trades is 60, and risk.win_rate_trades looks at 50"),
         (f"risk: {{blocked_hours: {list(range(24))}}}", "block all there are: for that there is kill_switch: true."),
         ("risk: {blocked_weekdays: [Mon, Tue, Wed, Thu, Fri, Sat, Sun]}", "block all there are"),
+        ("sizing: {payoff: 1.5}", "sizing.payoff is for the method half_kelly, and method is fixed: leave it out"),
+        ("sizing: {method: half_kelly, payoff: 0}", "payoff=0: give a number above 0"),
         ("risk: {near_level_pct: 0.5}", "risk.near_level_pct is given, and near_level is off"),
     ],
 )
@@ -246,7 +300,7 @@ def test_a_clock_that_jumps_back_sells_nothing_and_leaves_a_log_in_order(here):
     times[1] -= datetime.timedelta(hours=1)
     clock = iter(times)
     with opened(here / "log") as journal:
-        steps = steps_of(config, "shadow", here / "log", {}, journal.decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, journal.decided)
         found = list(Agent([Rule(0.0)], steps, None, BEGUN, journal, now=lambda: next(clock)).run(states))
     codes = [[one.code for one in cycle.plan.entry.vetoes] for cycle in found]
     assert [("stale" in its) for its in codes] == [False, True, False, False]
@@ -257,6 +311,6 @@ def test_a_decision_that_stands_in_the_log_is_not_ordered_again(here):
     config = read_config(configured("policy: {rule: {threshold: 0.0}}"))
     (state,) = quoted_states(1)
     for decided, vetoed in (((), False), ({state.decision.decision_id}, True)):
-        steps = steps_of(config, "shadow", here / "log", {}, decided)
+        steps = steps_of(config, "shadow", here / "log", Policies([], {}, {}, {}, {}, {}), Experience, decided)
         (cycle,) = Agent([Rule(0.0)], steps, None, BEGUN).run([state])
         assert ("duplicate" in [one.code for one in cycle.plan.entry.vetoes]) == vetoed

@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from covered_call.candidates.schema import Candidate, Decision
 from covered_call.runtime.agent import steps_of
 from covered_call.runtime.agent_config import AgentConfig
+from covered_call.runtime.configured import Policies
 from covered_call.runtime.engine import Agent
+from covered_call.runtime.experience import Experience
 from covered_call.runtime.fusion import Fused
 from covered_call.runtime.paper import FILLED, UNFILLED, Begun, Execution, Paper
 from covered_call.runtime.sizing import Sizing
@@ -47,7 +49,7 @@ class Coins(RuleBasedStateMachine):
         self.time, self.held, self.venue = START, {"BTC": btc, "ETH": eth}, Unsure()
         config = AgentConfig(holdings=self.held, exit=style, risk={"without": FREE}, sizing={"max_risk_pct": None})
         self.wanted, self.units = None, 0.0
-        steps = steps_of(config, "paper", "nowhere", {})
+        steps = steps_of(config, "paper", "nowhere", Policies([], {}, {}, {}, {}, {}), Experience)
         self.agent = Agent(
             [], steps._replace(fuse=self.fuse, size=self.size), self.venue, Begun(START, self.held, 0.0)
         )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, decide, rich_if_volatile
 
+from covered_call.candidates.schema import Opinion
 from covered_call.language_model.manifest import PolicyError
 from covered_call.language_model.policy import Answer
 from covered_call.runtime.answers import Said
@@ -162,6 +163,24 @@ def test_an_answer_that_is_used_again_is_trusted_less_each_time_and_only_while_i
 
 
 MODEL = Model("sha of it", "per_decision_ranking", "instrument")
+
+
+def test_what_else_a_model_is_told_is_added_before_it_is_asked_and_an_error_of_it_is_a_proposal_s():
+    seen = []
+
+    def ask(decision):
+        seen.append(decision)
+        return SELL
+
+    opinion = Opinion(None, {})
+    model = LanguageModel(ask, Querying(), tell=lambda decision: decision._replace(opinion=opinion))
+    assert model.propose(days(1)[0], NOTHING).instrument == SELL.instrument and seen[0].opinion == opinion
+
+    def fails(decision):
+        raise ValueError("no opinion")
+
+    proposal = LanguageModel(ask, Querying(), tell=fails).propose(days(1)[0], NOTHING)
+    assert proposal.error == "ValueError: no opinion" and len(seen) == 1
 
 
 def test_the_very_same_prompt_has_the_very_same_answer_without_asking():

@@ -16,11 +16,13 @@ from covered_call.runtime.engine import Agent
 from covered_call.runtime.journal import opened, plain, read
 from covered_call.runtime.last_day import cards_of
 from covered_call.runtime.logged import FATES, read_log
+from covered_call.runtime.paper import BOUGHT_BACK, Adopted, Closed, line_of
 from covered_call.runtime.policies import LanguageModel, Querying, Rule, Said
 from covered_call.runtime.report import figures_of, report_of
 from covered_call.runtime.state import Proposal
 from runtime.logs import days, say, settle, write_log
 from runtime.markets import BEGUN, DAY, FREELY, START, quoted_state
+from runtime.moments import position
 
 pytestmark = on_the_default_stack
 
@@ -116,6 +118,27 @@ def test_the_trades_of_a_paper_run_and_its_orders(tmp_path):
     price = states[0].quotes[states[0].decision.candidates[0].instrument].bid
     assert found["closed"]["trades"] == 2  # those of the first two days have expired, at their strike
     assert found["closed"]["pnl_usd"] == pytest.approx(2 * 0.1 * (price - min(30, price / 8)))
+
+
+def test_parts_that_were_bought_back_are_counted_and_what_was_adopted_is_unknown_from_then_on(tmp_path, capsys):
+    states = days(4)
+    write_log(tmp_path / "log", [say(None)] * 4, states=states)
+    path = the_file(tmp_path / "log")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    times = [state.decision.decision_time for state in states]
+    sold = position("X", units=-0.2)
+    ended = Closed(times[1], "X", sold.entry_time, BOUGHT_BACK, 10.0, -1.0, 7.0, False, 0.1)
+    events = [[], [ended, ended._replace(units=None, pnl_usd=-2.0)], [Adopted(times[2], (sold,))],
+        [ended._replace(time=times[3], units=None, pnl_usd=900.0)]]  # fmt: skip
+    for line, its in zip(lines, events, strict=True):
+        line["events"] = plain([line_of(one) for one in its])
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = figures(tmp_path / "log")["closed"]
+    assert found == {"trades": 1, "parts": 1, "pnl_usd": 5.0, "adoptions": 1, "unknown_from": plain(times[2])}
+    main(["report", str(tmp_path / "log")])
+    page = capsys.readouterr().out
+    assert "closed 1 trade(s) and 1 part(s) of others, which brought +5.00 USD net of fees" in page
+    assert f"adopted, first at {times[2]:%Y-%m-%d %H:%M} UTC: what the portfolio brought is unknown from then" in page
 
 
 def test_drift_is_counted_by_policy_and_number(tmp_path):

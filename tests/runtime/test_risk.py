@@ -14,7 +14,7 @@ from covered_call.candidates.schema import CandidatesError
 from covered_call.runtime.risk import CODES, RiskRules, notes_of, vetoes_of
 from covered_call.runtime.state import CLOSE, HOLD, NO_TRADE, ROLL, Intention
 
-from .moments import CANDIDATES, DAY, LATER, NOW, account, moment, position, quote, sale, trades
+from .moments import CANDIDATES, DAY, LATER, LOW, NOW, account, moment, position, quote, sale, trades
 
 pytestmark = on_the_default_stack
 
@@ -385,6 +385,29 @@ def test_the_name_says_which_expiry_it_is():
     )
     elsewhere = position("ETH-19DEC25-98000-C", -5.0, days=7.0, underlying="ETH")
     assert codes(portfolio=account(positions=(elsewhere,))) == []
+
+
+def test_the_delta_of_a_call_that_is_rolled_does_not_count_against_the_sale_after_it():
+    rolled = position(LOW, units=-1.0)  # of delta 0.3 in this chain
+    held = account(positions=(rolled,), net_delta={"BTC": -0.3, "ETH": -9.0}, holdings={"BTC": 1.0})
+    rules = {"portfolio": held, "max_positions": 9, "max_net_delta": 0.21}
+    roll = sale(LATER, 1.0, replaces=LOW)  # of 0.2
+    assert codes(intention=roll, **rules) == []
+    ((code, value, _, _),) = judged(intention=roll, **rules | {"max_net_delta": 0.19})
+    assert code == "net_delta" and value == pytest.approx(0.2)
+    # One that this chain does not offer counted as 0 before: taking it away changes nothing.
+    other = position("BTC-16DEC25-96000-C", units=-1.0)
+    rules["portfolio"] = account(positions=(other,), net_delta={"BTC": 0.0}, holdings={"BTC": 1.0})
+    assert codes(intention=sale(LATER, 1.0, replaces=other.instrument), **rules) == []
+
+
+def test_where_no_resistance_is_broken_the_rule_applies_and_stops_nothing():
+    rules = RiskRules(near_level=True)
+    for context, noted in (({"broken_resistances": 0}, []), ({"broken_resistances": None}, ["near_level"])):
+        state = moment(broken_resistance=None, **context)
+        assert vetoes_of(sale(), state, account(), rules, NOW) == []
+        notes = [one.code for one in notes_of(sale(), state, account(), rules, NOW)]
+        assert [code for code in notes if code == "near_level"] == noted
 
 
 def test_a_negative_net_delta_counts_as_a_positive_one():

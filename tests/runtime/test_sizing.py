@@ -40,10 +40,11 @@ def test_half_kelly_is_of_what_is_free():
     assert (found.units, found.free) == (0.9, 5.0)  # of 0.9583
 
 
-@pytest.mark.parametrize(("win", "payoff"), [(0.4, 1.5), (0.3, 1.5), (0.0, 9.0), (0.63, None)])
+@pytest.mark.parametrize(("win", "payoff"), [(0.4, 1.5), (0.3, 1.5), (0.0, 9.0)])
 def test_a_bet_not_to_take_is_no_trade(win, payoff):
     found = sized(win, payoff=payoff, method="half_kelly")
     assert (found.units, found.code) == (0.0, "kelly")
+    assert sized(0.99, method="half_kelly")[:2] == (0.0, "unknown_payoff")
 
 
 def test_gains_over_losses():
