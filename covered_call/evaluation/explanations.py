@@ -80,7 +80,8 @@ class Judged(NamedTuple):
 
 
 def told(one: "Explanation", verdict: Verdict) -> str:
-    reason = " ".join(one.text.partition("\n")[2].split()) or "(none)"
+    lines = (line.strip() for line in one.text.splitlines()[1:])
+    reason = ". ".join(filter(None, lines)) or "(none)"
     failed = ", ".join(name for name in CHECKS if not getattr(verdict, name))
     return f"{reason} (Checked: {f'it is not {failed}' if failed else 'it holds'}.)"
 

@@ -1,8 +1,10 @@
 """The best and the worst trades, one by one: the right ones, as the prompt shows them, and what came of them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import on_the_default_stack
 
@@ -24,8 +26,11 @@ def options(request) -> CoveredCallCandidatesConfig:
 
 @pytest.fixture
 def cases(market_of_days, options):
+    """By instrument the second call of the file comes first."""
     decisions = read_decisions([market_of_days], options)
-    return make_cases(decisions, decisions.columns(), options)
+    made = make_cases(decisions, decisions.columns(), options)
+    names = pa.array([f"BTC-{2 - row % 2}-{row // 2}-C" for row in range(len(made.columns.instrument))])
+    return made._replace(columns=replace(made.columns, instrument=names))
 
 
 def row_of(cases, said: bool = True) -> Row:
