@@ -25,11 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from covered_call import resampling  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs  # noqa: E402
 from covered_call.candidates.columns import Columns, columns_of, label_ends  # noqa: E402
 from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa: E402
 from covered_call.candidates.preferences import at  # noqa: E402
-from covered_call.evaluation import resampling  # noqa: E402
 from covered_call.evaluation.baselines import fit_baselines  # noqa: E402
 from covered_call.tables import align  # noqa: E402
 from covered_call.value_model.learning import net_outcomes  # noqa: E402

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, decide, rich_if_volatile
 
+from covered_call.candidates.schema import Opinion
 from covered_call.language_model.manifest import PolicyError
 from covered_call.language_model.policy import Answer
-from covered_call.candidates.schema import Opinion
 from covered_call.runtime.answers import Said
 from covered_call.runtime.engine import Agent
 from covered_call.runtime.paper import Opened, apply, begin

@@ -267,7 +267,8 @@ def test_a_live_opinion_is_what_the_scorer_predicts(fitted):
 
 
 @pytest.mark.parametrize("opinion, words", [
-    ("yes", "no dict of fitted_before"), ({"fitted_before": None, "of": {"A": [1, 0.5]}}, "does not say fitted_before"),
+    ("yes", "no dict of fitted_before"),
+    ({"fitted_before": None, "of": {"A": [1, 0.5]}}, "does not say fitted_before"),
     ({"fitted_before": "2020-01-01", "of": {"A": [1, 2]}}, "no % of spot and probability"),
     ({"fitted_before": "2020-01-01", "of": {"A": 1}}, "no % of spot and probability"),
 ])  # fmt: skip
