@@ -33,8 +33,9 @@ from covered_call.candidates.pricing import (  # noqa: E402
 )
 from covered_call.candidates.schema import named_call  # noqa: E402
 from covered_call.candidates.vols import UNDERLYING, Vols, read_vols  # noqa: E402
-from covered_call.market.backtest import Settings, files_of, replay  # noqa: E402
+from covered_call.market.backtest import Settings, replay  # noqa: E402
 from covered_call.market.book import DERIBIT, STYLES  # noqa: E402
+from covered_call.market.files import chain_files  # noqa: E402
 from covered_call.market.replay import ChainReplay, Log  # noqa: E402
 from covered_call.market.snapshot import BadRows  # noqa: E402
 from covered_call.tables import markdown  # noqa: E402
@@ -57,7 +58,7 @@ def main() -> None:
     args = parse_arguments()
     settings = Settings(rule=args.rule, spots=args.spots, tolerance=args.tolerance)
     with tempfile.TemporaryDirectory() as folder:
-        replays = replay(files_of(args.chains), settings, BadRows(), folder)
+        replays = replay(chain_files(args.chains, "chains"), settings, BadRows(), folder)
         rows = [row(one, log, args.dvol) for one in replays for log in one.logs]
     print(f"Rule {args.rule}: mean of a trade in % of spot, net of fees.\n")
     print(markdown([HEAD, *rows]))
