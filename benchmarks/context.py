@@ -29,9 +29,10 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from prompts import STEPS, tiny_answers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]
+
+from prompts import STEPS, tiny_answers  # noqa: E402
 
 from covered_call import atomic, resampling  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs  # noqa: E402
@@ -40,6 +41,7 @@ from covered_call.candidates.options import CoveredCallCandidatesConfig  # noqa:
 from covered_call.candidates.preferences import at  # noqa: E402
 from covered_call.candidates.prompts import pick_of  # noqa: E402
 from covered_call.candidates.records import ranking_records  # noqa: E402
+from covered_call.candidates.schema import CandidatesError  # noqa: E402
 from covered_call.evaluation.baselines import fit_baselines  # noqa: E402
 from covered_call.tables import align  # noqa: E402
 from covered_call.value_model.learning import net_outcomes  # noqa: E402
@@ -91,12 +93,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int, tiny: Tiny) -> dict[str, Judged]:
-    """Of each policy its picks in all blocks."""
+    """Of each policy its picks in all blocks whose past it can be fitted on."""
     entries = Backtest(files, options).logged
     parts: dict[str, list[Judged]] = {}
     for number, (past, block) in enumerate(blocks(entries, folds)):
         known, columns = columns_of(past), columns_of(block)
-        rules = fit_baselines(known)
+        try:
+            rules = fit_baselines(known)
+        except CandidatesError:  # nothing had ended by then: walk_forward leaves such a block out, too
+            continue
         picks = {policy: rules[policy].picks(columns) for policy in IMITATORS}
         for seed in tiny.seeds:
             path = tiny.folder / f"{number}-{seed}.json"

@@ -3,10 +3,10 @@
     python benchmarks/opinion.py --settlement simulated                               # the sample; minutes on 2 cores
     python benchmarks/opinion.py --data_files 'runs/*.csv' --settlement teacher
 
-Walking forward, each policy is fitted on what was settled before a block of decision times, and decides on it, told of
-the market's context and, beside it, of nothing more, of analogues, or of the opinions of Q-scorers that were
-themselves walked forward (in more folds, so that the first block of a policy's past has some). What policies and columns of the
-table are is said in benchmarks/context.py.
+Walking forward, each policy is fitted on what was settled before a block of decision times, and decides on it. It is
+told of the market's context and, beside it, of nothing more, of analogues, or of the opinions of Q-scorers that were
+themselves walked forward (in more folds, so that the past of the first block has some). What policies and columns of
+the table are is said in benchmarks/context.py.
 """
 
 import argparse
