@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from covered_call.candidates.context_lines import context_block
-from covered_call.candidates.prompts import fields_of_state
+from covered_call.candidates.prompts import fields_of_state, opinion_of_candidate, opinion_of_decision
 from covered_call.candidates.schema import Candidate, Decision
 from covered_call.tables import markdown
 
@@ -23,6 +23,7 @@ HEAD = [
     "IV, 1 = 100 % a year",
     "IV / realised vol",
 ]
+OPINION = "outcome model, of spot"  # where the prompt has an opinion
 UNITS = (
     "USD are those of one coin. In the market's context vols are a year's, 1 = 100 %, returns and distances are of "
     "the price, RSI is from 0 to 100, a place in a range or a rank from 0 to 1, and what is over a mean is a ratio."
@@ -34,7 +35,8 @@ class Card(NamedTuple):
 
     Args:
         context: of the market, as the prompt says it; ``more`` is what can be left for later.
-        calls: texts of the candidates, under HEAD, numbered as a prompt numbers them; ``left_out`` counts the others.
+        calls: texts of the candidates, their head first, numbered as a prompt numbers them; ``left_out`` counts the
+            others.
         explanation: the model's own words; "" where there are none.
         hindsight: what came of it.
     """
@@ -64,10 +66,10 @@ def make_card(
         sold: by whom which of them is sold, from 0.
         context: lines that stand for those of the decision, where it has none.
     """
-    lines = context_lines(decision) or context or []
+    lines = [*(context_lines(decision) or context or []), *filter(None, [opinion_of_decision(decision).strip()])]
     places = shown_places(decision.candidates, [place for place in sold.values() if place is not None])
-    calls = [call_row(decision.candidates[place], place, sold) for place in places]
-    left_out = len(decision.candidates) - len(calls)
+    calls = [[*HEAD, OPINION] if decision.opinion else HEAD, *(call_row(decision, place, sold) for place in places)]
+    left_out = len(decision.candidates) - len(places)
     return Card(title, said, lines[:FIRST_LINES], lines[FIRST_LINES:], calls, left_out, explanation, hindsight)
 
 
@@ -81,11 +83,13 @@ def shown_places(candidates: tuple[Candidate, ...], sold: list[int]) -> list[int
     return sorted(order[:MOST_CALLS])
 
 
-def call_row(candidate: Candidate, place: int, sold: dict[str, int | None]) -> list[str]:
+def call_row(decision: Decision, place: int, sold: dict[str, int | None]) -> list[str]:
+    candidate = decision.candidates[place]
     its = fields_of_state(candidate)
     by = ", ".join(name for name, pick in sold.items() if pick == place)
     numbers = (its[name] for name in ("strike", "dte", "delta", "score", "iv", "ivrv_ratio"))
-    return [str(place + 1), candidate.instrument, by, *numbers]
+    opinion = filter(None, [opinion_of_candidate(decision, candidate, "{opinion}")])
+    return [str(place + 1), candidate.instrument, by, *numbers, *opinion]
 
 
 def title_of(number: int, decision: Decision) -> str:
@@ -112,7 +116,7 @@ def card_markdown(card: Card, level: int = 4) -> str:
         f"**{answer}**",
         *others,
         "; ".join([*card.context, *card.more]),
-        markdown([HEAD, *card.calls]) if card.calls else "No call was offered.",
+        markdown(card.calls) if len(card.calls) > 1 else "No call was offered.",
         left_out_text(card),
         f"Its explanation: {card.explanation}" if card.explanation else "",
         f"> **{HINDSIGHT}.** {' '.join(card.hindsight)}",

@@ -14,7 +14,7 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from covered_call.page.cards import HEAD, HINDSIGHT, Card, left_out_text
+from covered_call.page.cards import HINDSIGHT, Card, left_out_text
 
 FOLDER = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
@@ -87,7 +87,7 @@ def html_of(page: Page) -> str:
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     return environment.get_template(TEMPLATE).render(
         page=page, style=style, script=script, script_hash=hash_of(script), cells_of=cells_of, inline=inline,
-        calls_of=lambda card: Table("", HEAD, card.calls), left_out=left_out_text, hindsight=HINDSIGHT,
+        calls_of=lambda card: Table("", card.calls[0], card.calls[1:]), left_out=left_out_text, hindsight=HINDSIGHT,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import datetime
 
 from conftest import on_the_default_stack
 
-from covered_call.candidates.schema import UTC, Candidate, Decision
+from covered_call.candidates.schema import UTC, Candidate, Decision, Opinion
 from covered_call.page.cards import HINDSIGHT, MOST_CALLS, card_markdown, make_card, pnl_text, title_of
 
 pytestmark = on_the_default_stack
@@ -31,9 +31,16 @@ def test_a_card_has_what_the_prompt_says_of_the_market_and_of_the_calls_that_mat
     ]  # fmt: skip
     assert card.more == ["Range: 90d drawdown +10.00%, 30d position 0.5000, RSI 14 55.0000"]
     # The call that is sold has the lowest score of all, and is shown; numbers are those of the prompt.
-    assert [row[0] for row in card.calls] == ["1", "2", "3", "4", "5", "6"] and len(card.calls) == MOST_CALLS
-    assert card.calls[0] == ["1", "BTC-0-C", "model", "100", "7", "0.2500", "1.0000", "0.7000", "n/a"]
+    assert [row[0] for row in card.calls[1:]] == ["1", "2", "3", "4", "5", "6"] and MOST_CALLS == 6
+    assert card.calls[1] == ["1", "BTC-0-C", "model", "100", "7", "0.2500", "1.0000", "0.7000", "n/a"]
     assert card.left_out == 2 and "And 2 more calls, of lower score." in card_markdown(card)
+
+
+def test_an_opinion_that_the_prompt_has_stands_beside_each_call():
+    opinion = Opinion(DECISION.decision_time, {"BTC-0-C": (0.125, 0.5)})
+    card = a_card(DECISION._replace(opinion=opinion))
+    assert [row[-1] for row in card.calls] == ["outcome model, of spot", "+0.12%, P(positive) 0.50", *["n/a"] * 5]
+    assert card.more[-1].endswith("(fitted on decisions before 2025-01-02)")
 
 
 def test_what_is_not_there_is_not_told_of():

@@ -53,7 +53,7 @@ def a_page(text: str = "plain", columns: int = 1, in_plots: str = "") -> Page:
     drawn = [Plot(svg_of(plot), text, text) for plot in plots]
     rows = [[f"{text} {number}", *[cell] * columns, text] for number, cell in enumerate(COLUMN)]
     table = Table(text, ["policy", *[f"figure {number}" for number in range(columns)], text], rows, text)
-    cards = [Card(text, [text] * 2, [text], [text], [[text] * len(HEAD)], 1, text, [text] * 2)]
+    cards = [Card(text, [text] * 2, [text], [text], [[text] * len(HEAD)] * 2, 1, text, [text] * 2)]
     return Page(text, [text] * 2, [text], [Section(text, [text], [table, table], drawn, cards)] * 2, [text])
 
 
@@ -107,7 +107,7 @@ def test_nothing_in_a_page_is_taken_for_html():
     assert len(hostile.all("script")) == 1
     assert {plot["aria-label"] for plot in hostile.all("svg")} == {HOSTILE}
     once = 1 + 2 + 1 + 2 * (2 + 2 * (1 + 1 + 5 + 1) + 3) + 2 + 1  # title, verdict, warnings, sections, contents, made
-    once += 2 * (1 + 2 + 2 + len(HEAD) + 2)  # decisions
+    once += 2 * (1 + 2 + 2 + 2 * len(HEAD) + 2)  # decisions
     drawn = 2 * (1 + 3)  # the name of a curve; title, label and legend of the third plot
     assert sum(text == HOSTILE for text in hostile.texts) >= once + drawn
 
