@@ -267,7 +267,7 @@ def test_a_hung_model_is_killed_and_the_decision_falls_back_in_time(worker):
     assert time.monotonic() - began <= worker.timeout_s + 1.0  # what is promised, so no timing of this machine
     assert not hung.is_alive() and worker.process is not hung
     llm, rule = cycle.plan.proposals
-    assert llm.error == "TimeoutError: no answer after 1 s" and cycle.plan.fused == (rule, "fallback", {})
+    assert llm.error == "TimeoutError: no answer after 1 s" and cycle.plan.fused == (rule, "fallback", {}, None)
     worker.timeout_s = 60.0
     assert model.propose(at(95_000.0), NOTHING, SURE).confidence == 0.9  # it has been started again
 

@@ -243,7 +243,7 @@ def test_what_comes_too_late_is_an_error_in_time_and_the_next_policy_decides(ser
     (cycle,) = Agent([model, Rule()], FREELY, None, BEGUN).run([TWO])
     assert time.monotonic() - began <= 1.5  # what is promised, so no timing of this machine
     late, rule = cycle.plan.proposals
-    assert late.error == "TimeoutError: no answer after 0.5 s" and cycle.plan.fused == (rule, "fallback", {})
+    assert late.error == "TimeoutError: no answer after 0.5 s" and cycle.plan.fused == (rule, "fallback", {}, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
