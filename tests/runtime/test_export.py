@@ -12,7 +12,7 @@ from market.quotes import write_days
 from markets import walk
 
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import COLUMNS, NO_CANDIDATES, QUOTED_COLUMNS
+from covered_call.candidates.schema import CHAIN_COLUMNS, COLUMNS, NO_CANDIDATES, QUOTED_COLUMNS
 from covered_call.runtime.agent import main
 from covered_call.runtime.diff import diff_of
 from covered_call.runtime.export import export
@@ -54,7 +54,9 @@ def test_the_file_is_of_the_layout_of_the_teacher_with_what_was_taken_and_what_e
     )  # fmt: skip
     assert (one.decisions, one.candidates, one.settled) == (3, 6, 5)
     rows = rows_of(one.path)
-    assert tuple(rows[0]) == (*COLUMNS, *QUOTED_COLUMNS) and {row["strategy"] for row in rows} == {"agent_shadow"}
+    assert tuple(rows[0]) == (*COLUMNS, *QUOTED_COLUMNS, *CHAIN_COLUMNS) and {row["strategy"] for row in rows} == {
+        "agent_shadow"
+    }
     said = [
         tuple(row[name] for name in ("trade_executed", "chosen", "action", "pnl_vs_hodl", "outcome_days"))
         for row in rows
