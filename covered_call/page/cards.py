@@ -37,7 +37,7 @@ class Card(NamedTuple):
         context: of the market, as the prompt says it; ``more`` is what can be left for later.
         calls: texts of the candidates, their head first, numbered as a prompt numbers them; ``left_out`` counts the
             others.
-        explanation: the model's own words; "" where there are none.
+        explanation: why, in words; "" where there are none.
         hindsight: what came of it.
     """
 

@@ -2,10 +2,15 @@
 
 import argparse
 import difflib
+import math
 from typing import Any
 
+from covered_call.candidates.columns import Grounds
 from covered_call.candidates.data_options import Help
-from covered_call.candidates.schema import shown
+from covered_call.candidates.explanations import explain
+from covered_call.candidates.options import CoveredCallCandidatesConfig
+from covered_call.candidates.prompts import answer_of, order_candidates
+from covered_call.candidates.schema import Decision, shown
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.runtime.journal import JournalError, read
 from covered_call.runtime.state import SELL_CALL
@@ -153,9 +158,19 @@ def execution_text(execution: dict | None) -> str:
 
 
 def explanation_lines(cycle: dict) -> list[str]:
-    """What the language model says of its own answer, where it was asked for that."""
-    found = cycle.get("explanation")
-    return [f"Explanation: {found}"] if found else []
+    answer, *reasons = explanation_of(cycle)
+    return [f"Explanation of the answer {answer}:", *(f"  {one}" for one in reasons)]
+
+
+def explanation_of(cycle: dict) -> list[str]:
+    """What the policies came to, as the answer to a ranking, and what is true of it: of the candidates among one
+    another, for what a score is made of depends on the chain's rules."""
+    decision = Decision.from_dict(cycle["state"]["decision"], math.inf)
+    decision, _ = order_candidates(decision, CoveredCallCandidatesConfig())
+    names = [one.instrument for one in decision.candidates]
+    sold = cycle["fusion"].get("instrument")
+    answer = answer_of(names.index(sold) if sold in names else None)
+    return explain(decision, answer, Grounds(None, {})).splitlines()
 
 
 def number(found: Any) -> str:

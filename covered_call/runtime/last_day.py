@@ -6,7 +6,7 @@ import datetime
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import order_candidates
 from covered_call.page.cards import Card, make_card, pnl_text, title_of
-from covered_call.runtime.explain import number, order_text, value
+from covered_call.runtime.explain import explanation_of, number, order_text, value
 from covered_call.runtime.logged import NOT_FILLED, TAKEN, VETOED, Entry, Log
 from covered_call.runtime.outcomes_log import Outcomes, Settled, read_outcomes
 
@@ -33,7 +33,7 @@ def card_of(place: int, one: Entry, outcomes: Outcomes) -> Card:
     known = one.line["state"]["context"]
     market = [f"{name} {number(its)}" for name, its in known.items() if its is not None]
     said, came = [answer(one), *proposals(one), *vetoes(one)], hindsight(one, outcomes)
-    explanation = one.line.get("explanation") or ""
+    explanation = " ".join(explanation_of(one.line)[1:])
     return make_card(title_of(place, decision), decision, places, said, came, explanation, market)
 
 
