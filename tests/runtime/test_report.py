@@ -16,6 +16,7 @@ from covered_call.runtime.engine import Agent
 from covered_call.runtime.journal import opened, plain, read
 from covered_call.runtime.last_day import cards_of
 from covered_call.runtime.logged import FATES, read_log
+from covered_call.runtime.outcomes_log import Settled, add_outcomes
 from covered_call.runtime.paper import BOUGHT_BACK, Adopted, Closed, line_of
 from covered_call.runtime.policies import LanguageModel, Querying, Rule, Said
 from covered_call.runtime.report import figures_of, report_of
@@ -248,6 +249,20 @@ def test_the_last_day_is_read_decision_by_decision_with_what_came_of_it_apart(tm
     apart = [part.split("</div>")[0] for part in html.split('<div class="hindsight"')[1:]]
     assert all("Hindsight, not known when this was decided" in part for part in apart)
     assert "-2,000.00 USD" in apart[1] and html.count("-2,000.00 USD") == 1
+
+
+def test_of_what_can_never_be_known_it_is_said_why_and_a_loss_of_all_calls_is_told(tmp_path):
+    states = days(2)
+    states[1] = states[1]._replace(decision=states[1].decision._replace(decision_time=START + DAY / 2))
+    write_log(tmp_path / "log", [say(0), say(None)], states=states)
+    settle(tmp_path / "log", states, [(None, None), (-5.0, 0.0)])
+    decision = states[0].decision
+    add_outcomes(tmp_path / "log", [
+        Settled(decision.decision_id, decision.candidates[0].instrument, None, None, None, "log", "no spot at expiry")
+    ])  # fmt: skip
+    rejected, lost = cards_of(read_log(tmp_path / "log"))
+    assert rejected.hindsight == ["Not selling is 0.", "No call did better than not selling."]
+    assert lost.hindsight == ["What was sold: never to be known, no spot at expiry.", "0 of 2 calls are settled."]
 
 
 def test_a_decision_without_calls_and_one_that_nothing_is_known_of(tmp_path):
