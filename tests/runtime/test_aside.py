@@ -280,9 +280,16 @@ def test_a_decision_is_told_from_the_log_on_a_screen(here, capsys):
             "Orders: 1", "coin(s) (rule): filled at "):  # fmt: skip
         assert text in sold, text
     assert len(sold.splitlines()) < 40
+    best = max(cycles[0]["state"]["decision"]["candidates"], key=lambda one: one["score"])
+    assert f"  Reason: Score is {best['score']:.2f}. It is the highest of 3. Delta {best['delta']:.4f} is" in sold
     vetoed = said_by(capsys, "explain", cycles[1]["decision_id"], "--log", "out/agent/paper")
     assert "  max_positions: 1 against 1. 1 short calls of BTC are open, and 1 may be." in vetoed
     assert "Orders: none" in vetoed and f"  short 0.1 {name}, sold at " in vetoed
+    config = configured("policy: {rule: {threshold: 9.9}}")
+    said_by(capsys, "shadow", "--config", config, "--snapshot", week(here / "chains.parquet", 1))
+    (cycle,) = read("out/agent/shadow")
+    kept = said_by(capsys, "explain", cycle["decision_id"], "--log", "out/agent/shadow")
+    assert "Explanation of the answer NO_TRADE:\n  Reason: " in kept
 
 
 def test_an_order_whose_end_is_not_known_is_said(here, capsys):
