@@ -12,7 +12,7 @@ from conftest import decision, on_the_default_stack, read_candidates, records, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates import analogues
+from covered_call.candidates import analogues, export
 from covered_call.candidates.analogues import NEVER_SETTLED, Pool, analogues_of, nearest_of, pool_of
 from covered_call.candidates.columns import COUNTERFACTUAL, DAY, columns_of
 from covered_call.candidates.context_lines import (
@@ -221,6 +221,15 @@ def test_the_line_of_a_prompt():
     assert block.endswith("  - Similar settled decisions: 20, 13 positive (0.65 [0.43, 0.82]), mean +0.21% of spot\n")
     assert "decisions: n/a, mean n/a of spot" in context_block(dict.fromkeys(ANALOGUES))
     assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1
+
+
+def test_lines_of_json_tell_them_and_take_the_rule(tmp_path):
+    file = write_csv(tmp_path / "a.csv", random_rows(40))
+    words = ["--input", file, "--output_dir", str(tmp_path), "--context", "spot", "--analogues"]
+    export.main([*words, "--settlement", "simulated"])
+    assert (tmp_path / "a_per_decision_ranking.jsonl").read_text().count("decisions: 20, ") == 14
+    with pytest.raises(SystemExit, match="analogues: with --settlement auto"):
+        export.main(words)
 
 
 def test_prompts_and_columns(tmp_path):
