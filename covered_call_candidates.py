@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "69799bc4ff1c55198f35d435c56e4f34e12cd13ccfad24d9fb0c9a0302a481d8"  # their SHA-256
+MADE_FROM = "7f6c0fdb26f9f8c0c43d321dfa23cb22768b7ce403fd0905db72415007762035"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -5219,11 +5219,11 @@ def pool_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Pool:
 
 
 def settled_at(columns: Columns, options: CoveredCallCandidatesConfig) -> np.ndarray:
-    """(R,) microseconds since 1970 from which on no later price can change an outcome: its last price is known, the
-    call has expired, so that no chain of it goes on unseen, and a spot nearer to its end would have come by then."""
+    """(R,) microseconds since 1970 from which on no later price can change an outcome: its last price is known, and
+    the call has expired, for a chain that ended early is not known to have ended where the files end before."""
     days = np.maximum(columns.numbers["dte"], float(options.horizon or 0))
     expired = columns.time[columns.decision_of] + timedelta_of(days)
-    return np.maximum(columns.label_end, expired) + 2 * round(options.expiry_tolerance * HOUR)
+    return np.maximum(columns.label_end, expired)
 
 
 def join_pools(pools: list[Pool]) -> Pool:
@@ -5236,7 +5236,7 @@ def pick_pool(pool: Pool, rows: np.ndarray) -> Pool:
 
 def analogues_of(pool: Pool, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """(K,) each, by the names of ANALOGUES, of these rows of the pool, or of all; NaN where fewer than NEIGHBOURS
-    decisions of the same market were settled.
+    decisions of the same market were settled, and of one without candidates.
 
     Memory is bounded by POOL and the pool itself: one decision is looked at after another.
     """
@@ -5245,7 +5245,7 @@ def analogues_of(pool: Pool, rows: np.ndarray | None = None) -> dict[str, np.nda
     for market in np.unique(pool.market[rows]):
         its = np.flatnonzero((pool.market == market) & (pool.settled < NEVER_SETTLED))
         its = its[np.lexsort((pool.time[its], pool.settled[its]))]
-        asked = np.flatnonzero(pool.market[rows] == market)
+        asked = np.flatnonzero((pool.market[rows] == market) & ~np.isnan(pool.features[rows, -1 - len(OF_BEST)]))
         ends = np.searchsorted(pool.settled[its], pool.time[rows[asked]], "right")
         for place, end in zip(asked.tolist(), ends.tolist(), strict=True):
             if end >= NEIGHBOURS:

@@ -169,7 +169,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "%(default)s")  # fmt: skip
     for option in OPTIONS:
         add_option(parser, option)
-    group = parser.add_argument_group("splits, with --engine ray; outcomes, with it or of preference and q_values")
+    group = parser.add_argument_group(
+        "splits, with --engine ray; outcomes, with it, or of preference, q_values and analogues"
+    )
     for option in (*OF_SPLITS, *PAIRING):
         add_option(group, option)
     return typed(parser, parser.parse_args(arguments))
@@ -204,7 +206,8 @@ def check_said(args: argparse.Namespace, options: dict) -> None:
     if args.engine == "ray" and priced:
         raise CandidatesError(f"configs={min(priced)!r} is exported here alone, without engine='ray'.")
     outcomes = {option.name for option in options_of(CoveredCallCandidatesConfig, OUTCOMES)}
-    said = {option.name for option in OPTIONS} | (outcomes if priced or args.engine == "ray" else set())
+    told = priced or options.get("analogues") or args.engine == "ray"
+    said = {option.name for option in OPTIONS} | (outcomes if told else set())
     said |= {option.name for option in OF_SPLITS} if args.engine == "ray" else set()
     said |= {option.name for option in PAIRING} if "preference" in args.configs else set()
     late = [name for name in options if name not in said]

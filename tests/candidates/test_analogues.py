@@ -12,7 +12,7 @@ from conftest import decision, on_the_default_stack, read_candidates, records, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covered_call.candidates import analogues
+from covered_call.candidates import analogues, export
 from covered_call.candidates.analogues import NEVER_SETTLED, Pool, analogues_of, nearest_of, pool_of
 from covered_call.candidates.columns import COUNTERFACTUAL, DAY, columns_of
 from covered_call.candidates.context_lines import (
@@ -94,6 +94,15 @@ def test_nothing_after_a_time_changes_the_analogues_of_then(steps, share, how, s
     assert all(other[key] == whole[key] for key in other if key.split("|")[1] <= at)
 
 
+def test_a_chain_that_ended_early_is_not_told_before_its_call_expired():
+    """Where files end before, nothing is known of it: what they are told of must be told alike."""
+    rows = random_rows(50, style="tp_and_roll")
+    options = dataclasses.replace(ON, take_profit=0.3, roll_min_score=99.0)  # none rolls
+    whole = list(told(rows, options).values())
+    for days in range(22, 50, 3):
+        assert list(told(rows[: 2 * days], options).values()) == whole[:days]
+
+
 def spots_alike(rows: list[dict]) -> list[dict]:
     """Of each time one spot."""
     spots = {row["decision_time"]: row["spot"] for row in rows}
@@ -130,10 +139,10 @@ def test_the_audit_finds_analogues_of_what_was_not_settled(monkeypatch):
     assert line.startswith("FAILED: the analogues of ")
 
 
-def test_settled_is_what_has_expired_and_a_day_more():
-    """Of a decision a day that expires after 7, 20 are settled from the 28th on."""
+def test_settled_is_what_has_expired():
+    """Of a decision a day that expires after 7, 20 are settled from the 27th on."""
     known = [one[0] is not None for one in told(random_rows(40)).values()]
-    assert known == [False] * 27 + [True] * 13
+    assert known == [False] * 26 + [True] * 14
 
 
 def test_an_outcome_tells_of_its_own_market_alone():
@@ -184,11 +193,11 @@ def test_nearest_as_one_by_one():
 def test_of_very_many_the_last_settled_are_looked_through(monkeypatch):
     monkeypatch.setattr(analogues, "POOL", 30)
     count = 60
-    numbers = np.arange(count, dtype=float)[:, None]
+    numbers = np.repeat(np.arange(count, dtype=float)[:, None], 6, axis=1)
     pool = Pool(
         np.zeros(count, int), np.arange(count), np.arange(count), numbers, np.where(np.arange(count) < 30, 9, 1)
     )
-    pool = pool._replace(features=np.append(numbers[:-1], [[0.0]], axis=0))  # the last is as the first were
+    pool = pool._replace(features=np.append(numbers[:-1], np.zeros((1, 6)), axis=0))  # the last is as the first were
     assert analogues_of(pool, np.array([59]))["analogues_mean"] == [1]
     never = pool._replace(settled=np.full(count, NEVER_SETTLED))
     assert np.isnan(analogues_of(never)["analogues_mean"]).all()
@@ -198,8 +207,8 @@ def test_what_they_brought_counted_by_hand():
     """With all settled decisions for neighbours, these are the first 20 of a decision a day."""
     columns = columns_with_outcomes()
     outcome = columns.numbers[COUNTERFACTUAL][::2] / columns.spot  # the first candidate has the highest score
-    assert columns.context["analogues_positive"][27] == (outcome[:20] > 0).sum()
-    assert columns.context["analogues_mean"][27] == pytest.approx(outcome[:20].mean())
+    assert columns.context["analogues_positive"][26] == (outcome[:20] > 0).sum()
+    assert columns.context["analogues_mean"][26] == pytest.approx(outcome[:20].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +221,15 @@ def test_the_line_of_a_prompt():
     assert block.endswith("  - Similar settled decisions: 20, 13 positive (0.65 [0.43, 0.82]), mean +0.21% of spot\n")
     assert "decisions: n/a, mean n/a of spot" in context_block(dict.fromkeys(ANALOGUES))
     assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1
+
+
+def test_lines_of_json_tell_them_and_take_the_rule(tmp_path):
+    file = write_csv(tmp_path / "a.csv", random_rows(40))
+    words = ["--input", file, "--output_dir", str(tmp_path), "--context", "spot", "--analogues"]
+    export.main([*words, "--settlement", "simulated"])
+    assert (tmp_path / "a_per_decision_ranking.jsonl").read_text().count("decisions: 20, ") == 14
+    with pytest.raises(SystemExit, match="analogues: with --settlement auto"):
+        export.main(words)
 
 
 def test_prompts_and_columns(tmp_path):

@@ -26,6 +26,7 @@ from covered_call.candidates.prompts import (
     shown_to,
     version_with,
 )
+from covered_call.candidates.scale_out import made_by
 from covered_call.candidates.schema import CandidatesError, Decision, LoggedDecision, Opinion
 from covered_call.evaluation import audit
 from covered_call.training.examples import in_another_order
@@ -284,3 +285,8 @@ def test_two_backtests_of_which_one_has_no_opinions(written, tmp_path):
     file = write_csv(tmp_path / "eth.csv", rows)
     told = read_candidates([file], CoveredCallCandidatesConfig(**written[1]))
     assert [one.decision.opinion for one in told] == [Opinion(None, {})] * 3
+
+
+def test_a_cluster_s_tasks_do_not_read_the_file():
+    with pytest.raises(CandidatesError, match="opinions='o.parquet': a cluster's tasks do not read the file"):
+        made_by(CoveredCallCandidatesConfig(opinions="o.parquet"))
