@@ -152,6 +152,8 @@ def balanced_accuracy(judged: Judged) -> float:
 
 
 def mean_text(judged: Judged, values: np.ndarray, known: np.ndarray) -> str:
+    if not known.any():
+        return "unknown"
     times, place = np.unique(judged.time[known], return_inverse=True)
     ends = np.zeros(len(times), np.int64)
     np.maximum.at(ends, place, judged.ends[known])

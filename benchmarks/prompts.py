@@ -14,7 +14,8 @@
 
 Prompts are rendered by load_candidates. To tell less, each candidate's line is then found by the template that made
 it, and written again by a shorter one. The model is the tiny recipe's, its tokenizer made anew of each variant's
-prompts, and all of its weights trained, without an adapter, for few steps. Beside it stand rules that read a number.
+prompts, and all of its weights trained, without an adapter, for few steps. Beside it stand rules that read one number,
+or none.
 
 A run that has finished is not repeated: delete --output_dir to measure again.
 """
@@ -28,6 +29,7 @@ import string
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,9 +178,22 @@ def rules_of(train: Columns) -> dict[str, Rule]:
         "highest score, always sold": Rule(scores),
         "delta nearest 0.25, with a threshold": Rule(nearness, fit_threshold(nearness(train), train)),
         "delta nearest 0.25, always sold": Rule(nearness),
+        "commonest place among so many candidates": by_number(train),
         "first candidate": Rule(lambda columns: -columns.place),
         "always NO_TRADE": Rule(scores, math.inf),
     }
+
+
+def by_number(train: Columns) -> Rule:
+    """What a reader can answer who counts the candidates, and reads no number of any."""
+    numbers = np.diff(train.offsets)
+    commonest = {one: Counter(train.chosen[numbers == one].tolist()).most_common(1)[0][0] for one in set(numbers)}
+
+    def values(columns: Columns) -> np.ndarray:
+        places = np.array([commonest.get(one, -1) for one in np.diff(columns.offsets)])
+        return (columns.place == places[columns.decision_of]).astype(float)
+
+    return Rule(values, 0.5)
 
 
 def nearness(columns: Columns) -> np.ndarray:

@@ -84,6 +84,15 @@ def test_rules_that_read_one_number_stand_beside_them(bench, capsys, tmp_path):
     assert "seeds" not in printed.split("|", 1)[1]
 
 
+def test_who_counts_the_candidates_and_reads_no_number_is_a_rule_too(bench, capsys, tmp_path):
+    """A teacher that takes the second of two calls, and the first of three."""
+    few, many = (61000, 62000), (61000, 62000, 63000)
+    rows = [decision(day, sold=day % 2, strikes=few if day % 2 else many, dte=1.0) for day in range(30)]
+    words = ["--data_files", write_csv(tmp_path / "a.csv", sum(rows, [])), "--exit_style", "tp_and_roll"]
+    bench.main([*words, "--splits", "0.4", "0.3", "0.3", "--report", "--output_dir", str(tmp_path / "no")])
+    assert "| commonest place among so many candidates | 1.000 | 1.000 | 1.000 | 1.000 |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_tiny_model_is_trained_and_answers_each_ranking_that_it_is_asked(bench, load, corpus):
     splits = load("per_decision_ranking", data_files=corpus)
