@@ -126,9 +126,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", nargs="+", metavar="CSV", help="default: the sample")
     parser.add_argument("--context_vols", metavar="CSV", help="the market's vols, {underlying} in the name for each")
     parser.add_argument("--exit_style", help="default: all")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--fee", type=float, default=0.0)
-    parser.add_argument("--half_spread", type=float, default=0.0)
+    parser.add_argument(
+        "--folds", type=int, default=5, metavar="N", help="blocks of time of the walk forward; default: %(default)s"
+    )
+    parser.add_argument("--fee", type=float, default=0.0, metavar="SHARE", help="of each trade; default: 0")
+    parser.add_argument("--half_spread", type=float, default=0.0, metavar="SHARE", help="of the price; default: 0")
     return parser.parse_args(arguments)
 
 

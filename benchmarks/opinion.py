@@ -60,8 +60,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", nargs="+", metavar="CSV", help="default: the sample")
     parser.add_argument("--settlement", required=True, help="teacher, intrinsic, simulated or recorded")
     parser.add_argument("--exit_style", help="default: all")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--opinion_folds", type=int, default=11)
+    parser.add_argument(
+        "--folds", type=int, default=5, metavar="N", help="blocks of time of the walk forward; default: %(default)s"
+    )
+    parser.add_argument(
+        "--opinion_folds", type=int, default=11, metavar="N", help="of the Q-scorers'; default: %(default)s"
+    )
     return parser.parse_args(arguments)
 
 
