@@ -201,7 +201,7 @@ def test_the_next_epoch_shows_them_in_another_order(written, backtest, load):
     record = load("per_decision_ranking", data_files=backtest, **written[1])["train"][-1]
     shuffled = CoveredCallCandidatesConfig(candidate_order="shuffle", seed=1)
     for seed in range(8):
-        other = in_another_order(record, dataclasses.replace(shuffled, seed=seed), "")
+        other = in_another_order(record, dataclasses.replace(shuffled, seed=seed), "", None)
         if other["candidates"] != record["candidates"]:
             break
     lines = [
