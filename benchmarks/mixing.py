@@ -192,7 +192,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args.formulas = args.output_dir / "formulas.jsonl"
-    subprocess.run([sys.executable, str(FORMULAS), "--out", str(args.formulas)], check=True)
+    words = [sys.executable, str(FORMULAS), "--out", str(args.formulas)]
+    print(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout, end="")
     args.data, args.base = thinned(args.output_dir), ""
     args.base = base_of(args)
     for part in args.part:
