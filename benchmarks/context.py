@@ -92,7 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Paid {price}\n\n{align(cells_of(found))}\n", flush=True)
 
 
-def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int, tiny: Tiny) -> dict[str, Judged]:
+def judge(
+    files: list[str], options: CoveredCallCandidatesConfig, folds: int, tiny: Tiny | None = None
+) -> dict[str, Judged]:
     """Of each policy its picks in all blocks whose past it can be fitted on."""
     entries = Backtest(files, options).logged
     parts: dict[str, list[Judged]] = {}
@@ -103,7 +105,7 @@ def judge(files: list[str], options: CoveredCallCandidatesConfig, folds: int, ti
         except CandidatesError:  # nothing had ended by then: walk_forward leaves such a block out, too
             continue
         picks = {policy: rules[policy].picks(columns) for policy in IMITATORS}
-        for seed in tiny.seeds:
+        for seed in tiny.seeds if tiny else []:
             path = tiny.folder / f"{number}-{seed}.json"
             picks[f"tiny model, seed {seed}"] = tiny_picks(known, columns, options, tiny.steps, seed, path)
         for policy, its in picks.items():
@@ -154,16 +156,13 @@ def balanced_accuracy(judged: Judged) -> float:
 def mean_text(judged: Judged, values: np.ndarray, known: np.ndarray) -> str:
     if not known.any():
         return "unknown"
-    times, place = np.unique(judged.time[known], return_inverse=True)
-    ends = np.zeros(len(times), np.int64)
-    np.maximum.at(ends, place, judged.ends[known])
-    sums = np.stack([np.bincount(place, values[known]), np.bincount(place)], 1)
-    drawn = resampling.draw(len(times), resampling.block_length(times, ends))
+    times, place, block = resampling.overlaps(judged.time[known], judged.ends[known])
+    drawn = resampling.draw(len(times), block)
     text = f"{values[known].mean():+,.1f}"
     if drawn is None:
         return text
-    total, count = drawn.sums(sums).T
-    low, high = np.quantile(total / count, [0.025, 0.975])
+    means = resampling.means(values[known], place, drawn)
+    low, high = resampling.interval(means, means)
     return f"{text} [{low:+,.1f}, {high:+,.1f}]"
 
 

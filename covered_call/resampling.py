@@ -56,7 +56,7 @@ def draw(times: int, block: int, replicates: int = REPLICATES) -> Draws | None:
 
     None where there are fewer than MIN_BLOCKS blocks in the data.
     """
-    if times < MIN_BLOCKS * block:
+    if times < MIN_BLOCKS * max(block, 1):
         return None
     bootstrap = MovingBlockBootstrap(block, np.arange(times), seed=0)
     return Draws(np.stack([drawn[::block] for (drawn,), _ in bootstrap.bootstrap(replicates)]), block, times)
@@ -70,6 +70,27 @@ def block_length(times: np.ndarray, ends: np.ndarray) -> int:
         ends: (T,) the label ends, in the same unit.
     """
     return int((np.searchsorted(times, ends, side="right") - np.arange(len(times))).max())
+
+
+def overlaps(time: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The distinct times (T,) of decisions, ascending, the place (N,) of each one among them, and how many of them
+    overlap (see block_length); of no decisions 0.
+
+    Args:
+        time: (N,) of each decision.
+        end: (N,) its label end, in the same unit.
+    """
+    times, place = np.unique(time, return_inverse=True)
+    ends = times.copy()
+    np.maximum.at(ends, place, end)
+    return times, place, block_length(times, ends) if len(times) else 0
+
+
+def means(values: np.ndarray, place: np.ndarray, draws: Draws) -> np.ndarray:
+    """(orders,) the mean of (N,) values in each, by the place (N,) of each one's time; NaN where none was drawn."""
+    sums = [np.bincount(place, weights, draws.size) for weights in (values, np.ones(len(values)))]
+    total, count = draws.sums(np.stack(sums, 1)).T
+    return share(total, count)
 
 
 def interval(low: np.ndarray, high: np.ndarray) -> tuple[float, float] | None:

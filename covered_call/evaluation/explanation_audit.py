@@ -43,10 +43,8 @@ def audit_explanations(backtest: Backtest, grounds: dict[str, Grounds]) -> tuple
         grounds: by task.
     """
     found, leaks = [], []
+    splits = {name: backtest.decisions.columns(numbers) for name, numbers in backtest.numbers.items() if len(numbers)}
     for task in CHATS:
-        splits = {
-            name: backtest.decisions.columns(numbers) for name, numbers in backtest.numbers.items() if len(numbers)
-        }
         made = {name: texts_of_answers(columns, task, grounds[task]) for name, columns in splits.items()}
         said = [text for one in made.values() for text in one.texts]
         banned = sum(bool(FORBIDDEN.search(text)) for text in said)
@@ -115,10 +113,10 @@ def read_outcomes(made: dict[str, Texts], test: Columns | None) -> Read:
 
 def compared(scores: list[np.ndarray], signs: np.ndarray, decision: np.ndarray, columns: Columns) -> Read:
     """The AUC of two readers, the explanations' first."""
-    times, of_time = np.unique(columns.time, return_inverse=True)
-    ends = np.full(len(times), -1, np.int64)
-    np.maximum.at(ends, of_time[columns.decision_of], columns.label_end)
-    draws = resampling.draw(len(times), resampling.block_length(times, np.maximum(ends, times)))
+    ends = columns.time.copy()
+    np.maximum.at(ends, columns.decision_of, columns.label_end)
+    times, of_time, block = resampling.overlaps(columns.time, ends)
+    draws = resampling.draw(len(times), block)
     plain = [float(aucs(signs, one, np.ones((1, len(signs))))[0]) for one in scores]
     if draws is None:
         return Read(

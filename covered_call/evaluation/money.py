@@ -14,7 +14,7 @@ from covered_call.evaluation import metrics
 from covered_call.evaluation.cases import Cases, bounds, difference, markets_of, outcome, picked, regret, years_of
 from covered_call.evaluation.metrics import NO_BELIEFS, Beliefs, Figure, Played
 from covered_call.evaluation.rows import HODL, TEACHER, Row
-from covered_call.resampling import block_length
+from covered_call.resampling import overlaps
 
 ALL = "all"
 YEAR = 365.25 * DAY  # microseconds
@@ -113,10 +113,7 @@ def beliefs_of(row: Row, columns: Columns, places: np.ndarray, times: np.ndarray
 
 def judge(rows: list[Row], rule: Row, cases: Cases, group: Group) -> Result:
     columns, places = cases.columns, group.places
-    times, which = np.unique(columns.time[places], return_inverse=True)
-    ends = np.zeros(len(times), np.int64)
-    np.maximum.at(ends, which, cases.label_end[places])
-    block = block_length(times, ends)
+    times, _, block = overlaps(columns.time[places], cases.label_end[places])
     played = {row.name: play(row, rule, cases, places, times) for row in rows}
     figures = metrics.figures(played, times, block)
     return Result(group, times, block, dict(sorted(figures.items(), key=best_first)), held(cases, places))

@@ -22,7 +22,6 @@ from covered_call.market.harvest_log import SECOND, HarvestError, HarvestLog, is
 from covered_call.market.history import extend
 
 EVERY, DAYS = 900, 400
-MINUTE = 60 * SECOND
 NAP = 0.2  # seconds after which a signal is heeded while nothing is due
 
 

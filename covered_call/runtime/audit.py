@@ -4,6 +4,7 @@ Money is P&L vs HODL of one coin's worth of calls, net of fees, in USD and in % 
 agent's size was, each candidate counts once. Only settled candidates count, and how many these are is said.
 """
 
+import collections
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import microseconds
-from covered_call.resampling import MIN_BLOCKS, Draws, block_length, draw, interval, share
-from covered_call.runtime.logged import FATES, NOT_ASKED, REJECTED, TAKEN, VETOED, Entry
+from covered_call.resampling import MIN_BLOCKS, Draws, draw, interval, means, overlaps
+from covered_call.runtime.logged import FATES, REJECTED, TAKEN, VETOED, Entry
 from covered_call.runtime.outcomes_log import Outcomes
 from covered_call.value_model.walk_forward import CALIBRATION_BINS, calibration_bin
 
@@ -37,6 +38,7 @@ class Audit(NamedTuple):
 
     cases: Cases
     times: np.ndarray  # (T,) distinct and ascending
+    place: np.ndarray  # (R,) of each case's among them
     block: int  # decision times that overlap
     draws: Draws | None
 
@@ -60,13 +62,8 @@ def cases_of(entries: Sequence[Entry], outcomes: Outcomes) -> Cases:
 
 
 def audit_of(cases: Cases) -> Audit:
-    times, place = np.unique(cases.time, return_inverse=True)
-    if not len(times):
-        return Audit(cases, times, 0, None)
-    ends = np.zeros(len(times), np.int64)
-    np.maximum.at(ends, place, cases.end)
-    block = block_length(times, ends)
-    return Audit(cases, times, block, draw(len(times), block))
+    times, place, block = overlaps(cases.time, cases.end)
+    return Audit(cases, times, place, block, draw(len(times), block))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,16 +110,8 @@ def mean_interval(audit: Audit, values: np.ndarray, its: np.ndarray) -> tuple[fl
     """Of the mean of (R,) values over these; None where there are too few of them, or too few times."""
     if audit.draws is None or its.sum() < FEW:
         return None
-    means = resampled(audit, values, its, audit.draws)
-    return interval(means, means)
-
-
-def resampled(audit: Audit, values: np.ndarray, its: np.ndarray, draws: Draws) -> np.ndarray:
-    """(orders,) the mean in each."""
-    place = np.searchsorted(audit.times, audit.cases.time)[its]
-    sums = [np.bincount(place, weights, len(audit.times)) for weights in (values[its], np.ones(int(its.sum())))]
-    total, count = draws.sums(np.stack(sums, 1)).T
-    return share(total, count)
+    resampled = means(values[its], audit.place[its], audit.draws)
+    return interval(resampled, resampled)
 
 
 def difference_of(audit: Audit, one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
@@ -133,7 +122,8 @@ def difference_of(audit: Audit, one: np.ndarray, other: np.ndarray) -> dict[str,
         gap = values[one].mean() - values[other].mean() if one.any() and other.any() else math.nan
         found[unit], found[f"interval_{unit}"] = float(gap), None
         if enough and audit.draws is not None:
-            gaps = resampled(audit, values, one, audit.draws) - resampled(audit, values, other, audit.draws)
+            resampled = [means(values[its], audit.place[its], audit.draws) for its in (one, other)]
+            gaps = resampled[0] - resampled[1]
             found[f"interval_{unit}"] = interval(gaps, gaps)
     sides = found["interval_percent"]
     return {**found, "why_no_interval": None if sides else why_no_interval(audit, one, other),
@@ -154,13 +144,8 @@ def missed(entries: Sequence[Entry], cases: Cases) -> dict[str, Any]:
     """The decisions at which some candidate's outcome is above 0, and those of them at which nothing was taken, by
     what became of the sale that was meant."""
     positive = np.unique(cases.decision[cases.usd > 0]).tolist()
-    lost: dict[str, int] = {}
-    for number in positive:
-        one = entries[number]
-        fate = NOT_ASKED if one.meant.fate == REJECTED and not one.asked else one.meant.fate
-        if fate != TAKEN:
-            lost[fate] = lost.get(fate, 0) + 1
-    return {"positive": len(positive), "missed": sum(lost.values()), "by": lost}
+    lost = collections.Counter(fate for fate in (entries[number].fate for number in positive) if fate != TAKEN)
+    return {"positive": len(positive), "missed": lost.total(), "by": dict(lost)}
 
 
 def vetoes_of(entries: Sequence[Entry], audit: Audit) -> dict[str, dict]:

@@ -20,7 +20,7 @@ from covered_call.candidates.columns import microseconds
 from covered_call.candidates.data_options import Help
 from covered_call.candidates.schema import NO_TRADE
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.resampling import block_length, draw, interval
+from covered_call.resampling import draw, interval, means, overlaps
 from covered_call.runtime.audit import too_short
 from covered_call.runtime.journal import JournalError, plain
 from covered_call.runtime.logged import TAKEN, Entry, Log, read_log
@@ -140,20 +140,18 @@ def money_of(pairs: list[Pair], rows: list[dict[str, Any]], outcomes: list[Outco
 def sides_of(pairs: list[Pair], gains: np.ndarray, outcomes: list[Outcomes]) -> dict[str, Any]:
     """The interval of the mean gain a decision, by blocks of decision times as long as outcomes overlap."""
     time = np.array([microseconds(pair.one.decision.decision_time) for pair in pairs], np.int64)
-    times, place = np.unique(time, return_inverse=True)
-    ends = times.copy()
-    for number, pair in zip(place.tolist(), pairs, strict=True):
+    ends = time.copy()
+    for number, pair in enumerate(pairs):
         for entry, known in zip(pair, outcomes, strict=True):
             its = known.get((entry.decision.decision_id, taken_by(entry)))
             if its and its.settled_at:
                 ends[number] = max(ends[number], microseconds(its.settled_at))
-    block = block_length(times, ends) if len(times) else 0
-    draws = draw(len(times), block) if block else None
+    times, place, block = overlaps(time, ends)
+    draws = draw(len(times), block)
     if draws is None:
         return {"interval_usd": None, "why_no_interval": too_short(len(times), block)}
-    sums = [np.bincount(place, weights, len(times)) for weights in (gains, np.ones(len(gains)))]
-    total, count = draws.sums(np.stack(sums, 1)).T
-    return {"interval_usd": interval(total / count, total / count), "why_no_interval": None}
+    resampled = means(gains, place, draws)
+    return {"interval_usd": interval(resampled, resampled), "why_no_interval": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -224,8 +224,20 @@ class Agent:
         """From where the log ends. Orders that were under way are abandoned, but those that the venue knows.
 
         Raises:
-            CandidatesError: if the log began with another portfolio.
+            CandidatesError: if the log is of another mode, or began with another portfolio.
         """
+        # Of another's log nothing is touched: its orders under way are for the venue of its own mode to look up.
+        mode, before = self.about.get("mode"), journal.last and journal.last.get("mode")
+        if before and before != mode:
+            raise CandidatesError(
+                f"{journal.folder} has the log of {before}, and this is {mode}: give another folder."
+            )
+        first = next((event for line in read(journal.folder) for event in line.get("events", ())), None)
+        if first and (first["holdings"], first["cash_usd"]) != (begins.holdings, begins.cash_usd):
+            raise CandidatesError(
+                f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
+                f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
+            )
         for (decision_id, order), line in list(journal.pending.items()):
             found = self.venue.found(line, order) if self.venue else None
             what = (
@@ -234,19 +246,8 @@ class Agent:
             logger.warning("%s: its order %d %s.", decision_id, order, what)
             execution, events = found or (Execution(ABANDONED, "the agent ended before"), [])
             journal.complete(decision_id, order, execution=execution, events=[line_of(one) for one in events])
-        first = next((event for line in read(journal.folder) for event in line.get("events", ())), None)
         if first is None:
             return
-        if (first["holdings"], first["cash_usd"]) != (begins.holdings, begins.cash_usd):
-            raise CandidatesError(
-                f"{journal.folder}: its log began with {first['holdings']} and {first['cash_usd']:g} USD, and this is "
-                f"{begins.holdings} and {begins.cash_usd:g} USD. Give another folder, or the portfolio it began with."
-            )
-        mode, before = self.about.get("mode"), journal.last and journal.last.get("mode")
-        if before and before != mode:
-            raise CandidatesError(
-                f"{journal.folder} has the log of {before}, and this is {mode}: give another folder."
-            )
         if journal.last and journal.last.get("config_hash") != self.about.get("config_hash"):
             logger.warning("%s: its last decision was taken with another configuration.", journal.folder)
         portfolio, last = rebuilt(read(journal.folder))

@@ -8,16 +8,16 @@ from covered_call.candidates.prompts import order_candidates
 from covered_call.page.cards import Card, make_card, pnl_text, title_of
 from covered_call.runtime.explain import explanation_of, number, order_text, value
 from covered_call.runtime.logged import NOT_FILLED, TAKEN, VETOED, Entry, Log
-from covered_call.runtime.outcomes_log import Outcomes, Settled, read_outcomes
+from covered_call.runtime.outcomes_log import Outcomes, Settled
 
 LAST_DAY = "Decisions of the last day"
 DAY = datetime.timedelta(days=1)
 MOST = 48  # that are shown, the last ones
 
 
-def cards_of(log: Log) -> list[Card]:
+def cards_of(log: Log, outcomes: Outcomes) -> list[Card]:
     """Of the 24 hours up to the last decision, the last one first; at most MOST."""
-    outcomes, end = read_outcomes(log.folder), log.entries[-1].decision.decision_time
+    end = log.entries[-1].decision.decision_time
     its = [one for one in log.entries if one.decision.decision_time > end - DAY][-MOST:]
     return [card_of(place, one, outcomes) for place, one in enumerate(reversed(its), 1)]
 

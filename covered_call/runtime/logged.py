@@ -1,5 +1,6 @@
 """A log as the decisions it is of: what each meant, what became of that, and what was offered besides."""
 
+import collections
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,12 +82,17 @@ class Entry(NamedTuple):
         first = self.proposals[0]
         return first.get("asked", True) and not first["error"]
 
-    def fate_of(self, instrument: str) -> str:
+    def fate_of(self, instrument: str | None) -> str:
         """Of FATES, that of a candidate."""
         meant = self.meant
-        if instrument == meant.instrument:
+        if meant.instrument and instrument == meant.instrument:
             return meant.fate
         return REJECTED if self.asked else NOT_ASKED
+
+    @property
+    def fate(self) -> str:
+        """Of FATES, that of the decision; one without a sale was rejected, if its first policy was asked."""
+        return self.fate_of(self.meant.instrument)
 
 
 class Log(NamedTuple):
@@ -144,9 +150,7 @@ def entry_of(line: dict, completions: dict[int, dict], folder: str | Path) -> En
 
 
 def mode_of(entries: Iterable[Entry], folder: str | Path) -> str:
-    counts: dict[str, int] = {}
-    for one in entries:
-        counts[one.line["mode"]] = counts.get(one.line["mode"], 0) + 1
+    counts = collections.Counter(one.line["mode"] for one in entries)
     if len(counts) > 1:
         found = " and ".join(f"{count:,} of {mode}" for mode, count in counts.items())
         raise JournalError(

@@ -21,7 +21,6 @@ from covered_call.runtime.paper import FILLED, SETTLED, UNFILLED, Closed, Event,
 from covered_call.runtime.state import Intention, MarketState, Portfolio, Position, Quote
 
 DAY_SECONDS = 86_400.0
-ATM = 0.5  # the delta at the money
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from covered_call.command_line import plain_errors, start_logging
 from covered_call.runtime import audit
 from covered_call.runtime.journal import JournalError, plain
 from covered_call.runtime.last_day import cards_of
-from covered_call.runtime.logged import FATES, Entry, Log, read_log
-from covered_call.runtime.outcomes_log import read_outcomes
+from covered_call.runtime.logged import FATES, TAKEN, Entry, Log, read_log
+from covered_call.runtime.outcomes_log import Outcomes, read_outcomes
 from covered_call.runtime.report_page import html_of, page_of
 from covered_call.runtime.report_picture import picture_of
 
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
     start_logging()
     with plain_errors(args, JournalError):
         log = read_log(args.log)
-        found = report_of(log)
-        cards = cards_of(log)
+        outcomes = read_outcomes(args.log)
+        found, cards = report_of(log, outcomes), cards_of(log, outcomes)
         page = page_of(found, cards)
         numbers = json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
         files = {PAGE: page, NUMBERS: numbers, PICTURE: picture_of(found), TO_READ: html_of(found, cards)}
@@ -44,9 +44,8 @@ def main(arguments: list[str]) -> None:
     print(page)
 
 
-def report_of(log: Log) -> dict[str, Any]:
+def report_of(log: Log, outcomes: Outcomes) -> dict[str, Any]:
     """All figures; NaN where nothing is known. The audit is by underlying; None where nothing is settled."""
-    outcomes = read_outcomes(log.folder)
     by_underlying = {
         name: audit.figures_of([one for one in log.entries if one.decision.underlying == name], outcomes)
         for name in log.underlyings
@@ -57,8 +56,7 @@ def report_of(log: Log) -> dict[str, Any]:
 def figures_of(log: Log) -> dict[str, Any]:
     entries, lines = log.entries, [one.line for one in log.entries]
     times = [one.decision.decision_time for one in entries]
-    fates = collections.Counter(what_became_of(one) for one in entries)
-    taken = fates["taken"]
+    fates = collections.Counter(one.fate for one in entries)
     return {
         "log": log.folder,
         "mode": log.mode,
@@ -69,7 +67,7 @@ def figures_of(log: Log) -> dict[str, Any]:
         "configurations": dict(collections.Counter(line.get("config_hash") or "unknown" for line in lines)),
         "taken_anew": log.again,
         "torn": log.torn,
-        "trade_rate": taken / len(entries),
+        "trade_rate": fates[TAKEN] / len(entries),
         "decisions_by_fate": {fate: fates[fate] for fate in FATES},
         "fusion": dict(collections.Counter(line["fusion"]["method"] for line in lines).most_common()),
         "pair": pair_of(entries),
@@ -81,11 +79,6 @@ def figures_of(log: Log) -> dict[str, Any]:
         "latency_s": latencies(entries),
         "drift": drift_of(lines),
     }
-
-
-def what_became_of(one: Entry) -> str:
-    """Of FATES; a decision without a sale was rejected, if its first policy was asked."""
-    return one.meant.fate if one.meant.instrument else one.fate_of("")
 
 
 def completions(entries: list[Entry]) -> list[dict]:

@@ -195,11 +195,29 @@ def test_shadow_decides_and_logs_and_orders_nothing(tmp_path):
     assert all(not cycle.portfolio.positions and not cycle.executions for cycle in cycles)
 
 
-def test_a_log_that_began_with_another_portfolio_is_an_error(tmp_path):
-    with opened(tmp_path / "log") as journal:
-        list(Agent([Rule()], FREELY, Paper(), BEGUN, journal).run(quoted_states(1)))
+def test_of_a_log_of_another_portfolio_or_mode_nothing_is_touched_not_even_its_orders_under_way(tmp_path):
+    class Killed(Paper):
+        def sell(self, intention, state, rolls):
+            raise KeyboardInterrupt
+
+    def agent(journal, begins=BEGUN, mode="paper", venue=None):
+        return Agent([Rule()], FREELY, venue or Paper(), begins, journal, {"mode": mode})
+
+    with opened(tmp_path / "log") as journal, pytest.raises(KeyboardInterrupt):
+        list(agent(journal, venue=Killed()).run(quoted_states(2)))
+    (path,) = (tmp_path / "log").glob("*.jsonl")
+    before = path.read_bytes()
     with opened(tmp_path / "log") as journal, pytest.raises(CandidatesError, match="its log began with"):
-        Agent([Rule()], FREELY, Paper(), Begun(START, {"BTC": 2.0}, 0.0), journal)
+        agent(journal, Begun(START, {"BTC": 2.0}, 0.0))
+    with (
+        opened(tmp_path / "log") as journal,
+        pytest.raises(CandidatesError, match="log of paper, and this is testnet"),
+    ):
+        agent(journal, mode="testnet")
+    assert path.read_bytes() == before
+    with opened(tmp_path / "log") as journal:
+        agent(journal)
+        assert not journal.pending and path.read_bytes() != before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

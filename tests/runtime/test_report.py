@@ -16,7 +16,7 @@ from covered_call.runtime.engine import Agent
 from covered_call.runtime.journal import opened, plain, read
 from covered_call.runtime.last_day import cards_of
 from covered_call.runtime.logged import FATES, read_log
-from covered_call.runtime.outcomes_log import Settled, add_outcomes
+from covered_call.runtime.outcomes_log import Settled, add_outcomes, read_outcomes
 from covered_call.runtime.paper import BOUGHT_BACK, Adopted, Closed, line_of
 from covered_call.runtime.policies import LanguageModel, Querying, Rule, Said
 from covered_call.runtime.report import figures_of, report_of
@@ -167,7 +167,7 @@ def test_counts_add_up(data, count, two, mode):
     with tempfile.TemporaryDirectory() as folder:
         states = write_log(Path(folder, "log"), *said, vetoes=vetoes, mode=mode)
         settle(Path(folder, "log"), states, pnl)
-        found = plain(report_of(read_log(Path(folder, "log"))))
+        found = plain(report_of(read_log(Path(folder, "log")), read_outcomes(Path(folder, "log"))))
     assert sum(found["decisions_by_fate"].values()) == found["decisions"] == count
     assert sum(found["fusion"].values()) == count
     assert found["trade_rate"] == found["decisions_by_fate"]["taken"] / count
@@ -223,7 +223,7 @@ def test_the_last_day_is_read_decision_by_decision_with_what_came_of_it_apart(tm
     write_log(tmp_path / "log", llm, rule, vetoes={4: ("spread",)}, states=states)
     pnl = [(100.0, -50.0)] * 4 + [(-2_000.0, 500.0), (None, 700.0)]
     settle(tmp_path / "log", states, pnl)
-    cards = cards_of(read_log(tmp_path / "log"))
+    cards = cards_of(read_log(tmp_path / "log"), read_outcomes(tmp_path / "log"))
     first, second = (one.instrument for one in states[5].decision.candidates)
     assert [card.title.split(" UTC")[0] for card in cards] == [
         "1. 2025-01-04 14:00", "2. 2025-01-04 08:00", "3. 2025-01-04 02:00", "4. 2025-01-03 20:00"
@@ -260,7 +260,7 @@ def test_of_what_can_never_be_known_it_is_said_why_and_a_loss_of_all_calls_is_to
     add_outcomes(tmp_path / "log", [
         Settled(decision.decision_id, decision.candidates[0].instrument, None, None, None, "log", "no spot at expiry")
     ])  # fmt: skip
-    rejected, lost = cards_of(read_log(tmp_path / "log"))
+    rejected, lost = cards_of(read_log(tmp_path / "log"), read_outcomes(tmp_path / "log"))
     assert rejected.hindsight == ["Not selling is 0.", "No call did better than not selling."]
     assert lost.hindsight == ["What was sold: never to be known, no spot at expiry.", "0 of 2 calls are settled."]
 
@@ -269,7 +269,7 @@ def test_a_decision_without_calls_and_one_that_nothing_is_known_of(tmp_path):
     state = quoted_state(START, 100_000.0)
     empty = state._replace(decision=state.decision._replace(candidates=()))
     write_log(tmp_path / "log", [say(None)], states=[empty])
-    (card,) = cards_of(read_log(tmp_path / "log"))
+    (card,) = cards_of(read_log(tmp_path / "log"), read_outcomes(tmp_path / "log"))
     assert len(card.calls) == 1 and card.hindsight == ["Not selling is 0.", "0 of 0 calls are settled."]
     assert "No call was offered." in card_markdown(card)
 
