@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "7f6c0fdb26f9f8c0c43d321dfa23cb22768b7ce403fd0905db72415007762035"  # their SHA-256
+MADE_FROM = "16ce860778726d94f7e12a26cbdb73df874208fd115e70fda90b1612fe2b76d6"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -116,7 +116,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
 # Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
-CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
+ATM_IV = "atm_iv"
+CHAIN_COLUMNS = ("put_call_oi", ATM_IV)
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"
@@ -1308,6 +1309,7 @@ OF_PRICES = (
 )  # fmt: skip
 OF_CHAIN = ("iv_rank_180", "iv_skew", "iv_term")  # of the candidates' own vols
 SPOT = (*OF_PRICES, *OF_CHAIN)  # what the level spot has
+ATM_RANK = "atm_iv_rank_180"  # where the files' own vol at the money is told
 MARKET = ("dvol", "dvol_rank_180", "dvol_rv")  # beside it, of a file of the market's vols
 CANDLES = 10
 CANDLE_RETURNS = tuple(f"candle_ret_{place}" for place in range(1, CANDLES + 1))  # the last bar first
@@ -1333,6 +1335,7 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
+    "  - ATM IV rank of 180: {atm_iv_rank_180}\n",
     "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
     "{spread_class}; wick {wick}; move and volume: {effort}\n",
     "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
@@ -1358,7 +1361,8 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     if options.context == "none":
         return []
     bars, alike = OF_BARS if options.context == "ohlcv" else (), ANALOGUES if options.analogues else ()
-    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *alike, *options.context_columns]
+    chain = [ATM_RANK] if ATM_IV in options.context_columns else []
+    return [*SPOT, *(MARKET if options.context_vols else ()), *chain, *bars, *alike, *options.context_columns]
 
 
 def told_names(options: CoveredCallCandidatesConfig) -> list[str]:
@@ -3529,25 +3533,24 @@ class Prices(NamedTuple):
 
 class Known(NamedTuple):
     """What there is to know, by the place of each underlying among the names: prices, the vols of its decisions (see
-    vols_at_target), and the market's vols and bars, if files of them are given."""
+    vols_at_target), the market's vols and bars, if files of them are given, and the vols at the money, if the files of
+    decisions have them."""
 
     prices: dict[int, Prices]
     vols: dict[int, Prices]
     market: dict[int, Prices] | None = None
     bars: dict[int, Bars] | None = None
+    at_the_money: dict[int, Prices] | None = None
 
 
-def known_of(underlying: np.ndarray, time: np.ndarray, spot: np.ndarray, vol: np.ndarray) -> tuple[dict, dict]:
-    """Prices and vols of (D,) decisions, by underlying."""
-    prices, vols = {}, {}
-    for code in np.unique(underlying).tolist():
-        its = underlying == code
-        prices[code], vols[code] = (prices_of(time[its], values[its]) for values in (spot, vol))
-    return prices, vols
+def by_underlying(underlying: np.ndarray, time: np.ndarray, number: np.ndarray) -> dict[int, Prices]:
+    """Spots, or vols, of (D,) decisions."""
+    places = {code: underlying == code for code in np.unique(underlying).tolist()}
+    return {code: prices_of(time[its], number[its]) for code, its in places.items()}
 
 
 def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
-    """(D,) each, by the names of SPOT, and of MARKET if there are its vols; NaN where unknown."""
+    """(D,) each, by the names of SPOT, and of MARKET, ATM_RANK and OF_BARS if these are known; NaN where unknown."""
     found: dict[str, np.ndarray] = {}
     vols = vols_at_target(columns)
     for code in np.unique(columns.underlying).tolist():
@@ -3557,11 +3560,14 @@ def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
         of_its["iv_rank_180"] = ranks_of(known.vols.get(code, NOTHING), time, vols[its])
         if known.market is not None:
             of_its |= market_vols(known.market.get(code, NOTHING), time)
+        if known.at_the_money is not None:
+            of_its[ATM_RANK] = ranks_of(known.at_the_money.get(code, NOTHING), time, columns.context[ATM_IV][its])
         if known.bars is not None:
             of_its |= in_parts(context_of_bars, known.bars[code], time, spot)
         for name, values in of_its.items():
             found.setdefault(name, np.full(len(columns), np.nan))[its] = values
-    names = (*SPOT, *(() if known.market is None else MARKET), *(() if known.bars is None else OF_BARS))
+    told = ((MARKET, known.market), ((ATM_RANK,), known.at_the_money), (OF_BARS, known.bars))
+    names = (*SPOT, *(name for names, of in told if of is not None for name in names))
     if not found:
         return dict.fromkeys(names, np.zeros(0))
     found["rv_30d"] = np.where(np.isnan(found["rv_30d"]), realised_vol_of(columns), found["rv_30d"])
@@ -6087,14 +6093,22 @@ def tell_analogues(decisions: Decisions, options: CoveredCallCandidatesConfig) -
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
-    """What the decisions themselves say of their markets, and the file of their vols."""
-    spool = decisions.spool
-    vols = [vols_at_target(spool.block(number)) for number in range(len(spool.blocks))]
-    of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
-    prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
-    market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
-    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+    """What the decisions themselves say of their markets, and the files of vols and bars."""
+
+    def of_each(make: Callable[[Columns], np.ndarray]) -> dict[int, Prices]:
+        made = [make(decisions.spool.block(number)) for number in range(len(decisions.spool.blocks))]
+        numbers = np.concatenate([np.zeros(0), *made])[decisions.place]
+        return by_underlying(decisions.underlying, decisions.time, numbers)
+
+    prices, names = by_underlying(decisions.underlying, decisions.time, decisions.spot), decisions.spool.names
+    market = series_of("context_vols", options.context_vols, options.iv_lag, names, set(prices))
+    return Known(
+        prices,
+        of_each(vols_at_target),
+        None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()},
+        bars_of(options, names, set(prices)),
+        of_each(lambda columns: columns.context[ATM_IV]) if ATM_IV in options.context_columns else None,
+    )
 
 
 def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from covered_call.candidates.columns import DAY, Columns
-from covered_call.candidates.context_lines import MARKET, OF_BARS, SPOT
+from covered_call.candidates.context_lines import ATM_RANK, MARKET, OF_BARS, SPOT
 from covered_call.candidates.context_ohlcv import Bars, context_of_bars
 from covered_call.candidates.pricing import DAYS_PER_YEAR
+from covered_call.candidates.schema import ATM_IV
 from covered_call.candidates.series import HOUR
 
 NEAR = 12 * HOUR  # a price some days back is taken from this far away at most
@@ -35,25 +36,24 @@ class Prices(NamedTuple):
 
 class Known(NamedTuple):
     """What there is to know, by the place of each underlying among the names: prices, the vols of its decisions (see
-    vols_at_target), and the market's vols and bars, if files of them are given."""
+    vols_at_target), the market's vols and bars, if files of them are given, and the vols at the money, if the files of
+    decisions have them."""
 
     prices: dict[int, Prices]
     vols: dict[int, Prices]
     market: dict[int, Prices] | None = None
     bars: dict[int, Bars] | None = None
+    at_the_money: dict[int, Prices] | None = None
 
 
-def known_of(underlying: np.ndarray, time: np.ndarray, spot: np.ndarray, vol: np.ndarray) -> tuple[dict, dict]:
-    """Prices and vols of (D,) decisions, by underlying."""
-    prices, vols = {}, {}
-    for code in np.unique(underlying).tolist():
-        its = underlying == code
-        prices[code], vols[code] = (prices_of(time[its], values[its]) for values in (spot, vol))
-    return prices, vols
+def by_underlying(underlying: np.ndarray, time: np.ndarray, number: np.ndarray) -> dict[int, Prices]:
+    """Spots, or vols, of (D,) decisions."""
+    places = {code: underlying == code for code in np.unique(underlying).tolist()}
+    return {code: prices_of(time[its], number[its]) for code, its in places.items()}
 
 
 def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
-    """(D,) each, by the names of SPOT, and of MARKET if there are its vols; NaN where unknown."""
+    """(D,) each, by the names of SPOT, and of MARKET, ATM_RANK and OF_BARS if these are known; NaN where unknown."""
     found: dict[str, np.ndarray] = {}
     vols = vols_at_target(columns)
     for code in np.unique(columns.underlying).tolist():
@@ -63,11 +63,14 @@ def context_of(columns: Columns, known: Known) -> dict[str, np.ndarray]:
         of_its["iv_rank_180"] = ranks_of(known.vols.get(code, NOTHING), time, vols[its])
         if known.market is not None:
             of_its |= market_vols(known.market.get(code, NOTHING), time)
+        if known.at_the_money is not None:
+            of_its[ATM_RANK] = ranks_of(known.at_the_money.get(code, NOTHING), time, columns.context[ATM_IV][its])
         if known.bars is not None:
             of_its |= in_parts(context_of_bars, known.bars[code], time, spot)
         for name, values in of_its.items():
             found.setdefault(name, np.full(len(columns), np.nan))[its] = values
-    names = (*SPOT, *(() if known.market is None else MARKET), *(() if known.bars is None else OF_BARS))
+    told = ((MARKET, known.market), ((ATM_RANK,), known.at_the_money), (OF_BARS, known.bars))
+    names = (*SPOT, *(name for names, of in told if of is not None for name in names))
     if not found:
         return dict.fromkeys(names, np.zeros(0))
     found["rv_30d"] = np.where(np.isnan(found["rv_30d"]), realised_vol_of(columns), found["rv_30d"])

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from covered_call.candidates.columns import CONTEXT_WORDS, OPINION, number_of_word, time_of, word_of
 from covered_call.candidates.number_texts import UNKNOWN, each_distinct, exact, ratio
 from covered_call.candidates.options import CoveredCallCandidatesConfig
-from covered_call.candidates.schema import Context
+from covered_call.candidates.schema import ATM_IV, Context
 
 # Of prices alone. Returns and distances are fractions of the price then, or of spot; vols are fractions a year.
 OF_PRICES = (
@@ -20,6 +20,7 @@ OF_PRICES = (
 )  # fmt: skip
 OF_CHAIN = ("iv_rank_180", "iv_skew", "iv_term")  # of the candidates' own vols
 SPOT = (*OF_PRICES, *OF_CHAIN)  # what the level spot has
+ATM_RANK = "atm_iv_rank_180"  # where the files' own vol at the money is told
 MARKET = ("dvol", "dvol_rank_180", "dvol_rv")  # beside it, of a file of the market's vols
 CANDLES = 10
 CANDLE_RETURNS = tuple(f"candle_ret_{place}" for place in range(1, CANDLES + 1))  # the last bar first
@@ -45,6 +46,7 @@ LINES = (
     "  - Range: 90d drawdown {drawdown_90d}, 30d position {range_pos_30d}, RSI 14 {rsi_14}\n",
     "  - Levels from spot: support {support}, resistance {resistance}\n",
     "  - Market's IV: {dvol}, rank of 180 {dvol_rank_180}, over realised {dvol_rv}\n",
+    "  - ATM IV rank of 180: {atm_iv_rank_180}\n",
     "  - Volume: {volume_ratio} of 50-bar mean, {volume_class}; bar's range {spread_ratio} of 20-bar mean, "
     "{spread_class}; wick {wick}; move and volume: {effort}\n",
     "  - Patterns (strength): accumulation {accumulation}, distribution {distribution}, testing {testing}, buying "
@@ -70,7 +72,8 @@ def context_names(options: CoveredCallCandidatesConfig) -> list[str]:
     if options.context == "none":
         return []
     bars, alike = OF_BARS if options.context == "ohlcv" else (), ANALOGUES if options.analogues else ()
-    return [*SPOT, *(MARKET if options.context_vols else ()), *bars, *alike, *options.context_columns]
+    chain = [ATM_RANK] if ATM_IV in options.context_columns else []
+    return [*SPOT, *(MARKET if options.context_vols else ()), *chain, *bars, *alike, *options.context_columns]
 
 
 def told_names(options: CoveredCallCandidatesConfig) -> list[str]:

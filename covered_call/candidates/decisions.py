@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from covered_call.candidates.columns import (
     label_ends,
     time_of,
 )
-from covered_call.candidates.context import Known, Prices, context_of, known_of, vols_at_target
+from covered_call.candidates.context import Known, Prices, by_underlying, context_of, vols_at_target
 from covered_call.candidates.context_lines import ANALOGUES
 from covered_call.candidates.context_ohlcv import Bars, read_bars
 from covered_call.candidates.csv_rows import check_header
@@ -38,7 +38,7 @@ from covered_call.candidates.outcomes import TP_AND_ROLL, Basis, Replay, net_of
 from covered_call.candidates.pricing import Calls, Sales
 from covered_call.candidates.prompts import present_in_order
 from covered_call.candidates.reading import read_file, warn_of_no_offset
-from covered_call.candidates.schema import CandidatesError, Decision, printable, shown
+from covered_call.candidates.schema import ATM_IV, CandidatesError, Decision, printable, shown
 from covered_call.candidates.spool import Spool
 from covered_call.candidates.spots import Spots
 from covered_call.candidates.terms import Fit, Trades, settle
@@ -261,14 +261,22 @@ def tell_analogues(decisions: Decisions, options: CoveredCallCandidatesConfig) -
 
 
 def known_at(decisions: Decisions, options: CoveredCallCandidatesConfig) -> Known:
-    """What the decisions themselves say of their markets, and the file of their vols."""
-    spool = decisions.spool
-    vols = [vols_at_target(spool.block(number)) for number in range(len(spool.blocks))]
-    of_each = np.concatenate([np.zeros(0), *vols])[decisions.place]
-    prices, ranked = known_of(decisions.underlying, decisions.time, decisions.spot, of_each)
-    market = series_of("context_vols", options.context_vols, options.iv_lag, spool.names, set(prices))
-    by_time = None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()}
-    return Known(prices, ranked, by_time, bars_of(options, spool.names, set(prices)))
+    """What the decisions themselves say of their markets, and the files of vols and bars."""
+
+    def of_each(make: Callable[[Columns], np.ndarray]) -> dict[int, Prices]:
+        made = [make(decisions.spool.block(number)) for number in range(len(decisions.spool.blocks))]
+        numbers = np.concatenate([np.zeros(0), *made])[decisions.place]
+        return by_underlying(decisions.underlying, decisions.time, numbers)
+
+    prices, names = by_underlying(decisions.underlying, decisions.time, decisions.spot), decisions.spool.names
+    market = series_of("context_vols", options.context_vols, options.iv_lag, names, set(prices))
+    return Known(
+        prices,
+        of_each(vols_at_target),
+        None if market is None else {code: Prices(one.time, one.number) for code, one in market.items()},
+        bars_of(options, names, set(prices)),
+        of_each(lambda columns: columns.context[ATM_IV]) if ATM_IV in options.context_columns else None,
+    )
 
 
 def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings: set[int]) -> dict[int, Bars] | None:

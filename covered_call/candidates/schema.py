@@ -23,7 +23,8 @@ OPTIONAL_COLUMNS = ("strategy", "max_drawdown_pct")  # of which nothing is decid
 QUOTE_COLUMNS = ("bid", "ask", "mark", "open_interest")
 QUOTED_COLUMNS = (*QUOTE_COLUMNS, "outcome_days")
 # Of a chain as a whole, where a file is made of snapshots: context_columns may name them.
-CHAIN_COLUMNS = ("put_call_oi", "atm_iv")
+ATM_IV = "atm_iv"
+CHAIN_COLUMNS = ("put_call_oi", ATM_IV)
 KEY = ("decision_time", "underlying", "exit_style")  # of a decision
 NO_CANDIDATES = "NO_CANDIDATES"
 SELL_CALL, SKIP, NO_TRADE = "SELL_CALL", "SKIP", "NO_TRADE"

@@ -21,6 +21,7 @@ from covered_call.candidates.context import (
     returns_of,
     vols_of_closes,
 )
+from covered_call.candidates.context_lines import ATM_RANK
 from covered_call.candidates.schema import CHAIN_COLUMNS, Candidate, CandidatesError, Decision, LoggedDecision, shown
 from covered_call.candidates.score_terms import THRESHOLD, penalties_of, teacher_score, teacher_terms
 from covered_call.candidates.series import Series, read_series
@@ -137,7 +138,8 @@ def with_context(decision: Decision, closes: Series, snapshot: Snapshot | None =
     known = Known({0: Prices(closes.time, closes.number)}, {})
     (context,) = contexts_of(dataclasses.replace(columns, context=context_of(columns, known)))
     shape = dict(zip(CHAIN_COLUMNS, known_or_none(np.array(snapshot.shape)), strict=True)) if snapshot else {}
-    return decision._replace(context={**(context or {}), **shape})
+    ranked = {ATM_RANK: None} if snapshot else {}
+    return decision._replace(context={**(context or {}), **ranked, **shape})
 
 
 def score_of(calls: QuotedCalls, spot: float, past: Past, rules: Rules) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from covered_call import __version__
-from covered_call.candidates.context_lines import OPINION_TOLD, SPOT
+from covered_call.candidates.context_lines import ATM_RANK, OPINION_TOLD, SPOT
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import CHAIN_COLUMNS, Decision
 from covered_call.candidates.series import Series, read_series
@@ -132,7 +132,7 @@ def remote_model(keys: dict, config: AgentConfig, found: Policies) -> Source:
 
 def untold(path: str, context: list[str]) -> str | None:
     """What is said of a policy that was fitted with a context that an agent cannot tell."""
-    strange = next((name for name in context if name not in (*SPOT, *CHAIN_COLUMNS)), None)
+    strange = next((name for name in context if name not in (*SPOT, ATM_RANK, *CHAIN_COLUMNS)), None)
     return strange and f"{path} was fitted with {strange} in the market's context, which an agent is not told."
 
 

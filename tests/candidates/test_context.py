@@ -441,6 +441,32 @@ def test_columns_of_the_users_are_told_as_they_are(tmp_path, way):
     assert [row["funding"] for row in rows[::3]] == [0.0, 0.01, None, 0.03, 0.04, 0.05]
 
 
+def test_the_files_own_vol_at_the_money_is_ranked_among_those_before(tmp_path):
+    """Each underlying's by itself, whatever comes later and however the history is cut into files."""
+    vols = np.random.default_rng(0).permutation(40) / 100 + 0.3
+    rows = [dict(row, underlying=name, instrument=row["instrument"].replace("BTC", name), atm_iv=scale * vol)
+        for day, vol in enumerate(vols) for name, scale in (("BTC", 1), ("ETH", 2))
+        for row in decision(day)]  # fmt: skip
+    options = dataclasses.replace(ON, context_columns=["atm_iv"])
+
+    def ranks(*parts):
+        files = [write_csv(tmp_path / f"{place}.csv", part, (*COLUMNS, "atm_iv")) for place, part in enumerate(parts)]
+        return {
+            (one.decision.underlying, one.decision.decision_time): one.decision
+            for one in read_candidates(files, options)
+        }
+
+    found = ranks(rows)
+    for name in ("BTC", "ETH"):
+        its = [one for (underlying, _), one in sorted(found.items()) if underlying == name]
+        expected = [None] * 30 + [np.mean(vols[:day] < vols[day]) for day in range(30, 40)]
+        assert [one.context["atm_iv_rank_180"] for one in its] == expected
+        assert "  - ATM IV rank of 180: n/a\n" in ranking_messages(its[0])[1]["content"]
+    assert ranks(rows[120:], rows[:120]) == found
+    shorter = ranks(rows[:-12])
+    assert len(shorter) == 76 and shorter.items() <= found.items()
+
+
 @pytest.mark.parametrize("cells, words", [
     ({"funding": "high"}, "line 2, column funding: 'high' is not a number"),
     ({"funding": "inf"}, "line 2, column funding: 'inf' is not finite"),

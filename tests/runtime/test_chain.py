@@ -182,7 +182,8 @@ def test_what_is_told_live_is_what_a_file_of_the_same_closes_tells(snapshot, tmp
         assert with_context(entry.decision._replace(context=None), closes).context == entry.decision.context
     (one,) = read_snapshots(snapshot)
     told = with_context(entries[-1].decision, closes, one).context
-    assert list(told) == [*entries[-1].decision.context, "put_call_oi", "atm_iv"] and told["atm_iv"] == 0.45
+    assert list(told) == [*entries[-1].decision.context, "atm_iv_rank_180", "put_call_oi", "atm_iv"]
+    assert told["atm_iv"] == 0.45 and told["atm_iv_rank_180"] is None
     assert np.isnan(next(read_snapshots(write_harvest(tmp_path / "calls.parquet", [quote()]))).put_call_oi)
 
 
