@@ -61,22 +61,12 @@ class Judged(NamedTuple):
     usd: np.ndarray
 
 
-class Tiny(NamedTuple):
-    """How tiny models are trained, and where their answers are kept."""
-
-    seeds: list[int]
-    steps: int
-    folder: Path
-
-
 def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("covered_call").setLevel(logging.ERROR)
     args = parse_arguments(arguments)
     files = find_csvs(args.data_files, None, str(Path(__file__).parents[1]))
     levels = {"none": {}, "spot": {"context": "spot"}}
     prices = {"as the files say": {}}
-    given = json.dumps([files, args.exit_style, args.folds, args.steps])
-    folder = args.output_dir / hashlib.sha256(given.encode()).hexdigest()[:12]
     if args.context_vols:
         levels["spot, dvol"] = {"context": "spot", "context_vols": args.context_vols}
         prices["at the market's vol"] = {"iv_file": args.context_vols}
@@ -86,31 +76,38 @@ def main(arguments: list[str] | None = None) -> None:
             options = CoveredCallCandidatesConfig(
                 splits="train", exit_style=args.exit_style, fee=args.fee, half_spread=args.half_spread, **how, **told
             )
-            tiny = Tiny(args.seeds, args.steps, folder / level.replace(", ", "_"))
-            for policy, judged in judge(files, options, args.folds, tiny).items():
+            for policy, judged in judge(files, options, args, level.replace(", ", "_")).items():
                 found[policy, level] = judged
         print(f"Paid {price}\n\n{align(cells_of(found))}\n", flush=True)
 
 
 def judge(
-    files: list[str], options: CoveredCallCandidatesConfig, folds: int, tiny: Tiny | None = None
+    files: list[str], options: CoveredCallCandidatesConfig, args: argparse.Namespace, level: str
 ) -> dict[str, Judged]:
-    """Of each policy its picks in all blocks whose past it can be fitted on."""
+    """Of each policy its picks in all blocks whose past it can be fitted on.
+
+    Args:
+        args: with folds, and the seeds, steps and output_dir of tiny models.
+        level: what is told, by the name under which tiny models' answers are kept.
+    """
+    given = {name: value for name, value in vars(args).items() if name not in ("seeds", "output_dir")}
+    digest = hashlib.sha256(json.dumps([files, given]).encode()).hexdigest()
+    folder = args.output_dir / digest[:12] / level
     entries = Backtest(files, options).logged
     parts: dict[str, list[Judged]] = {}
-    for number, (past, block) in enumerate(blocks(entries, folds)):
+    for number, (past, block) in enumerate(blocks(entries, args.folds)):
         known, columns = columns_of(past), columns_of(block)
         try:
             rules = fit_baselines(known)
         except CandidatesError:  # nothing had ended by then: walk_forward leaves such a block out, too
             continue
         picks = {policy: rules[policy].picks(columns) for policy in IMITATORS}
-        for seed in tiny.seeds if tiny else []:
-            path = tiny.folder / f"{number}-{seed}.json"
-            picks[f"tiny model, seed {seed}"] = tiny_picks(known, columns, options, tiny.steps, seed, path)
+        for seed in args.seeds:
+            path = folder / f"{number}-{seed}.json"
+            picks[f"tiny model, seed {seed}"] = tiny_picks(known, columns, options, args.steps, seed, path)
         for policy, its in picks.items():
             parts.setdefault(policy, []).append(judged_of(columns, its, options))
-    for fold in walk_forward(entries, folds, options):
+    for fold in walk_forward(entries, args.folds, options):
         parts.setdefault(Q_SCORER, []).append(judged_of(columns_of(fold.entries), fold.picks, options))
     return {policy: Judged(*map(np.concatenate, zip(*its, strict=True))) for policy, its in parts.items()}
 
@@ -171,13 +168,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", nargs="+", metavar="CSV", help="default: the sample")
     parser.add_argument("--context_vols", metavar="CSV", help="the market's vols, {underlying} in the name for each")
     parser.add_argument("--exit_style", metavar="STYLE", help="keep these decisions only; default: all")
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="blocks of time; default: %(default)s")
     parser.add_argument("--fee", type=float, default=0.0, metavar="SHARE", help="of each trade, of spot; default: 0")
     parser.add_argument("--half_spread", type=float, default=0.0, metavar="SHARE", help="of a price; default: 0")
+    add_walk(parser, "out/context")
+    return parser.parse_args(arguments)
+
+
+def add_walk(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """What judge takes."""
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="blocks of time; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="of tiny models; default: none")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of a tiny model; default: %(default)s")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/context"), help="default: %(default)s")
-    return parser.parse_args(arguments)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="default: %(default)s")
 
 
 if __name__ == "__main__":

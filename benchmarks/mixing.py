@@ -6,7 +6,8 @@
 
 models: a tiny Phi-3 that has learnt to read both kinds of prompts (--base_steps of 32 records, once, from seed 0) is
 tuned whole: no adapter and no 4 bits, which cost time and do not bear on the question. It answers decisions of the
-test split. That minutes suffice, of each decision of the sample only the two candidates of the highest score are kept.
+test split. That minutes suffice, of each decision of the sample only the candidates of the highest and of the lowest
+score are kept: of two that are as good, one candidate's prompt does not tell which of them is sold.
 A model of one task takes half of the steps of a model of both, so that each has seen as many records of its task; with
 formulas, a fifth of the same steps goes to these. A run that has finished is not repeated: delete --output_dir to
 measure again.
@@ -41,7 +42,6 @@ from covered_call.training.trainers import AnswerTrainer, answer_metrics  # noqa
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = sorted((ROOT / "data" / "sample").glob("*.csv"))
-KEPT = 2  # candidates of a decision
 FORMULAS = ROOT / "data" / "make_formulas.py"
 CANDIDATE = "per_candidate"
 BOTH = f"[{{config: {RANKING}, share: 0.5}}, {{config: {CANDIDATE}, share: 0.5}}]"
@@ -98,11 +98,11 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[st
 
 
 def thinned(folder: Path) -> str:
-    """The sample with the first candidates of each decision alone, whose rows are sorted by score."""
+    """The sample with the first and the last candidate of each decision alone, whose rows are sorted by score."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for source in SAMPLE:
         rows = pd.read_csv(source, dtype=str, keep_default_na=False)
-        kept = rows.groupby("decision_time", sort=False).head(KEPT)
+        kept = rows.groupby("decision_time", sort=False).nth([0, -1])
         atomic.write(folder / "data" / source.name, kept.to_csv(index=False))
     return str(folder / "data" / "*.csv")
 

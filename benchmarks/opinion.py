@@ -2,6 +2,7 @@
 
     python benchmarks/opinion.py --settlement simulated                               # the sample; minutes on 2 cores
     python benchmarks/opinion.py --data_files 'runs/*.csv' --settlement teacher
+    python benchmarks/opinion.py --settlement simulated --exit_style hold_to_expiry --folds 1 --seeds 0 1 2
 
 Walking forward, each policy is fitted on what was settled before a block of decision times, and decides on it. It is
 told of the market's context and, beside it, of nothing more, of analogues, or of the opinions of Q-scorers that were
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from context import IMITATORS, Judged, cells_of, judge  # noqa: E402
+from context import Q_SCORER, Judged, add_walk, cells_of, judge  # noqa: E402
 
 from covered_call import atomic  # noqa: E402
 from covered_call.candidates.builder import Backtest, find_csvs  # noqa: E402
@@ -42,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         levels = {"none": {}, "analogues": {"analogues": True}, "opinion": {"opinions": str(path)}}
         found: dict[tuple[str, str], Judged] = {}
         for level, told in levels.items():
-            for policy, judged in judge(files, options_of(args, **told), args.folds).items():
-                if policy in IMITATORS or level != "opinion":  # a Q-scorer is told no opinion
+            for policy, judged in judge(files, options_of(args, **told), args, level).items():
+                if policy != Q_SCORER or level != "opinion":  # a Q-scorer is told no opinion
                     found[policy, level] = judged
     found = {key: found[key] for key in sorted(found, key=lambda key: key[0])}
     print(align(cells_of(found)), flush=True)
@@ -60,9 +61,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", nargs="+", metavar="CSV", help="default: the sample")
     parser.add_argument("--settlement", required=True, help="teacher, intrinsic, simulated or recorded")
     parser.add_argument("--exit_style", help="default: all")
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="blocks of time; default: %(default)s")
     parser.add_argument("--opinion_folds", type=int, default=11, metavar="N",
         help="blocks of time of the opinions; default: %(default)s")  # fmt: skip
+    add_walk(parser, "out/opinion")
     return parser.parse_args(arguments)
 
 

@@ -53,6 +53,27 @@ def test_each_policy_stands_with_each_context_and_its_interval(monkeypatch, caps
     assert printed.index("Paid as the files say") < printed.index("Paid at the market's vol")
 
 
+def test_each_policy_stands_with_what_it_is_told_beside_the_context(monkeypatch, capsys, tmp_path):
+    path = write_csv(tmp_path / "a.csv", walk(150))
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    asked = []
+
+    def answers(train, judged, steps, seed):
+        asked.append([words in judged["block"][-1]["messages"][1]["content"] for words in TOLD])
+        return {name: ["2"] * len(split) for name, split in judged.items()}
+
+    monkeypatch.setattr("prompts.tiny_answers", answers)
+    options = ("--data_files", path, "--settlement", "simulated", "--folds", 1, "--seeds", 5, "--output_dir", tmp_path)
+    printed = printed_by("opinion", monkeypatch, capsys, *options)
+    rows = re.findall(r"^(\S.*?)  +(none|analogues|opinion)  +\d+ of \d+ +\d\.\d{3} +\d\.\d{3} +[+-]", printed, re.M)
+    assert len(rows) == len(set(rows)) == 11 and ("Q-scorer", "opinion") not in rows
+    assert asked == [[False, False], [True, False], [False, True]]
+    assert re.match(r"Opinions on [\d,]+ of [\d,]+ candidates, by \d+ scorers", printed)
+
+
+TOLD = ("Similar settled decisions", "Outcome model")
+
+
 def test_label_scoring_stands_beside_generating_and_separate_passes(monkeypatch, capsys):
     """That it finds what the separate passes find, the benchmark asserts itself."""
     options = ("--prompts", 6, "--rounds", 1, "--batch_sizes", 2)
@@ -159,6 +180,7 @@ def test_a_cluster_of_one_node_says_what_a_row_costs(monkeypatch, capsys):
         "pair_balance",
         "scale_out",
         "context",
+        "opinion",
         "prompts",
     ],
 )
