@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "16ce860778726d94f7e12a26cbdb73df874208fd115e70fda90b1612fe2b76d6"  # their SHA-256
+MADE_FROM = "3da292fd715ff144cac1c872dcc041531414c05f6221e5cc458b11911d2ef275"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -1880,7 +1880,8 @@ def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
     if missing:
         raise CandidatesError(
             f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
-            "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
+            "told. Load files with the same options (context, context_columns, context_vols); live, give spots, and "
+            "such vols."
         )
     return decision._replace(
         context={name: context[name] for name in of_context} or None,

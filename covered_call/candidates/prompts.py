@@ -413,7 +413,8 @@ def shown_to(decision: Decision, names: Sequence[str]) -> Decision:
     if missing:
         raise CandidatesError(
             f"{decision.decision_id}: the policy was fitted with the market's context, and here {missing[0]} is not "
-            "told. Load files with the same options (context, context_columns, context_vols); live, give spots."
+            "told. Load files with the same options (context, context_columns, context_vols); live, give spots, and "
+            "such vols."
         )
     return decision._replace(
         context={name: context[name] for name in of_context} or None,

@@ -131,11 +131,15 @@ def broken_of(closes: Series, time: int, spot: float) -> Broken:
     return Broken(len(broken), min(broken, default=None))
 
 
-def with_context(decision: Decision, closes: Series, snapshot: Snapshot | None = None) -> Decision:
-    """The decision with the market's context at its time, as files have it (see context_of): of these closes, and of
-    its candidates, and the shape of the snapshot's chain. What would take the vols of earlier decisions is unknown."""
+def with_context(
+    decision: Decision, closes: Series, snapshot: Snapshot | None = None, vols: Series | None = None
+) -> Decision:
+    """The decision with the market's context at its time, as files have it (see context_of): of these closes, of the
+    market's vols, and of its candidates, and the shape of the snapshot's chain. What would take the vols of earlier
+    decisions is unknown."""
     columns = columns_of([LoggedDecision(decision, None, ())])
-    known = Known({0: Prices(closes.time, closes.number)}, {})
+    market = None if vols is None else {0: Prices(vols.time, vols.number)}
+    known = Known({0: Prices(closes.time, closes.number)}, {}, market)
     (context,) = contexts_of(dataclasses.replace(columns, context=context_of(columns, known)))
     shape = dict(zip(CHAIN_COLUMNS, known_or_none(np.array(snapshot.shape)), strict=True)) if snapshot else {}
     ranked = {ATM_RANK: None} if snapshot else {}

@@ -28,7 +28,16 @@ from covered_call.runtime import live, testnet
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.alerts import Alerts
 from covered_call.runtime.broker import BrokerRules, DeribitTestnet
-from covered_call.runtime.configured import NO_PAYOFF, Policies, closes_of, fusion_of, pair_of, payoff_for, policies_of
+from covered_call.runtime.configured import (
+    NO_PAYOFF,
+    Policies,
+    closes_of,
+    fusion_of,
+    pair_of,
+    payoff_for,
+    policies_of,
+    vols_of,
+)
 from covered_call.runtime.drift import drift_of
 from covered_call.runtime.engine import Agent, Steps, Venue, fall_back
 from covered_call.runtime.exits import exits_of
@@ -91,6 +100,8 @@ agent.yaml, with its defaults:
   exit_style: hold_to_expiry
   preset: backtest                     # which calls of a chain are candidates
   spots: null                          # CSV of daily closes, {underlying} in its name
+  context_vols: null                   # CSV of the market's vols, the same, for policies that were fitted with them
+  iv_lag: 24                           # hours after its time at which one of them is known
   state_dir: out/agent                 # where the logs are
   on_trade: null                       # a command that gets each trade as JSON on its standard input
   interval: 86400                      # seconds, of --live
@@ -139,7 +150,9 @@ def run(args: argparse.Namespace) -> None:
 def replay(args: argparse.Namespace, config: AgentConfig, policies: Policies, stop: list) -> None:
     options = config.options
     options.exit_style, options.on_bad_rows = config.exit_style, args.on_bad_rows
-    options.context = "spot" if policies.with_market else "none"
+    if policies.with_market:
+        options.context, options.context_vols, options.iv_lag = "spot", config.context_vols, config.iv_lag
+        options.context_columns = policies.of_chain
     decisions = Backtest(find_csvs(args.data_files, args.data_dir, str(HOME)), options).decisions
     for line in decisions.checks():
         print(line)
@@ -172,7 +185,7 @@ def watch(args: argparse.Namespace, config: AgentConfig, policies: Policies, sto
     if policies.with_market and not closes:
         raise ConfigError("A policy was fitted with the market's context, which is made of spots: give spots.")
     states = states_from(snapshots, PRESETS[config.preset], closes, config.exit_style, bad,
-        policies.with_market)  # fmt: skip
+        policies.with_market, vols_of(config))  # fmt: skip
     first = next(states, None)
     if first is None:
         raise CandidatesError(f"snapshot={args.snapshot}: none is of {', '.join(config.holdings)}, which is held.")
@@ -197,6 +210,7 @@ def watch_live(args: argparse.Namespace, config: AgentConfig, policies: Policies
     wanted = live.Wanted(
         list(config.holdings), PRESETS[config.preset], config.exit_style, args.on_bad_rows, closes,
         config.spots is not None, config.interval, RiskRules(**config.risk).max_age_s, policies.with_market,
+        vols_of(config),
     )  # fmt: skip
     told = Told()
     with (

@@ -50,6 +50,8 @@ class AgentConfig:
         exit: when a call is bought back on paper: see exits.
         preset: which calls of a chain are candidates: see covered-call chain.
         spots: a CSV of daily closes, {underlying} in its name for one each; without it IV/RV is unknown.
+        context_vols: a CSV of the market's vols, for policies that were fitted with them: the option of a load.
+        iv_lag: hours after its time at which one of them is known, as in that load.
         state_dir: where the logs are, a folder for each mode.
         on_trade: a command that is told of each trade: see Alerts.
         interval: seconds from one live cycle to the next, 1 or more.
@@ -68,6 +70,8 @@ class AgentConfig:
     exit_style: str = HOLD_TO_EXPIRY
     preset: str = "backtest"
     spots: str | None = None
+    context_vols: str | None = None
+    iv_lag: float = CoveredCallCandidatesConfig.iv_lag
     state_dir: str = "out/agent"
     on_trade: str | None = None
     interval: float = 86_400.0
@@ -201,8 +205,11 @@ def check_top(path: str, config: AgentConfig) -> None:
     for key, choices in (("exit_style", STYLES), ("preset", PRESETS_OF_CHAINS), ("exit", exits.STYLES)):
         if getattr(config, key) not in choices:
             raise wrong(path, key, getattr(config, key), f"one of {', '.join(choices)}")
-    for key, value in (("state_dir", config.state_dir), ("spots", config.spots)):
-        if not (isinstance(value, str) and value) and (key, value) != ("spots", None):
+    if not is_finite(config.iv_lag) or config.iv_lag < 0:
+        raise wrong(path, "iv_lag", config.iv_lag, "0 hours or more")
+    for key in ("state_dir", "spots", "context_vols"):
+        value = getattr(config, key)
+        if not (isinstance(value, str) and value) and (key == "state_dir" or value is not None):
             raise wrong(path, key, value, "a path")
     if config.on_trade is not None and not is_command(config.on_trade):
         raise wrong(path, "on_trade", config.on_trade, "a command")

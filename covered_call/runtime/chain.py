@@ -16,10 +16,11 @@ from datasets.utils import tqdm
 from covered_call import atomic
 from covered_call.candidates.context_lines import OPINION_TOLD
 from covered_call.candidates.data_options import Help, flags
+from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.outcomes import HOLD_TO_EXPIRY, STYLES
 from covered_call.candidates.schema import MAX_IV, CandidatesError
 from covered_call.candidates.series import Series
-from covered_call.candidates.vols import Vols, read_vols
+from covered_call.candidates.vols import Vols, read_vols, series_of
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market import candidate_csv, synthetic
@@ -87,15 +88,18 @@ def run(args: argparse.Namespace) -> None:
     bad, rules = BadRows(args.on_bad_rows), rules_from(args)
     styles = args.exit_style or default_styles(args)
     closes: dict[str, Series] = {}
+    vols: dict[str, Series | None] = {}
     puts = []
     for snapshot in snapshots_from(args, bad):
         if args.spots and snapshot.underlying not in closes:
             closes[snapshot.underlying] = read_spots(args.spots, snapshot.underlying, *closes)
+            vols[snapshot.underlying] = market_vols(args, list(closes))
         known = closes.get(snapshot.underlying)
         past = UNKNOWN if known is None else past_of(known, snapshot.time, snapshot.spot)
         its = [offer_of(snapshot, rules, past, style, bad) for style in styles]
         if known is not None and (args.model or args.q_scorer):
-            its = [one._replace(decision=with_context(one.decision, known, snapshot)) for one in its]
+            market = vols[snapshot.underlying]
+            its = [one._replace(decision=with_context(one.decision, known, snapshot, market)) for one in its]
         puts += [Put(snapshot, offer) for offer in its]
     answers = [teacher_answers(puts, rules), *policy_answers(args, puts)]
     if args.preset != "synthetic":  # whose thousands of decisions are for a file
@@ -107,6 +111,12 @@ def run(args: argparse.Namespace) -> None:
         for path, rows in write(args, puts):
             print(f"{path}: {rows} rows")
     refuse_drift(args, answers)
+
+
+def market_vols(args: argparse.Namespace, names: list[str]) -> Series | None:
+    """Those of the last of these underlyings; None where none are given."""
+    found = series_of("context_vols", args.context_vols, args.iv_lag, names, set(range(len(names))))
+    return None if found is None else found[len(names) - 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,6 +327,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="an older snapshot is an error; default: 900 with --live, else any age will do")  # fmt: skip
     chain.add_argument("--spots", metavar="CSV", help="daily closes, {underlying} in its name for one each (a date is "
         "08:00 UTC); without them IV/RV is unknown, and the score has no penalty")  # fmt: skip
+    chain.add_argument(*flags("context_vols"), metavar="CSV", help="the market's vols, {underlying} in its name for "
+        "one each, for policies that were fitted with them")  # fmt: skip
+    chain.add_argument(*flags("iv_lag"), type=float, default=CoveredCallCandidatesConfig.iv_lag, metavar="HOURS",
+        help="after its time a vol is known; default: %(default)g")  # fmt: skip
     chain.add_argument(*flags("on_bad_rows"), choices=("error", "skip"), default="error",
         help="quotes that cannot be: an error, or left out and counted; default: error")  # fmt: skip
     made = parser.add_argument_group("candidates")

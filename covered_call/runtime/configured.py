@@ -9,10 +9,11 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from covered_call import __version__
-from covered_call.candidates.context_lines import ATM_RANK, OPINION_TOLD, SPOT
+from covered_call.candidates.context_lines import ATM_RANK, MARKET, OPINION_TOLD, SPOT
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import CHAIN_COLUMNS, Decision
 from covered_call.candidates.series import Series, read_series
+from covered_call.candidates.vols import series_of
 from covered_call.language_model.manifest import read_manifest
 from covered_call.market.teacher import DAY_BEGINS
 from covered_call.runtime.agent_config import AgentConfig, ConfigError
@@ -50,6 +51,11 @@ class Policies(NamedTuple):
         """Whether any of them is to be told the market's context."""
         return any(self.contexts.values())
 
+    @property
+    def of_chain(self) -> list[str]:
+        """Which of CHAIN_COLUMNS any of them is told."""
+        return [name for name in CHAIN_COLUMNS if any(name in told for told in self.contexts.values())]
+
 
 @contextlib.contextmanager
 def policies_of(config: AgentConfig) -> Generator[Policies]:
@@ -76,7 +82,7 @@ def q_scorer(path: str, config: AgentConfig, found: Policies) -> Source:
         if config.exit_style not in styles:
             raise QScorerError(other_style(path, config, styles))
         context = fitted.metadata.get("context", [])
-        if unknown := untold(path, context):
+        if unknown := untold(path, context, config):
             raise QScorerError(unknown)
         if found.contexts.setdefault("q", context) != context:
             raise QScorerError(
@@ -99,7 +105,7 @@ def language_model(folder: str, config: AgentConfig, found: Policies, ends: cont
         raise ConfigError(other_style(folder, config, manifest["tuned_on"]["exit_styles"]))
     told = manifest.get("context", [])
     found.contexts["llm"] = [name for name in told if name != OPINION_TOLD]
-    if unknown := untold(folder, found.contexts["llm"]):
+    if unknown := untold(folder, found.contexts["llm"], config):
         raise ConfigError(unknown)
     if OPINION_TOLD in told and "q" not in config.policy:
         raise ConfigError(f"{folder} was tuned with a Q-scorer's opinion: name one under policy.q, which gives it.")
@@ -130,10 +136,14 @@ def remote_model(keys: dict, config: AgentConfig, found: Policies) -> Source:
     return LanguageModel(client.ask, rules, Model(remote.sha, TASK, remote.candidate_order), "openai")
 
 
-def untold(path: str, context: list[str]) -> str | None:
+def untold(path: str, context: list[str], config: AgentConfig) -> str | None:
     """What is said of a policy that was fitted with a context that an agent cannot tell."""
-    strange = next((name for name in context if name not in (*SPOT, ATM_RANK, *CHAIN_COLUMNS)), None)
-    return strange and f"{path} was fitted with {strange} in the market's context, which an agent is not told."
+    told = (*SPOT, *(MARKET if config.context_vols else ()), ATM_RANK, *CHAIN_COLUMNS)
+    strange = next((name for name in context if name not in told), None)
+    if strange is None:
+        return None
+    help_it = "; give context_vols" if strange in MARKET else ""
+    return f"{path} was fitted with {strange} in the market's context, which this agent is not told{help_it}."
 
 
 def other_style(path: str, config: AgentConfig, styles: list[str]) -> str:
@@ -149,6 +159,13 @@ def closes_of(config: AgentConfig) -> dict[str, Series]:
     if len(paths) > 1 and len(set(paths.values())) == 1:
         raise ConfigError(f"spots: {config.spots} is one file for {', '.join(paths)}: put {{underlying}} in its name.")
     return {name: read_series(path, "spots", "spot", day_begins=DAY_BEGINS) for name, path in paths.items()}
+
+
+def vols_of(config: AgentConfig) -> dict[str, Series]:
+    """The market's vols of each underlying that is held; none without context_vols."""
+    names = list(config.holdings)
+    found = series_of("context_vols", config.context_vols, config.iv_lag, names, set(range(len(names))))
+    return {names[code]: series for code, series in (found or {}).items()}
 
 
 def fusion_of(config: AgentConfig) -> Fusion | None:

@@ -17,7 +17,7 @@ from filelock import SoftFileLock
 
 from covered_call import __version__
 from covered_call.candidates.columns import microseconds
-from covered_call.candidates.context import MEAN_DAYS, PRICE_STALE
+from covered_call.candidates.context import MARKET_STALE, MEAN_DAYS, PRICE_STALE
 from covered_call.candidates.data_options import Help
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import UTC, CandidatesError
@@ -26,7 +26,7 @@ from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market.deribit import Deribit, DeribitError
 from covered_call.runtime.agent_config import AgentConfig, ConfigError, read_config
 from covered_call.runtime.answers import ServerError
-from covered_call.runtime.configured import NO_PAYOFF, closes_of, other_style, payoff_for, q_file
+from covered_call.runtime.configured import NO_PAYOFF, closes_of, other_style, payoff_for, q_file, vols_of
 from covered_call.runtime.experience import Experience, read_experience
 from covered_call.runtime.journal import ROOM, JournalError, files_of, read
 from covered_call.runtime.kill import KILL, folders_of, killed
@@ -78,10 +78,11 @@ def examined(path: str, url: str | None = None, live: bool = False) -> Iterator[
     yield Found(OK, "config", f"{path}, configuration {config.sha}; policies {', '.join(config.policy)}")
     yield Found(OK, "code", f"version {__version__}, prompts of version {PROMPT_VERSION}")
     looks: dict[str, Callable[[AgentConfig], Iterator[Found]]] = {
-        "llm": of_model, "q": of_q_scorer, "openai": of_server, "spots": of_spots, "state": of_state_dir,
+        "llm": of_model, "q": of_q_scorer, "openai": of_server, "spots": of_spots, "vols": of_vols,
+        "state": of_state_dir,
     }  # fmt: skip
     for what, look in looks.items():
-        if what in config.policy or what in ("spots", "state"):
+        if what in config.policy or what in ("spots", "vols", "state"):
             try:
                 yield from look(config)
             except EXPECTED as error:
@@ -241,6 +242,18 @@ def of_spots(config: AgentConfig) -> Iterator[Found]:
             )
         else:
             yield Found(OK, "spots", text)
+
+
+def of_vols(config: AgentConfig) -> Iterator[Found]:
+    for name, series in vols_of(config).items():
+        last = datetime.datetime.fromtimestamp(int(series.time[-1]) / 1e6, UTC)
+        text = f"{name}: {len(series.time):,} vols, the last known from {last:%Y-%m-%d %H:%M} on"
+        if microseconds(datetime.datetime.now(UTC)) - series.time[-1] > MARKET_STALE:
+            yield Found(
+                WARN, "vols", f"{text}: too old for decisions of today. Add what came since, or replay that time"
+            )
+        else:
+            yield Found(OK, "vols", text)
 
 
 def of_state_dir(config: AgentConfig) -> Iterator[Found]:

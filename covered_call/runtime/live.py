@@ -54,7 +54,7 @@ class Wanted:
         spots: of each underlying its daily closes; those of the exchange's index are put there.
         own_spots: whether the user has given these: then the exchange is not asked for them.
         interval: seconds.
-        with_market: whether decisions get the market's context, see states_from.
+        with_market, vols: of the market's context that decisions get, see states_from.
         max_age: seconds after which a chain that was not decided on, for the agent was killed, is let go.
     """
 
@@ -67,6 +67,7 @@ class Wanted:
     interval: float
     max_age: float
     with_market: bool = False
+    vols: dict[str, Series] | None = None
 
 
 class Feed:
@@ -104,7 +105,9 @@ class Feed:
         snapshots = [one for one in read_snapshots(str(path), bad) if one.underlying == underlying]
         self.learn_spots(underlying)
         wanted = self.wanted
-        states = states_from(snapshots, wanted.rules, wanted.spots, wanted.exit_style, bad, wanted.with_market)
+        states = states_from(
+            snapshots, wanted.rules, wanted.spots, wanted.exit_style, bad, wanted.with_market, wanted.vols
+        )
         state = next(states, None)
         if state is None:
             raise CandidatesError(f"{path}: no spot of {underlying} is known")

@@ -145,12 +145,14 @@ def states_from(
     exit_style: str = "hold_to_expiry",
     bad: BadRows | None = None,
     with_market: bool = False,
+    vols: dict[str, Series] | None = None,
 ) -> Iterator[MarketState]:
     """What each snapshot puts to a policy, with the quotes of all its calls; a snapshot without a spot is left out.
 
     Args:
         closes: by underlying, from which the market's past is known.
         with_market: whether decisions get its context (see with_context), for policies that were fitted with one.
+        vols: by underlying, the market's own, which are part of that context.
     """
     for snapshot in snapshots:
         if np.isnan(snapshot.spot):
@@ -162,7 +164,7 @@ def states_from(
             broken = broken_of(series, snapshot.time, snapshot.spot)
         decision = offer_of(snapshot, rules, past, exit_style, bad).decision
         if with_market and series is not None:
-            decision = with_context(decision, series, snapshot)
+            decision = with_context(decision, series, snapshot, (vols or {}).get(snapshot.underlying))
         at_the_money = None if np.isnan(snapshot.atm_iv) else snapshot.atm_iv
         context = past._asdict() | broken._asdict() | {"atm_iv": at_the_money}
         yield MarketState(decision, all_quotes(snapshot), context, decision.decision_time)

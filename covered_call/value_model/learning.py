@@ -95,7 +95,7 @@ def features(columns: Columns, exit_styles: Sequence[str], context: Sequence[str
     if missing and len(columns):
         raise QScorerError(
             f"The Q-scorer was fitted with the market's context, and here {missing[0]} is not told. Load files with "
-            "the same options (context, context_columns, context_vols); live, give spots."
+            "the same options (context, context_columns, context_vols); live, give spots, and such vols."
         )
     of, numbers = columns.decision_of, columns.numbers
     state = [numbers["strike"] / columns.spot[of], *(numbers[name] for name in FEATURES[1:-1])]

@@ -22,6 +22,7 @@ from covered_call.candidates.decisions import read_decisions
 from covered_call.candidates.options import CoveredCallCandidatesConfig
 from covered_call.candidates.prompts import version_with
 from covered_call.candidates.schema import Candidate, Decision
+from covered_call.candidates.vols import read_vols
 from covered_call.market.snapshot import read_snapshots
 from covered_call.market.teacher import read_spots, with_context
 from covered_call.runtime.chain import main
@@ -144,15 +145,36 @@ def test_a_model_and_a_q_scorer_answer_with_probabilities_and_say_where_they_wer
         r"strict_drift: of 1 answer\(s\).*Q-scorer: dte 9\.288")  # fmt: skip
 
 
-def test_a_policy_that_was_fitted_with_the_market_s_context_gets_it_of_the_spots(snapshot, tmp_path, capsys):
+def with_context_of(folder: Path, **told) -> str:
+    """A Q-scorer that was fitted with the market's context."""
     rows = [row for day in range(80) for row in decision(day, sold=day % 3, spot=58466.0 + 50 * (day % 5), dte=1.0)]
-    config = CoveredCallCandidatesConfig(context="spot")
-    columns = read_decisions([write_csv(tmp_path / "train.csv", rows)], config).columns()
-    save(fit(columns, columns, config), tmp_path / "q.zip")
-    asked = ["--snapshot", snapshot, "--q_scorer", str(tmp_path / "q.zip")]
+    config = CoveredCallCandidatesConfig(context="spot", **told)
+    columns = read_decisions([write_csv(folder / "train.csv", rows)], config).columns()
+    save(fit(columns, columns, config), folder / "q.zip")
+    return str(folder / "q.zip")
+
+
+def vols(folder: Path, first: str, days: int = 60) -> str:
+    begin, path = datetime.date.fromisoformat(first), folder / f"dvol_{first}.csv"
+    rows = [f"{begin + datetime.timedelta(days=day)},{40 + day % 7}\n" for day in range(days)]
+    path.write_text("date,dvol\n" + "".join(rows))
+    return str(path)
+
+
+def test_a_policy_that_was_fitted_with_the_market_s_context_gets_it_of_the_spots(snapshot, tmp_path, capsys):
+    asked = ["--snapshot", snapshot, "--q_scorer", with_context_of(tmp_path)]
     fails(asked, "fitted with the market's context.*live, give spots")
     main([*asked, "--spots", spots(tmp_path)])
     assert "Q-scorer: " in capsys.readouterr().out
+
+
+def test_one_that_was_told_the_market_s_vols_gets_them_of_their_file(snapshot, tmp_path, capsys):
+    path = with_context_of(tmp_path, context_vols=vols(tmp_path, "2024-07-01", 200))
+    asked = ["--snapshot", snapshot, "--q_scorer", path, "--spots", spots(tmp_path)]
+    fails(asked, "fitted with the market's context, and here dvol is not told.*live, give spots, and such vols")
+    main([*asked, "--context_vols", vols(tmp_path, "2025-11-01")])
+    assert "Q-scorer: " in capsys.readouterr().out
+    fails([*asked, "--context_vols", tmp_path / "none.csv"], "--context_vols .*none.csv is no file")
 
 
 def test_a_model_that_was_tuned_with_an_opinion_gets_it_of_the_q_scorer(snapshot, scorer, tmp_path, capsys):
@@ -172,16 +194,21 @@ def tuned_with_opinion(folder: Path) -> None:
 
 
 def test_what_is_told_live_is_what_a_file_of_the_same_closes_tells(snapshot, tmp_path):
-    """A decision a day at the closes' own times."""
+    """A decision a day at the closes' own times, and a vol for each, known a day after."""
     closes = read_spots(spots(tmp_path), "BTC")
     rows = [row for time, price in zip(closes.time.tolist(), closes.number.tolist(), strict=True)
         for row in decision(0, None, decision_time=time_of(time).isoformat(), spot=price)]  # fmt: skip
-    options = CoveredCallCandidatesConfig(context="spot", splits="train")
+    path = vols(tmp_path, f"{time_of(int(closes.time[0])).date()}", len(closes.time))
+    options = CoveredCallCandidatesConfig(context="spot", context_vols=path, splits="train")
+    market = read_vols(path, options.iv_lag)
     entries = logged_of(read_decisions([write_csv(tmp_path / "a.csv", rows)], options).columns())
     for entry in entries[::17]:
-        assert with_context(entry.decision._replace(context=None), closes).context == entry.decision.context
+        assert (
+            with_context(entry.decision._replace(context=None), closes, None, market).context == entry.decision.context
+        )
+    assert entries[-1].decision.context["dvol_rank_180"] is not None
     (one,) = read_snapshots(snapshot)
-    told = with_context(entries[-1].decision, closes, one).context
+    told = with_context(entries[-1].decision, closes, one, market).context
     assert list(told) == [*entries[-1].decision.context, "atm_iv_rank_180", "put_call_oi", "atm_iv"]
     assert told["atm_iv"] == 0.45 and told["atm_iv_rank_180"] is None
     assert np.isnan(next(read_snapshots(write_harvest(tmp_path / "calls.parquet", [quote()]))).put_call_oi)

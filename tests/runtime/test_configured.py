@@ -34,6 +34,7 @@ from covered_call.value_model.scorer import save
 from runtime.markets import BEGUN, FREELY, quoted_states
 from runtime.server import Server, completion
 from runtime.test_agent import configured, fails, said_by, week
+from runtime.test_chain import spots, vols, with_context_of
 
 pytestmark = on_the_default_stack
 
@@ -111,6 +112,28 @@ def test_a_file_of_another_exit_style_is_refused_and_a_later_good_one_taken(here
         save(fitted.with_gates(Gates(threshold=99.0)), "q.zip")
 
     assert len({line["versions"]["q"] for line in cycles(here, twice)}) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The market's context
+
+
+def test_one_that_was_told_the_market_s_vols_is_told_them_over_files_and_over_chains(here, capsys):
+    with_context_of(here, context_vols=vols(here, "2024-07-01", 200))  # in days of which train.csv is, in q.zip
+    keys = "policy: {q: q.zip}\nexit_style: tp_and_roll\npreset: backtest\nspots: " + spots(here)
+    said = fails("shadow", "--config", configured(keys), "--snapshot", week(here / "chains.parquet"))
+    assert "fitted with dvol in the market's context, which this agent is not told; give context_vols" in said
+    of_chains = configured(f"{keys}\ncontext_vols: {vols(here, '2025-11-01')}")
+    said_by(capsys, "shadow", "--config", of_chains, "--snapshot", str(here / "chains.parquet"))
+    lines = list(read(here / "out/agent/shadow"))
+    told = [line["state"]["decision"]["context"] for line in lines]
+    assert len(lines) == 4 and not any(line["errors"] for line in lines)
+    assert [one["dvol"] for one in told] == [0.43, 0.44, 0.45, 0.46]  # of the day before
+    of_files = configured(f"{keys}\ncontext_vols: {here / 'dvol_2024-07-01.csv'}")
+    said_by(capsys, "replay", "--config", of_files, "--data_files", "train.csv", "--log", "replayed")
+    lines = list(read(here / "replayed"))
+    assert len(lines) == 80 and not any(line["errors"] for line in lines)
+    assert all(line["state"]["decision"]["context"]["dvol"] for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
