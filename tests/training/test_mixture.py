@@ -279,6 +279,26 @@ def test_pairs_of_a_file_are_preferred_beside_those_of_the_backtest(pair_words, 
     assert Policy.load(tmp_path / "out").task == RANKING
 
 
+@pytest.mark.slow
+def test_mixed_pairs_that_are_killed_go_on_and_end_with_the_same_weights(pair_words, tmp_path):
+    """In the second epoch, of which each source has an order of its own."""
+    path = written(tmp_path / "pairs.jsonl", *PAIRS)
+    steps = ["--max_steps", "10", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "9"]
+    batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--collapse_patience", "0"]
+    often = ["--eval_strategy", "steps", "--save_strategy", "steps"]
+    folder, given = tmp_path / "out", [*pair_words, *pair_mix(path), *steps, *batch, *often]
+    killed("dpo", given, folder / "checkpoint-6" / "trainer_state.json")
+    assert not (folder / "adapter_model.safetensors").exists()
+    tuning.run("dpo", given)
+    tuning.run("dpo", [*given, "--output_dir", str(tmp_path / "whole")])
+    states = [
+        json.loads((one / "checkpoint-10" / "trainer_state.json").read_text()) for one in (folder, tmp_path / "whole")
+    ]
+    assert states[0]["epoch"] == states[1]["epoch"] > 1
+    assert difference(adapter(folder), adapter(tmp_path / "whole")) == 0
+    assert manifest_of(folder)["results"] == manifest_of(tmp_path / "whole")["results"]
+
+
 def test_a_model_of_both_tasks_can_be_gone_on_with(both):
     start = read_start(str(both))
     assert start["task"] == RANKING and "iv" not in start["tuned_on"]["numbers"]
