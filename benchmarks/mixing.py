@@ -35,7 +35,6 @@ from covered_call.tables import markdown  # noqa: E402
 from covered_call.training import sft  # noqa: E402
 from covered_call.training.examples import tasks_in  # noqa: E402
 from covered_call.training.keys import RANKING, SHORT_NAMES  # noqa: E402
-from covered_call.training.mixture import thin_out_each  # noqa: E402
 from covered_call.training.preflight import preflight  # noqa: E402
 from covered_call.training.recipe import parse_recipe  # noqa: E402
 from covered_call.training.trainers import AnswerTrainer, answer_metrics  # noqa: E402
@@ -56,7 +55,6 @@ MODELS = {
 WHOLE = ["--config", "tiny", "--quantization", "none", "--lora_r", "0", "--eval_strategy", "no"]
 WHOLE += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--report_to", "none"]
 METRICS = {"balanced_accuracy": "balanced accuracy", "loss": "loss, nats"}
-JUDGED = 300  # test records of each task, evenly spaced
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[st
         ]
         trainer, examples = trainer_of([*words, "--max_steps", str(steps)])
         trainer.train()
-        split = thin_out_each(examples.splits["test"], JUDGED)
+        split = examples.splits["test"]
         scored = trainer.score(split)
         found = {
             SHORT_NAMES[task]: answer_metrics(split.select(places), [scored[place] for place in places])

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,10 +104,10 @@ def load_splits(
 
 
 def cap_markets(train: Dataset, most: int) -> Dataset:
-    """At most so many records of each underlying and exit style, evenly spaced, all in their order."""
+    """At most so many records of each underlying and exit style, see one_of_each_stretch, all in their order."""
     markets = pd.Series(list(zip(train["underlying"], train["exit_style"], strict=True)))
     groups = markets.groupby(markets).indices.values()
-    kept = [places[np.arange(min(len(places), most)) * len(places) // min(len(places), most)] for places in groups]
+    kept = [places[one_of_each_stretch(len(places), most)] for places in groups]
     return train.select(np.sort(np.concatenate(kept)))
 
 
@@ -369,7 +368,15 @@ class EpochSampler(EpochOrder):
 
 
 def thin_out(split: Dataset, limit: int | None) -> Dataset:
-    """At most ``limit`` records, evenly spaced."""
-    if not limit or len(split) <= limit:
-        return split
-    return split.select(range(0, len(split), math.ceil(len(split) / limit)))
+    """At most ``limit`` records, see one_of_each_stretch."""
+    return split.select(one_of_each_stretch(len(split), limit)) if limit and len(split) > limit else split
+
+
+def one_of_each_stretch(count: int, most: int) -> np.ndarray:
+    """At most so many places of ``count``, ascending, one of each of as many equal stretches; always the same ones.
+
+    Which one of a stretch is drawn: where all decisions have as many candidates, every n-th record may be of the best
+    of each alone.
+    """
+    edges = np.linspace(0, count, min(count, most) + 1).astype(int)
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])

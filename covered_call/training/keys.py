@@ -126,7 +126,7 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS, OUTCOMES)):
     max_records_per_market: int | None = field(
         default=None,
         metadata={
-            "help": "Train on at most so many records of an underlying and exit style, evenly spaced; default: all.",
+            "help": "Train on at most so many records of a market, spread over time; default: all.",
             "metavar": "N",
         },
     )
@@ -140,7 +140,7 @@ class DataArguments(recipe_keys(DATA, CONTEXT, ANSWERS, SPLITS, OUTCOMES)):
     max_eval_records: int | None = field(
         default=None,
         metadata={
-            "help": "While training, score at most so many validation records, evenly spaced; default: all.",
+            "help": "While training, score at most so many validation records, spread over time; default: all.",
             "metavar": "N",
         },
     )

@@ -243,7 +243,7 @@ def encode_side(foreign: Foreign, side: str, tokenizer: PreTrainedTokenizerBase,
 
 
 def thin_out_each(split: Dataset, limit: int | None) -> Dataset:
-    """At most ``limit`` records of each task, evenly spaced."""
+    """At most ``limit`` records of each task, see thin_out."""
     tasks = list(dict.fromkeys(split["task"]))
     if len(tasks) == 1:
         return thin_out(split, limit)

@@ -42,7 +42,11 @@ def test_a_dataset_config_that_there_is_not_is_named_with_those_there_are(corpus
 
 def test_scoring_can_be_limited_to_evenly_spaced_records():
     split = Dataset.from_dict({"n": list(range(100))})
-    assert thin_out(split, 5)["n"] == [0, 20, 40, 60, 80]
+    found = thin_out(split, 5)["n"]
+    assert [n // 20 for n in found] == [0, 1, 2, 3, 4] and thin_out(split, 5)["n"] == found
+    assert len(set(thin_out(split, 48)["n"])) == 48
+    pairs = Dataset.from_dict({"label": ["SELL_CALL", "SKIP"] * 300})  # the best of a decision first
+    assert 0.4 < thin_out(pairs, 100)["label"].count("SKIP") / 100 < 0.6
     assert thin_out(split, None) is split and thin_out(split, 100) is split
 
 

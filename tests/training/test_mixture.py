@@ -93,16 +93,28 @@ def test_a_cap_keeps_so_many_of_each_market_evenly_spaced(tmp_path):
     path = write_csv(tmp_path / "a.csv", rows)
     data = DataArguments(dataset_config=RANKING, data_files=[path], max_records_per_market=10)
     train = read_sources(data, data.backtest(), seed=0).asked[RANKING]["train"]
-    assert set(Counter(train["exit_style"]).values()) == {10}
-    days = [
-        time.toordinal()
-        for time, style in zip(train["decision_time"], train["exit_style"], strict=True)
-        if style == "tp_and_roll"
-    ]
-    gaps = {later - earlier for earlier, later in zip(days, days[1:], strict=False)}
-    assert max(gaps) - min(gaps) <= 1 and days == sorted(days)
-    with pytest.raises(RecipeError, match="max_records_per_market: 0 is no number of records"):
-        DataArguments(dataset_config=RANKING, max_records_per_market=0)
+    whole = DataArguments(dataset_config=RANKING, data_files=[path])
+    of_all = read_sources(whole, whole.backtest(), seed=0).asked[RANKING]["train"]
+    assert Counter(train["exit_style"]) == {"tp_and_roll": 10, "hold_to_expiry": 10}
+    for style in ("tp_and_roll", "hold_to_expiry"):
+        kept, there = (
+            [day for day, its in zip(split["decision_time"], split["exit_style"], strict=True) if its == style]
+            for split in (train, of_all)
+        )
+        tenth = len(there) / 10
+        assert all(number * tenth - 1 < there.index(day) < (number + 1) * tenth for number, day in enumerate(kept))
+
+
+def test_a_cap_does_not_keep_the_best_candidate_of_each_decision_alone(tmp_path):
+    """Every sixth record is of the first candidate of three."""
+    path = write_csv(tmp_path / "a.csv", [row for day in range(99) for row in decision(day)])
+    data = DataArguments(dataset_config=CANDIDATE, data_files=[path])
+    whole = read_sources(data, data.backtest(), seed=0).asked[CANDIDATE]["train"]
+    assert len(whole) % 6 == 0 and len(set(whole["instrument"][::6])) == 1
+    data = DataArguments(dataset_config=CANDIDATE, data_files=[path], max_records_per_market=len(whole) // 6)
+    train = read_sources(data, data.backtest(), seed=0).asked[CANDIDATE]["train"]
+    assert len(train) == len(whole) // 6
+    assert min(Counter(train["instrument"]).values()) > len(train) / 5 and len(set(train["instrument"])) == 3
 
 
 # --- A training
