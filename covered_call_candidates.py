@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "3da292fd715ff144cac1c872dcc041531414c05f6221e5cc458b11911d2ef275"  # their SHA-256
+MADE_FROM = "c38101f56d2d7e2528db4a1567ab4b17dd4764b1a2ac72cea6d6e0c65e859fce"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -5220,6 +5220,7 @@ def pool_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Pool:
     features = [*(columns.context[name] for name in SPOT), own["strike"] / spot, *(own[name] for name in OF_BEST)]
     outcome = own[COUNTERFACTUAL] / spot
     settled = settled_at(columns, options)[best] if len(columns.label_end) else np.zeros(len(columns), np.int64)
+    settled = np.maximum(settled, columns.time + 1)  # of a call that expires at once: no decision is told its own
     settled[np.isnan(outcome)] = NEVER_SETTLED
     market = columns.underlying * np.int64(len(columns.names)) + columns.exit_style
     return Pool(market, columns.time, settled, np.column_stack(features), outcome)
