@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "0b434975c29d7916dc3ce99cc7594578d55298fbae873ef414c6dae984c9a9ba"  # their SHA-256
+MADE_FROM = "81dc9f814f221022703f30a9be7a1c6455c6aa34fd89166653ed13cb6ca06422"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -6122,12 +6122,13 @@ def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
-def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray) -> Grounds:
     """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
     grounds = decisions.spool.grounds
     if task not in grounds:
         parts = map(decisions.columns, decisions.batches(numbers))
-        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+        prices = by_underlying(decisions.underlying, decisions.time, decisions.spot)  # all that a formula takes
+        grounds[task] = grounds_of(parts, Known(prices, vols={}), task)
     return grounds[task]
 
 
@@ -6812,7 +6813,7 @@ class Backtest:
 
     def grounds(self, task: str) -> Grounds:
         """What explanations of a task's answers rest on, of the training split."""
-        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
+        return grounds_for(task, self.decisions, self.numbers["train"])
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

@@ -527,6 +527,16 @@ def test_the_market_s_vol_as_it_was_known(tmp_path):
     assert context_names(ON) == list(SPOT)
 
 
+def test_lines_of_json_take_the_lag_of_the_market_s_vol(tmp_path):
+    file, vols = write_csv(tmp_path / "a.csv", rows_of(walk(40))), vol_file(tmp_path, 60)
+    words = ["--input", file, "--output_dir", str(tmp_path), "--configs", "per_decision_ranking", "--iv_lag", "0"]
+    main([*words, "--context", "spot", "--context_vols", vols])
+    last = (tmp_path / "a_per_decision_ranking.jsonl").read_text().splitlines()[-1]
+    assert "Market's IV: 1.0900," in last  # that of this very day
+    with pytest.raises(SystemExit, match="iv_lag says nothing of lines"):
+        main([*words, "--context", "spot"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bars
 
