@@ -680,12 +680,19 @@ def test_bars_of_a_file_are_told(tmp_path):
     (lambda: bar_rows(3, volume=-2), "row 4, column volume: -2 is that of no bar"),
     (lambda: bar_rows(3, close="dear"), "column close: "),
     (lambda: bar_rows(3, time="noon"), "row 4, column time: 'noon' is no time"),
+    (lambda: [*bar_rows(3), bar_rows(1)[1] | {"time": ""}], "row 7, column time: None is no time"),
     (lambda: bar_rows(3, time="2024-01-01"), "two bars begin at one time"),
     (lambda: [*bar_rows(3), bar_rows(1)[1] | {"time": time(0.5)}], "bars do not begin 1d apart"),
 ])  # fmt: skip
 def test_a_file_that_holds_no_bars(tmp_path, rows, words):
     with pytest.raises(CandidatesError, match=words):
         read_bars(bar_file(tmp_path / "bars.csv", rows()), "BTC", "1d", 0.0)
+
+
+def test_a_column_of_bars_that_stands_twice(tmp_path):
+    (tmp_path / "bars.csv").write_text("time,open,high,low,close,volume,time\n2024-01-01,1,2,1,2,3,2024-01-02\n")
+    with pytest.raises(CandidatesError, match="bars.csv: column time stands twice"):
+        read_bars(str(tmp_path / "bars.csv"), "BTC", "1d", 0)
 
 
 def test_bars_that_are_not_there(tmp_path):
