@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "50dea2071b082bb6dfafcb4aedd98ca15c48ef5086af2acd37f9922fcb68203c"  # their SHA-256
+MADE_FROM = "b116b83ef5e961cde011339f72dad26b96cfd2d663ad98ec21c37f0838c284cc"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -6491,7 +6491,8 @@ def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, 
         CandidatesError: for a column of the user's whose name is taken.
     """
     told = () if name == "preference" else (*context_names(options), *(OPINION if options.opinions else ()))
-    taken = [one for one in options.context_columns if one in FEATURES[name] or one in (*SAID, *OPINION, OPINION_TOLD)]
+    more = (*SAID, *OPINION, OPINION_TOLD, *horizon_columns(options))
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in more]
     if taken:
         raise CandidatesError(
             f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."

@@ -37,7 +37,7 @@ from covered_call.candidates.options import (
     options_of,
 )
 from covered_call.candidates.prompts import ROLES, filled
-from covered_call.candidates.records import RECORDS
+from covered_call.candidates.records import RECORDS, more_columns
 from covered_call.candidates.schema import Candidate, CandidatesError
 from covered_call.command_line import plain_errors
 
@@ -187,6 +187,8 @@ def export(args: argparse.Namespace) -> None:
     check_said(args, options)
     if args.engine == "ray":
         return export_on_ray(args, options)
+    for name in args.configs:
+        more_columns(name, config_for(name, options))  # which refuses names that are taken, before any file is written
     sources = find_csvs(args.input, None, os.getcwd())
     targets = [path for source in sources for path in export_paths(source, args.output_dir, args.configs).values()]
     if len(set(targets)) < len(targets):

@@ -498,7 +498,7 @@ def test_options_that_cannot_be(given, words):
         dataclasses.replace(ON, **given).check()
 
 
-def test_a_column_that_is_not_there_or_taken(tmp_path):
+def test_a_column_that_is_not_there_or_taken(tmp_path, load):
     file = write_csv(tmp_path / "a.csv", own_rows(), OWN)
     with pytest.raises(CandidatesError, match="line 1: there is no column 'skew', which context_columns names"):
         read_candidates([file], dataclasses.replace(ON, context_columns=["skew"]))
@@ -506,6 +506,15 @@ def test_a_column_that_is_not_there_or_taken(tmp_path):
         with pytest.raises(CandidatesError, match=f"'{name}': records have a column of that name"):
             records(write_csv(tmp_path / "b.csv", [row | {name: 1} for row in decision()], (*COLUMNS, name)),
                 context="spot", context_columns=[name])  # fmt: skip
+    horizon = write_csv(tmp_path / "c.csv", [row | {"q_sell_3d": 1} for row in decision()], (*COLUMNS, "q_sell_3d"))
+    with pytest.raises(CandidatesError, match="'q_sell_3d': records have a column of that name"):
+        load("q_values", data_files=horizon, context="spot", context_columns=["q_sell_3d"], horizons=[3])
+    ranked = write_csv(
+        tmp_path / "d.csv", [row | {"chosen_index": 1} for row in decision()], (*COLUMNS, "chosen_index")
+    )
+    with pytest.raises(SystemExit, match="chosen_index: records have a column of that name"):
+        main(["--input", ranked, "--context", "spot", "--context_columns", "chosen_index"])
+    assert not list(tmp_path.glob("*.jsonl"))  # per_candidate, which has no such column, is not written either
 
 
 def vol_file(folder, days: int, start: float = 70.0) -> str:
