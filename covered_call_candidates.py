@@ -76,7 +76,7 @@ MODULES = (
     "settlement", "chains", "vols", "outcomes", "analogues", "opinions", "splits", "terms", "spool", "decisions",
     "preferences", "records", "builder",
 )
-MADE_FROM = "3da292fd715ff144cac1c872dcc041531414c05f6221e5cc458b11911d2ef275"  # their SHA-256
+MADE_FROM = "b116b83ef5e961cde011339f72dad26b96cfd2d663ad98ec21c37f0838c284cc"  # their SHA-256
 
 # Read once, at import: the cache key must name the code that is running, not a later edit of the file.
 with open(__file__, "rb") as _source:
@@ -3324,6 +3324,9 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
     missing = [name for name in ("time", *OF_BAR) if name not in table.column_names]
     if missing:
         raise CandidatesError(f"{path}: there is no column {missing[0]}. Bars have time, {', '.join(OF_BAR)}.")
+    twice = [name for name in ("time", *OF_BAR, "underlying") if table.column_names.count(name) > 1]
+    if twice:
+        raise CandidatesError(f"{path}: column {twice[0]} stands twice. Remove one of the two.")
     rows = np.arange(len(table))
     if "underlying" in table.column_names:
         rows = rows[np.array([str(one) == underlying for one in table["underlying"].to_pylist()], bool)]
@@ -3337,7 +3340,7 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
 
 def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
     """(N,) microseconds since 1970, UTC."""
-    if pa.types.is_timestamp(column.type):
+    if pa.types.is_timestamp(column.type) and not column.null_count:
         return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
     found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
     wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]
@@ -4075,8 +4078,8 @@ def read_back(values: np.ndarray, text: Callable[[float], str]) -> np.ndarray:
     def number(said: str) -> float:
         return float(said.rstrip("%")) / (100 if said.endswith("%") else 1)
 
-    distinct, places = np.unique(values, return_inverse=True)
-    found = [np.nan if np.isnan(value) else number(text(value)) for value in distinct.tolist()]
+    distinct, places = np.unique(values.view(np.int64), return_inverse=True)  # by bits: prompts tell -0.0 from 0.0
+    found = [np.nan if np.isnan(value) else number(text(value)) for value in distinct.view(np.float64).tolist()]
     return np.array(found, np.float64)[places] if len(found) else np.zeros(0)
 
 
@@ -4133,7 +4136,7 @@ def statements_of(shown: Shown, grounds: Grounds) -> Statements:
     numbers, terms, lost = shown.numbers, *terms_of(shown, grounds)
     rest = numbers["score"] - sum(terms.values()) + sum(lost.values()) if terms else np.zeros(len(shown.sells))
     values = {
-        "gap": abs(numbers["score"] - THRESHOLD),
+        "gap": abs(read_back(numbers["score"], "{:.2f}".format) - THRESHOLD),  # of the score as it is said
         "off": abs(abs(numbers["delta"]) - TARGET_DELTA),
         "late": abs(numbers["dte"] - TARGET_DTE),
         "above_spot": numbers["strike"] / numbers["spot"] - 1,
@@ -4147,7 +4150,8 @@ def statements_of(shown: Shown, grounds: Grounds) -> Statements:
     texts = {
         name: each_distinct(np.asarray(values[name]), lambda value, name=name: say(name, value)) for name in wanted
     }
-    holds = conditions(shown, grounds, terms, rest) | {name: amount > 0 for name, amount in lost.items()}
+    holds = conditions(shown, grounds, terms, rest)
+    holds |= {name: holds["parts"] & (amount > 0) for name, amount in lost.items()}
     return Statements(clauses, holds, texts, strengths_of(shown, grounds), numbers["score"])
 
 
@@ -5220,6 +5224,7 @@ def pool_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Pool:
     features = [*(columns.context[name] for name in SPOT), own["strike"] / spot, *(own[name] for name in OF_BEST)]
     outcome = own[COUNTERFACTUAL] / spot
     settled = settled_at(columns, options)[best] if len(columns.label_end) else np.zeros(len(columns), np.int64)
+    settled = np.maximum(settled, columns.time + 1)  # of a call that expires at once: no decision is told its own
     settled[np.isnan(outcome)] = NEVER_SETTLED
     market = columns.underlying * np.int64(len(columns.names)) + columns.exit_style
     return Pool(market, columns.time, settled, np.column_stack(features), outcome)
@@ -6120,12 +6125,13 @@ def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
-def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray) -> Grounds:
     """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
     grounds = decisions.spool.grounds
     if task not in grounds:
         parts = map(decisions.columns, decisions.batches(numbers))
-        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+        prices = by_underlying(decisions.underlying, decisions.time, decisions.spot)  # all that a formula takes
+        grounds[task] = grounds_of(parts, Known(prices, vols={}), task)
     return grounds[task]
 
 
@@ -6485,7 +6491,8 @@ def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, 
         CandidatesError: for a column of the user's whose name is taken.
     """
     told = () if name == "preference" else (*context_names(options), *(OPINION if options.opinions else ()))
-    taken = [one for one in options.context_columns if one in FEATURES[name] or one in (*SAID, *OPINION, OPINION_TOLD)]
+    more = (*SAID, *OPINION, OPINION_TOLD, *horizon_columns(options))
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in more]
     if taken:
         raise CandidatesError(
             f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."
@@ -6810,7 +6817,7 @@ class Backtest:
 
     def grounds(self, task: str) -> Grounds:
         """What explanations of a task's answers rest on, of the training split."""
-        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
+        return grounds_for(task, self.decisions, self.numbers["train"])
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

@@ -59,6 +59,7 @@ def pool_of(columns: Columns, options: CoveredCallCandidatesConfig) -> Pool:
     features = [*(columns.context[name] for name in SPOT), own["strike"] / spot, *(own[name] for name in OF_BEST)]
     outcome = own[COUNTERFACTUAL] / spot
     settled = settled_at(columns, options)[best] if len(columns.label_end) else np.zeros(len(columns), np.int64)
+    settled = np.maximum(settled, columns.time + 1)  # of a call that expires at once: no decision is told its own
     settled[np.isnan(outcome)] = NEVER_SETTLED
     market = columns.underlying * np.int64(len(columns.names)) + columns.exit_style
     return Pool(market, columns.time, settled, np.column_stack(features), outcome)

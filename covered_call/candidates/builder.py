@@ -272,7 +272,7 @@ class Backtest:
 
     def grounds(self, task: str) -> Grounds:
         """What explanations of a task's answers rest on, of the training split."""
-        return grounds_for(task, self.decisions, self.numbers["train"], self.options)
+        return grounds_for(task, self.decisions, self.numbers["train"])
 
     @functools.cached_property
     def logged(self) -> list[LoggedDecision]:

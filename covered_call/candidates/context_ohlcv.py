@@ -53,6 +53,9 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
     missing = [name for name in ("time", *OF_BAR) if name not in table.column_names]
     if missing:
         raise CandidatesError(f"{path}: there is no column {missing[0]}. Bars have time, {', '.join(OF_BAR)}.")
+    twice = [name for name in ("time", *OF_BAR, "underlying") if table.column_names.count(name) > 1]
+    if twice:
+        raise CandidatesError(f"{path}: column {twice[0]} stands twice. Remove one of the two.")
     rows = np.arange(len(table))
     if "underlying" in table.column_names:
         rows = rows[np.array([str(one) == underlying for one in table["underlying"].to_pylist()], bool)]
@@ -66,7 +69,7 @@ def read_bars(path: str, underlying: str, bar: str, offset_hours: float) -> Bars
 
 def times_of_bars(path: str, column: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
     """(N,) microseconds since 1970, UTC."""
-    if pa.types.is_timestamp(column.type):
+    if pa.types.is_timestamp(column.type) and not column.null_count:
         return column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).to_numpy()[rows]
     found = [iso_time(str(column[row].as_py())) for row in rows.tolist()]
     wrong = [row for row, time in zip(rows.tolist(), found, strict=True) if time is None]

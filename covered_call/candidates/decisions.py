@@ -287,12 +287,13 @@ def bars_of(options: CoveredCallCandidatesConfig, names: list[str], underlyings:
     return {code: read_bars(path.replace(UNDERLYING, names[code]), names[code], *given) for code in underlyings}
 
 
-def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray, options: CoveredCallCandidatesConfig) -> Grounds:
+def grounds_for(task: str, decisions: Decisions, numbers: np.ndarray) -> Grounds:
     """What explanations of a task's answers rest on: of these decisions, which their spool then knows."""
     grounds = decisions.spool.grounds
     if task not in grounds:
         parts = map(decisions.columns, decisions.batches(numbers))
-        grounds[task] = grounds_of(parts, known_at(decisions, options), task)
+        prices = by_underlying(decisions.underlying, decisions.time, decisions.spot)  # all that a formula takes
+        grounds[task] = grounds_of(parts, Known(prices, vols={}), task)
     return grounds[task]
 
 

@@ -141,8 +141,8 @@ def read_back(values: np.ndarray, text: Callable[[float], str]) -> np.ndarray:
     def number(said: str) -> float:
         return float(said.rstrip("%")) / (100 if said.endswith("%") else 1)
 
-    distinct, places = np.unique(values, return_inverse=True)
-    found = [np.nan if np.isnan(value) else number(text(value)) for value in distinct.tolist()]
+    distinct, places = np.unique(values.view(np.int64), return_inverse=True)  # by bits: prompts tell -0.0 from 0.0
+    found = [np.nan if np.isnan(value) else number(text(value)) for value in distinct.view(np.float64).tolist()]
     return np.array(found, np.float64)[places] if len(found) else np.zeros(0)
 
 
@@ -199,7 +199,7 @@ def statements_of(shown: Shown, grounds: Grounds) -> Statements:
     numbers, terms, lost = shown.numbers, *terms_of(shown, grounds)
     rest = numbers["score"] - sum(terms.values()) + sum(lost.values()) if terms else np.zeros(len(shown.sells))
     values = {
-        "gap": abs(numbers["score"] - THRESHOLD),
+        "gap": abs(read_back(numbers["score"], "{:.2f}".format) - THRESHOLD),  # of the score as it is said
         "off": abs(abs(numbers["delta"]) - TARGET_DELTA),
         "late": abs(numbers["dte"] - TARGET_DTE),
         "above_spot": numbers["strike"] / numbers["spot"] - 1,
@@ -213,7 +213,8 @@ def statements_of(shown: Shown, grounds: Grounds) -> Statements:
     texts = {
         name: each_distinct(np.asarray(values[name]), lambda value, name=name: say(name, value)) for name in wanted
     }
-    holds = conditions(shown, grounds, terms, rest) | {name: amount > 0 for name, amount in lost.items()}
+    holds = conditions(shown, grounds, terms, rest)
+    holds |= {name: holds["parts"] & (amount > 0) for name, amount in lost.items()}
     return Statements(clauses, holds, texts, strengths_of(shown, grounds), numbers["score"])
 
 

@@ -16,6 +16,7 @@ from datasets.utils import tqdm
 
 from covered_call import atomic
 from covered_call.candidates.builder import find_csvs
+from covered_call.candidates.columns import OPINION
 from covered_call.candidates.context_lines import context_names
 from covered_call.candidates.data_options import Help, add_option, flags, typed
 from covered_call.candidates.decisions import Decisions, grounds_for, read_decisions
@@ -36,7 +37,7 @@ from covered_call.candidates.options import (
     options_of,
 )
 from covered_call.candidates.prompts import ROLES, filled
-from covered_call.candidates.records import RECORDS
+from covered_call.candidates.records import RECORDS, more_columns
 from covered_call.candidates.schema import Candidate, CandidatesError
 from covered_call.command_line import plain_errors
 
@@ -70,7 +71,7 @@ def write_jsonl(
         The counts of its labels.
     """
     if config.explain:
-        grounds_for(config.name, decisions, decisions.numbers, config)
+        grounds_for(config.name, decisions, decisions.numbers)
     labels = collections.Counter()
     bar = tqdm(total=len(decisions.place), desc=os.path.basename(path), unit=" decisions", disable=None)
     with atomic.replacing(path) as file, bar:
@@ -101,9 +102,10 @@ def lines_of(records: pa.Table, config: CoveredCallCandidatesConfig, format: str
 def nested_lines(records: pa.Table, config: CoveredCallCandidatesConfig) -> bytes:
     """Of each record what was known, and what is answered: {"input": {...}, "output": {"answer": ..., ...}}."""
     given = ["decision_id", "decision_time", "underlying", "exit_style", *context_names(config)]
+    of_call = (*Candidate._fields, *(OPINION if config.opinions else ()))
     lines = []
     for row in records.to_pylist():
-        calls = [{name: call[name] for name in Candidate._fields} for call in row.get("candidates", [row])]
+        calls = [{name: call[name] for name in of_call} for call in row.get("candidates", [row])]
         first = row["candidates"][0] if row.get("candidates") else row
         said = {name: row[name] for name in given} | {"spot": first.get("spot")}
         lines.append({"input": said | {"candidates": calls}, "output": output_of(row["messages"][-1]["content"])})
@@ -185,6 +187,8 @@ def export(args: argparse.Namespace) -> None:
     check_said(args, options)
     if args.engine == "ray":
         return export_on_ray(args, options)
+    for name in args.configs:
+        more_columns(name, config_for(name, options))  # which refuses names that are taken, before any file is written
     sources = find_csvs(args.input, None, os.getcwd())
     targets = [path for source in sources for path in export_paths(source, args.output_dir, args.configs).values()]
     if len(set(targets)) < len(targets):
@@ -208,6 +212,7 @@ def check_said(args: argparse.Namespace, options: dict) -> None:
     outcomes = {option.name for option in options_of(CoveredCallCandidatesConfig, OUTCOMES)}
     told = priced or options.get("analogues") or args.engine == "ray"
     said = {option.name for option in OPTIONS} | (outcomes if told else set())
+    said |= {"iv_lag"} if options.get("context_vols") else set()
     said |= {option.name for option in OF_SPLITS} if args.engine == "ray" else set()
     said |= {option.name for option in PAIRING} if "preference" in args.configs else set()
     late = [name for name in options if name not in said]

@@ -196,7 +196,8 @@ def more_columns(name: str, options: CoveredCallCandidatesConfig) -> tuple[str, 
         CandidatesError: for a column of the user's whose name is taken.
     """
     told = () if name == "preference" else (*context_names(options), *(OPINION if options.opinions else ()))
-    taken = [one for one in options.context_columns if one in FEATURES[name] or one in (*SAID, *OPINION, OPINION_TOLD)]
+    more = (*SAID, *OPINION, OPINION_TOLD, *horizon_columns(options))
+    taken = [one for one in options.context_columns if one in FEATURES[name] or one in more]
     if taken:
         raise CandidatesError(
             f"context_columns={shown(taken[0])}: records have a column of that name. Give it another."

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from covered_call.candidates.columns import Grounds
+from covered_call.candidates.context_lines import wilson
 from covered_call.candidates.explanations import Verdict, judge_explanation, statements_about
 from covered_call.candidates.prompts import admissible_answers
 from covered_call.candidates.schema import Decision
@@ -36,8 +36,7 @@ class Judged(NamedTuple):
         found = {}
         for name in CHECKS:
             passed, tried = sum(getattr(one, name) for one in self.verdicts), len(self.verdicts)
-            low, high = binomtest(passed, tried).proportion_ci(method="wilson")
-            found[name] = (passed / tried, float(low), float(high))
+            found[name] = (passed / tried, *wilson(passed, tried))
         return found
 
     @property

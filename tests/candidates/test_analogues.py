@@ -145,6 +145,14 @@ def test_settled_is_what_has_expired():
     assert known == [False] * 26 + [True] * 14
 
 
+def test_a_call_that_expires_at_once_tells_no_outcome_of_its_own(tmp_path):
+    rows = [row | {"dte": 0.0} for row in random_rows(40)]
+    columns = read_decisions([write_csv(tmp_path / "a.csv", rows)], ON).columns()
+    assert not np.isnan(columns.context["analogues_mean"][20:]).any()
+    assert np.isnan(columns.context["analogues_mean"][:20]).all()
+    assert find_unsettled(columns, ON) == []
+
+
 def test_an_outcome_tells_of_its_own_market_alone():
     rows = random_rows(40)
     alone = told(rows)

@@ -498,7 +498,7 @@ def test_options_that_cannot_be(given, words):
         dataclasses.replace(ON, **given).check()
 
 
-def test_a_column_that_is_not_there_or_taken(tmp_path):
+def test_a_column_that_is_not_there_or_taken(tmp_path, load):
     file = write_csv(tmp_path / "a.csv", own_rows(), OWN)
     with pytest.raises(CandidatesError, match="line 1: there is no column 'skew', which context_columns names"):
         read_candidates([file], dataclasses.replace(ON, context_columns=["skew"]))
@@ -506,6 +506,15 @@ def test_a_column_that_is_not_there_or_taken(tmp_path):
         with pytest.raises(CandidatesError, match=f"'{name}': records have a column of that name"):
             records(write_csv(tmp_path / "b.csv", [row | {name: 1} for row in decision()], (*COLUMNS, name)),
                 context="spot", context_columns=[name])  # fmt: skip
+    horizon = write_csv(tmp_path / "c.csv", [row | {"q_sell_3d": 1} for row in decision()], (*COLUMNS, "q_sell_3d"))
+    with pytest.raises(CandidatesError, match="'q_sell_3d': records have a column of that name"):
+        load("q_values", data_files=horizon, context="spot", context_columns=["q_sell_3d"], horizons=[3])
+    ranked = write_csv(
+        tmp_path / "d.csv", [row | {"chosen_index": 1} for row in decision()], (*COLUMNS, "chosen_index")
+    )
+    with pytest.raises(SystemExit, match="chosen_index: records have a column of that name"):
+        main(["--input", ranked, "--context", "spot", "--context_columns", "chosen_index"])
+    assert not list(tmp_path.glob("*.jsonl"))  # per_candidate, which has no such column, is not written either
 
 
 def vol_file(folder, days: int, start: float = 70.0) -> str:
@@ -525,6 +534,16 @@ def test_the_market_s_vol_as_it_was_known(tmp_path):
     late = contexts([file], dataclasses.replace(ON, context_vols=vol_file(tmp_path, 20)))
     assert late[f"BTC|{time(39)}|tp_and_roll"]["dvol"] is None  # nothing newer for 72 hours
     assert context_names(ON) == list(SPOT)
+
+
+def test_lines_of_json_take_the_lag_of_the_market_s_vol(tmp_path):
+    file, vols = write_csv(tmp_path / "a.csv", rows_of(walk(40))), vol_file(tmp_path, 60)
+    words = ["--input", file, "--output_dir", str(tmp_path), "--configs", "per_decision_ranking", "--iv_lag", "0"]
+    main([*words, "--context", "spot", "--context_vols", vols])
+    last = (tmp_path / "a_per_decision_ranking.jsonl").read_text().splitlines()[-1]
+    assert "Market's IV: 1.0900," in last  # that of this very day
+    with pytest.raises(SystemExit, match="iv_lag says nothing of lines"):
+        main([*words, "--context", "spot"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -670,12 +689,19 @@ def test_bars_of_a_file_are_told(tmp_path):
     (lambda: bar_rows(3, volume=-2), "row 4, column volume: -2 is that of no bar"),
     (lambda: bar_rows(3, close="dear"), "column close: "),
     (lambda: bar_rows(3, time="noon"), "row 4, column time: 'noon' is no time"),
+    (lambda: [*bar_rows(3), bar_rows(1)[1] | {"time": ""}], "row 7, column time: None is no time"),
     (lambda: bar_rows(3, time="2024-01-01"), "two bars begin at one time"),
     (lambda: [*bar_rows(3), bar_rows(1)[1] | {"time": time(0.5)}], "bars do not begin 1d apart"),
 ])  # fmt: skip
 def test_a_file_that_holds_no_bars(tmp_path, rows, words):
     with pytest.raises(CandidatesError, match=words):
         read_bars(bar_file(tmp_path / "bars.csv", rows()), "BTC", "1d", 0.0)
+
+
+def test_a_column_of_bars_that_stands_twice(tmp_path):
+    (tmp_path / "bars.csv").write_text("time,open,high,low,close,volume,time\n2024-01-01,1,2,1,2,3,2024-01-02\n")
+    with pytest.raises(CandidatesError, match="bars.csv: column time stands twice"):
+        read_bars(str(tmp_path / "bars.csv"), "BTC", "1d", 0)
 
 
 def test_bars_that_are_not_there(tmp_path):

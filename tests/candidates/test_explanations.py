@@ -158,6 +158,36 @@ def test_one_decision_is_explained_as_the_records_are(corpus):
                 assert explain(entry.decision, text.partition("\n")[0], grounds, task, place) == text
 
 
+@pytest.mark.parametrize("score, said", [
+    (0.205, "Score 0.20 is 2.80 below"), (0.825, "Score 0.82 is 2.18 below"), (4.125, "Score 4.12 is 1.12 above"),
+])  # fmt: skip
+def test_the_score_as_it_is_said_is_so_far_from_the_threshold(tmp_path, score, said):
+    path = write_csv(tmp_path / "a.csv", decision(sold=0, strikes=(62000,), score=score))
+    (entry,) = logged_of(backtest_of([path]).decisions.columns())
+    assert said in explain(entry.decision, "1", Grounds("teacher", {}))
+
+
+def test_a_cut_score_is_not_taken_apart_and_neither_is_what_it_loses(tmp_path):
+    """1.5 for its time, less 1.0 and 0.5, is 0: but so would be anything below."""
+    path = write_csv(tmp_path / "a.csv", decision(sold=None, strikes=(62000,), score=0, delta=0.4, ivrv_ratio=1))
+    (entry,) = logged_of(backtest_of([path]).decisions.columns())
+    past = {"dist_ma50": 0.3, "ret_30d": 0.15, "ret_7d": 0.0, "rv_7d": 0.5, "regime": "bull"}
+    state = entry.decision._replace(context=past, spot=60000.0)
+    state = state._replace(candidates=tuple(one._replace(dte=7.0) for one in state.candidates))
+    for score, lost in ((0.0, 0), (0.001, 2)):
+        one = state._replace(candidates=tuple(call._replace(score=score) for call in state.candidates))
+        assert explain(one, "NO_TRADE", Grounds("teacher", {})).count(" costs ") == lost
+
+
+def test_a_delta_is_written_as_in_the_prompt_whatever_stands_beside_it(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [*decision(sold=0, delta=-0.0), *decision(1, sold=0, delta=0.0)])
+    columns = backtest_of([path]).decisions.columns()
+    texts = explanations(columns, "per_decision_ranking", columns.chosen, Grounds("teacher", {})).to_pylist()
+    alone = [explain(one.decision, "1", Grounds("teacher", {})) for one in logged_of(columns)]
+    assert ["1" + text for text in texts] == alone
+    assert "Delta -0.0000 is" in texts[0] and "Delta 0.0000 is" in texts[1]
+
+
 def test_without_cuts_there_is_no_strength(tmp_path):
     path = write_csv(tmp_path / "a.csv", decision(sold=0))
     (entry,) = logged_of(backtest_of([path]).decisions.columns())

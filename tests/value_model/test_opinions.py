@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markets import SPLITS, day, rich_if_volatile, walk
 
+from covered_call.candidates import export
 from covered_call.candidates.builder import Backtest
 from covered_call.candidates.columns import OPINION, columns_of, logged_of
 from covered_call.candidates.context_lines import OPINION_TOLD, told_names
@@ -195,6 +197,16 @@ def test_records_say_it_as_one_decision_does(written, backtest):
     assert [one.decision._replace(opinion=None) for one in entries] == [
         one.decision for one in read_candidates([backtest], plain)
     ]
+
+
+def test_nested_lines_tell_them(written, backtest, tmp_path):
+    path, _ = written
+    export.main(["--input", backtest, "--output_dir", str(tmp_path), "--opinions", path, "--format", "nested"])
+    for task in ("per_candidate", "per_decision_ranking"):
+        (lines,) = (file.read_text().splitlines() for file in tmp_path.glob(f"*_{task}.jsonl"))
+        first, last = (json.loads(lines[place])["input"]["candidates"][0] for place in (0, -1))
+        assert first["opinion_expected"] is None and 0 <= last["opinion_positive"] <= 1
+        assert last["opinion_fitted_before"] < json.loads(lines[-1])["input"]["decision_time"]
 
 
 def test_the_next_epoch_shows_them_in_another_order(written, backtest, load):
