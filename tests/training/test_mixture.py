@@ -193,15 +193,18 @@ def test_while_it_trains_each_task_is_measured_and_one_is_chosen_by(words, sums,
     assert state["best_metric"] == best["eval_ranking_balanced_accuracy"]
 
 
-def test_weighed_by_record_each_has_the_same_share_of_the_loss(words, sums, monkeypatch):
-    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums), "--weight_by", "record")
-    rows = [trainer.train_dataset[place]["labels"] for place in list(trainer.sampler)]
-    lengths = [sum(label >= 0 for label in row) for row in rows]
-    assert len(set(lengths)) > 1
-    batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
-    weights = trainer.weights_of(batch).tolist()
-    totals = [weight * length for weight, length in zip(weights, lengths, strict=True)]
-    assert max(totals) == pytest.approx(min(totals)) == pytest.approx(sum(lengths) / len(lengths))
+def test_weighed_by_record_each_has_the_same_share_of_the_loss_of_whatever_step(words, sums, monkeypatch):
+    more = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--weight_by", "record"]
+    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums), *more)
+    loader, tokens = iter(trainer.get_train_dataloader()), set()
+    for _ in range(6):
+        batches, items = trainer.get_batch_samples(loader, 2, "cpu")
+        lengths = [(batch["labels"] >= 0).sum(1) for batch in batches]
+        weights = [trainer.weights_of(batch["labels"]) for batch in batches]
+        shares = torch.cat([one * length / items for one, length in zip(weights, lengths, strict=True)])
+        assert shares.tolist() == pytest.approx([1 / 16] * 16)
+        tokens.add(int(torch.cat(lengths).sum()))
+    assert len(tokens) > 1
 
 
 def test_an_epoch_of_a_training_has_the_shares_of_the_recipe(words, sums, monkeypatch):
