@@ -216,6 +216,15 @@ def test_an_epoch_of_a_training_has_the_shares_of_the_recipe(words, sums, monkey
     ] == [True] * 3
 
 
+def test_its_cost_is_of_the_records_that_it_draws_and_of_both_tasks_evaluated(words, sums, monkeypatch, capsys):
+    more = ["--max_eval_records", "4", *OFTEN, "--tokens_per_second", "1", "--per_device_train_batch_size", "16"]
+    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums, 0.1, 0.1, 0.8), *more)
+    drawn = [len(trainer.train_dataset[place]["input_ids"]) for place in list(trainer.sampler)]
+    training, evaluation = 3 * 16 * sum(drawn) / len(drawn), 3 * sum(map(len, trainer.eval_dataset["input_ids"]))
+    assert set(trainer.eval_dataset["task"]) == {RANKING, CANDIDATE}
+    assert f"training {training / 3600:.2f}, evaluations {evaluation / 3600:.2f}, " in capsys.readouterr().out
+
+
 RESUMED = ["--max_steps", "10", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]
 RESUMED += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"]
 RESUMED += ["--lora_dropout", "0.2", "--candidate_order", "shuffle", "--collapse_patience", "0"]
