@@ -69,6 +69,13 @@ def test_csvs_pass_all_gates_with_the_recipe_of_a_base_that_is_here(gates, data,
 
 
 @on_the_default_stack
+def test_the_steps_read_the_tokens_of_a_base_however_it_is_typed(gates, data, corpus_base, monkeypatch):
+    monkeypatch.setattr(rehearsal, "preflight_of", lambda *_: "tokens    few")
+    found, status = gates(data, "--config", "tiny", f"--model-name-or-path={corpus_base}", *QUICK)
+    assert status == 0 and "its tokens learnt here" not in found["dry training"][1]
+
+
+@on_the_default_stack
 def test_without_the_base_its_tokens_are_unknown_and_the_steps_are_taken_all_the_same(gates, data):
     found, status = gates(data)
     assert (
