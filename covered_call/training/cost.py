@@ -10,17 +10,16 @@ MARGIN = 1.5  # of the hours: loading, saving, and what a speed measured elsewhe
 READERS = 2  # the tuned model and what it is compared with both answer the final table's records
 
 
-def describe_cost(
-    training: RunArguments, steps: int, records: int, lengths: dict[str, np.ndarray], max_eval_records: int | None
-) -> str:
+def describe_cost(training: RunArguments, steps: int, records: int, lengths: dict[str, np.ndarray]) -> str:
     """One line of the preflight.
 
     Args:
         records: of a step, on all processes.
-        lengths: tokens of each record, of the splits by name; of "reference" those that are scored before the first
-            step, if there are any.
+        lengths: tokens of each record; under "train" of those of an epoch, under "evaluated" of those that are scored
+            each time while it trains, under "validation" and "test" of all, and under "reference" of those that are
+            scored before the first step, if there are any.
     """
-    tokens = phases(training, steps, records, lengths, max_eval_records)
+    tokens = phases(training, steps, records, lengths)
     read = ", ".join(f"{phase} {millions(number)}" for phase, number in tokens.items())
     speed, price = training.tokens_per_second, training.price_per_hour
     if speed is None:
@@ -36,18 +35,14 @@ def describe_cost(
     return f"{total:.2f} hours with {MARGIN - 1:.0%} to spare{money}; at {speed:,.0f} tokens/s a GPU, in hours: {each}"
 
 
-def phases(
-    training: RunArguments, steps: int, records: int, lengths: dict[str, np.ndarray], max_eval_records: int | None
-) -> dict[str, float]:
+def phases(training: RunArguments, steps: int, records: int, lengths: dict[str, np.ndarray]) -> dict[str, float]:
     """Tokens that are read in each phase."""
-    train, validation = lengths["train"], lengths["validation"]
     judged = sum(float(lengths[name].sum()) for name in ("validation", "test") if name in lengths)
-    one = min(len(validation), max_eval_records or len(validation)) * float(validation.mean())
     reference = {"reference": float(lengths["reference"].sum())} if "reference" in lengths else {}
     return {
         **reference,
-        "training": steps * records * float(train.mean()),
-        "evaluations": count_evaluations(training, steps) * one,
+        "training": steps * records * float(lengths["train"].mean()),
+        "evaluations": count_evaluations(training, steps) * float(lengths["evaluated"].sum()),
         "final table": READERS * judged,
     }
 

@@ -291,7 +291,9 @@ def preflight(model: StartArguments, data: PairArguments, training: PreferenceAr
         "answers": describe_answers(tokenizer, answers),
         "reference": "the model at the start, scored before the first step: no second model, no second adapter",
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
-        "cost": cost_of(training, len(sampler), costing(lengths), data),
+        "cost": cost_of(
+            training, sampler, costing(lengths), thin_out(pairs.judged["validation"], data.max_eval_records)
+        ),
         "checkpoint": settle_metric(training, pairs.doubt),
     }
     origin = f", from {model.adapter}" if model.adapter else ""

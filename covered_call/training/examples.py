@@ -280,13 +280,12 @@ class EpochOrder(torch.utils.data.Sampler):
         records: of the training data, each counted once.
         lengths: tokens of each record of the data set, if those of like length are to come together.
         step: records of an optimiser step, on all processes.
-        mean_answer: tokens of an epoch's answers on average, if each record is to count the same in the loss.
     """
 
     records: int
 
     def __init__(self, seed: int):
-        self.seed, self.epoch, self.lengths, self.step, self.mean_answer = seed, 0, None, 1, None
+        self.seed, self.epoch, self.lengths, self.step = seed, 0, None, 1
 
     def __len__(self) -> int:
         raise NotImplementedError

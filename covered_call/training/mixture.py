@@ -251,12 +251,6 @@ def thin_out_each(split: Dataset, limit: int | None) -> Dataset:
     return concatenate_datasets([thin_out(split.select(np.flatnonzero(of == task)), limit) for task in tasks])
 
 
-def mean_answer(train: Dataset, sampler: EpochOrder) -> float:
-    """Tokens of the answers of an epoch, on average."""
-    tokens = np.array([sum(label != IGNORE for label in row) for row in train["labels"]])
-    return float(tokens[list(sampler)].mean())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # In words
 

@@ -20,10 +20,10 @@ from covered_call.language_model.loading import (
 )
 from covered_call.language_model.scoring import ROW_TOKENS
 from covered_call.training.cost import describe_cost
-from covered_call.training.examples import IGNORE, Examples, is_trade, prompt_length, tasks_in
+from covered_call.training.examples import IGNORE, EpochOrder, Examples, is_trade, prompt_length, tasks_in
 from covered_call.training.keys import SHORT_NAMES, DataArguments, ModelArguments
 from covered_call.training.memory import CONTEXT_GIB, Plan, Work, choose, count_parameters, memory_there
-from covered_call.training.mixture import describe_loss, lay_out_sources, settle_metric
+from covered_call.training.mixture import describe_loss, lay_out_sources, settle_metric, thin_out_each
 from covered_call.training.recipe import RunArguments, TrainingArguments
 from covered_call.training.runs import RecipeError, begun_run
 from covered_call.training.trainers import lora_config
@@ -52,6 +52,7 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
     training.settle(plan, model.quantization)
     sampler.group(lengths["train"][0], global_batch(training))
     rows = [longest_row(split, *lengths[name], answers) for name, split in splits.items()]
+    evaluated = thin_out_each(splits["validation"], data.max_eval_records)
     training.metric_for_best_model = settle_metric(training.metric_for_best_model, data.configs)
     facts = {
         "tokens": describe_tokens(lengths, longest_answer, training.max_length),
@@ -59,7 +60,7 @@ def preflight(model: ModelArguments, data: DataArguments, training: TrainingArgu
         "balance": f"{data.balance}: {'a pass over each takes' if data.mix else 'an epoch takes'} {sampler}",
         "loss": describe_loss(data),
         **describe_work(training, work, plan, there, max(rows), len(sampler)),
-        "cost": cost_of(training, len(sampler), {name: total for name, (total, _) in lengths.items()}, data),
+        "cost": cost_of(training, sampler, {name: total for name, (total, _) in lengths.items()}, evaluated),
     }
     what = f"{' and '.join(data.configs)} on {model.model_name_or_path}, {model.quantization}"
     sources = lay_out_sources(examples, count_steps(training, len(sampler))[1])
@@ -209,10 +210,18 @@ def describe_work(
     }
 
 
-def cost_of(training: RunArguments, records: int, lengths: dict[str, np.ndarray], data: DataArguments) -> str:
-    """What a run costs of which an epoch takes so many records; for ``lengths`` see describe_cost."""
-    steps, _ = count_steps(training, records)
-    return describe_cost(training, steps, global_batch(training), lengths, data.max_eval_records)
+def cost_of(training: RunArguments, sampler: EpochOrder, lengths: dict[str, np.ndarray], evaluated: Dataset) -> str:
+    """What a run costs.
+
+    Args:
+        lengths: tokens of each record of the splits, of whose training records the sampler draws an epoch; see
+            describe_cost.
+        evaluated: the records that are scored each time while it trains.
+    """
+    steps, _ = count_steps(training, len(sampler))
+    one = np.array([len(tokens) for tokens in evaluated["input_ids"]])
+    read = lengths | {"train": lengths["train"][list(sampler)], "evaluated": one}
+    return describe_cost(training, steps, global_batch(training), read)
 
 
 def describe_plan(plan: Plan) -> str:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from covered_call.language_model.loading import load_tokenizer
 from covered_call.language_model.manifest import PolicyError
 from covered_call.language_model.tiny_phi3 import random_phi3, train_tokenizer
-from covered_call.training import dpo, sft
+from covered_call.training import dpo, first_checks, sft
 from covered_call.training.examples import load_splits
-from covered_call.training.first_checks import Command, check_base
+from covered_call.training.first_checks import Command, check_base, read_keys
 from covered_call.training.keys import RANKING, DataArguments
 from covered_call.training.recipe import parse_command
 from covered_call.training.runs import RecipeError
@@ -55,7 +55,7 @@ def rehearse(stage: str, command: Command, tuned: str | None = None) -> str:
         asked = {**SMALL, "model_name_or_path": f"{scratch}/base", "output_dir": f"{scratch}/run", "adapter": ""}
         words = [*command.words, *(word for key, value in asked.items() for word in typed(stage, key, value))]
         model, data, training, _ = parse_command(command._replace(words=words), STAGES[stage].STAGE)
-        tokenizer, whose = find_tokenizer(tuned or named_model(command), data)
+        tokenizer, whose = find_tokenizer(tuned or named_model(stage, command), data)
         if whose:  # a record has another number of tokens in it
             training.max_length = CONTEXT
         build_base(tokenizer, max(CONTEXT, training.max_length or 0), training.seed, Path(model.model_name_or_path))
@@ -94,21 +94,18 @@ def trainer_of(stage: str, model, data, training) -> ScoringTrainer:
 # The tiny model
 
 
-def named_model(command: Command) -> str | None:
-    """The model that a command names, typed or in its recipe."""
-    typed = [
-        word for key, word in zip(command.words, command.words[1:], strict=False) if key == "--model_name_or_path"
-    ]
-    return typed[-1] if typed else command.recipe.get("model_name_or_path")
+def named_model(stage: str, command: Command) -> str:
+    """What a command starts from, typed or in its recipe: an adapter, if it names one, else a model."""
+    keys = read_keys(first_checks.STAGES[stage].keys[0], command)
+    return getattr(keys, "adapter", None) or keys.model_name_or_path
 
 
-def find_tokenizer(name: str | None, data: DataArguments) -> tuple[PreTrainedTokenizerBase, str]:
+def find_tokenizer(name: str, data: DataArguments) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer of a model that is here, or one learnt from the prompts; of that, what is to be said."""
     try:
-        if name:
-            if not (Path(name) / "tokenizer_config.json").is_file():
-                check_base(name)
-            return load_tokenizer(name), ""
+        if not (Path(name) / "tokenizer_config.json").is_file():
+            check_base(name)
+        return load_tokenizer(name), ""
     except (RecipeError, PolicyError):
         pass
     task = RANKING if data.dataset_config == "preference" else data.dataset_config

@@ -28,7 +28,6 @@ from covered_call.training.mixture import (
     chats_of,
     describe_sources,
     encode_sources,
-    mean_answer,
     read_sources,
     thin_out_each,
 )
@@ -87,7 +86,6 @@ def load(model: ModelArguments, data: DataArguments, training: TrainingArguments
     if data.candidate_order == "shuffle" and RANKING in train:
         shuffle_rankings(read, training, grounds)
     splits, sampler = encode_sources(read, tokenizer), read.sampler
-    sampler.mean_answer = mean_answer(splits["train"], sampler) if data.weight_by == "record" else None
     answers = answer_tokens(
         tokenizer, train[data.dataset_config][0]["messages"][:-1], offered(splits), bool(data.explain)
     )
@@ -129,6 +127,7 @@ def make_trainer(
         sampler=examples.sampler,
         answers=examples.answers,
         explanation_weight=data.explanation_weight if data.explain else 0.0,
+        by_record=data.weight_by == "record",
     )
 
 

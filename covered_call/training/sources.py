@@ -117,8 +117,9 @@ def check_files(sources: Iterable[Source]) -> None:
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """So many records divided by shares that add up to 1, by the largest remainder: none is off by a whole record."""
-    exact = np.array(shares) * total
+    """So many records divided by shares, whose sum is taken as 1, by the largest remainder: none is off by a whole
+    record."""
+    exact = np.array(shares) / sum(shares) * total
     whole = np.floor(exact + 1e-9).astype(int)
     first = np.argsort(-(exact - whole), kind="stable")[: total - whole.sum()]
     whole[first] += 1
@@ -185,11 +186,19 @@ def json_rows(path: str, content: bytes) -> list[tuple[int, Any]]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line.decode("utf-8"))))
-            except ValueError as error:
+                rows.append((number, parse(line)))
+            except (ValueError, RecursionError) as error:
                 text = shown(line.decode("utf-8", "replace"))
                 raise RecipeError(f"{at_line(path, number)}: {text} is no JSON ({error}). Correct it.") from None
     return rows
+
+
+def parse(line: bytes) -> Any:
+    """Raises ValueError for what is no JSON, or holds half a character, which no tokenizer reads; RecursionError for
+    brackets without end."""
+    found = json.loads(line.decode("utf-8"))
+    json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 def is_chat(chat: Any, end: tuple[str, ...]) -> TypeGuard[list[dict]]:
@@ -228,9 +237,14 @@ def bad_line(foreign: Foreign, place: int, key: str) -> RecipeError:
 # What must not be learnt
 
 
-def question_of(prompt: list[dict]) -> str:
-    """What is asked in the end, blanks apart: the same question with another word before it is the same."""
-    return " ".join(prompt[-1]["content"].split())
+def questions_of(prompt: list[dict]) -> list[str]:
+    """What a user asks in it, blanks apart: the same question after another word of the system is the same."""
+    return [" ".join(message["content"].split()) for message in prompt if message["role"] == "user"]
+
+
+def spellings_of(prompt: list[dict]) -> list[str]:
+    """A question as a chat may have it: alone, or behind the words of the system where a model has no such role."""
+    return [*questions_of(prompt), " ".join(" ".join(message["content"] for message in prompt).split())]
 
 
 def check_apart(files: Iterable[Foreign], judged: dict[str, list[list[dict]]]) -> None:
@@ -239,12 +253,14 @@ def check_apart(files: Iterable[Foreign], judged: dict[str, list[list[dict]]]) -
     Args:
         judged: the prompts of each split by its name.
     """
-    asked = {question_of(prompt): split for split, prompts in judged.items() for prompt in prompts}
+    asked = {
+        spelling: split for split, prompts in judged.items() for prompt in prompts for spelling in spellings_of(prompt)
+    }
     for foreign in files:
         for place, record in enumerate(foreign.records):
             prompt = record["messages"][:-1] if "messages" in record else record["prompt"]
-            if split := asked.get(question_of(prompt)):
+            if again := next((question for question in questions_of(prompt) if question in asked), None):
                 raise RecipeError(
-                    f"{foreign.where(place)}: {shown(question_of(prompt))} repeats a prompt of the {split} split, on "
-                    "which the model is judged. Remove the line."
+                    f"{foreign.where(place)}: {shown(again)} repeats a prompt of the {asked[again]} split, on which "
+                    "the model is judged. Remove the line."
                 )

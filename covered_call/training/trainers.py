@@ -168,6 +168,7 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
 
     Args:
         explanation_weight: of the mean loss of an explanation's tokens, beside that of its answer's.
+        by_record: whether each record of a step counts the same, and not each token of their answers.
     """
 
     def __init__(
@@ -176,11 +177,21 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
         sampler: EpochOrder,
         answers: dict[str, tuple[int, ...]],
         explanation_weight: float = 0.0,
+        by_record: bool = False,
         **kwargs,
     ):
-        self.explanation_weight = explanation_weight
+        self.explanation_weight, self.by_record = explanation_weight, by_record
         self.weights = {tokens: sampler.weight_of(answer) for answer, tokens in answers.items()}
         super().__init__(*args, sampler=sampler, answers=answers, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and what the sum of their losses is divided by: the tokens of the answers, or
+        the records, of all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.by_record and items is not None:
+            records = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+            items = self.accelerator.gather(records).sum()
+        return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers' tokens, and of what explains them; the logits of all other positions are never
@@ -199,17 +210,17 @@ class AnswerTrainer(ScoringTrainer, SFTTrainer):
         weights = torch.where(behind[rows, columns + 1], share[rows], 1.0) * self.weights_of(labels)[rows]
         weighted = (by_token * weights).sum()
         if num_items_in_batch is None:
-            loss = weighted / asked.sum()
-        else:  # answer tokens of all processes and accumulated batches; DDP then takes the mean over processes
+            loss = weighted / (len(labels) if self.by_record else asked.sum())
+        else:  # those of all processes and accumulated batches; DDP then takes the mean over processes
             loss = weighted / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def weights_of(self, labels: torch.Tensor) -> torch.Tensor:
-        """Of each row: its answer's; a record that is none of the teacher's counts 1."""
+        """Of each token of a row: its answer's; a record that is none of the teacher's counts 1."""
         answers = [tuple(token for token in row if token != IGNORE) for row in labels.tolist()]
-        weights, mean = [self.weights.get(answer, 1.0) for answer in answers], self.sampler.mean_answer
-        if mean:
-            weights = [weight * mean / len(answer) for weight, answer in zip(weights, answers, strict=True)]
+        weights = [self.weights.get(answer, 1.0) for answer in answers]
+        if self.by_record:
+            weights = [weight / len(answer) for weight, answer in zip(weights, answers, strict=True)]
         return torch.tensor(weights, device=labels.device)
 
 

@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from covered_call import atomic
 from covered_call.candidates.builder import Backtest
+from covered_call.candidates.columns import Columns
 from covered_call.candidates.data_options import FILES, Help, config_of
 from covered_call.candidates.leaks import find_leaks, render_splits
 from covered_call.candidates.schema import CandidatesError
 from covered_call.command_line import plain_errors, start_logging
-from covered_call.language_model.manifest import MANIFEST, RECIPE, PolicyError, read_manifest
+from covered_call.language_model.manifest import MANIFEST, RECIPE, PolicyError, hash_of, read_manifest
 from covered_call.training.first_checks import (
     DPO_RECIPES,
     SFT_RECIPES,
@@ -39,6 +42,7 @@ from covered_call.training.first_checks import (
 )
 from covered_call.training.keys import RANKING, PairArguments
 from covered_call.training.runs import RecipeError, TrainingStopped, of_the_run
+from covered_call.training.sources import Source
 
 OK, FAIL, UNKNOWN = "ok", "FAIL", "unknown"
 MENDED = (RecipeError, CandidatesError, PolicyError, TrainingStopped)
@@ -195,19 +199,20 @@ def gates_of_data(command: Command, manifest: dict | None, folder: Path | None =
         manifest: of the run in ``folder``, whose data they are to be; None before a training.
     """
     command, stage = located(command), stage_of(command)
-    task = RANKING if stage == "dpo" else read_keys(STAGES[stage].keys[1], command).dataset_config
+    keys = read_keys(STAGES[stage].keys[1], command)
+    task, cap = (RANKING, None) if stage == "dpo" else (keys.dataset_config, keys.max_records_per_market)
     try:
-        backtest = read_keys(STAGES[stage].keys[1], command).backtest()
+        backtest = keys.backtest()
     except CandidatesError as error:
         yield Gate("data", UNKNOWN if manifest else FAIL, f"{error} Say where they are with --data_dir.")
         return
     if manifest:
-        yield ask("data files", lambda: check_hashes(backtest, manifest["data_files"]))
+        yield ask("data files", lambda: check_hashes(data_hashes(backtest, keys.sources), files_then(manifest)))
     read = ask("data", lambda: describe_data(backtest))
     yield read
     if read.status == FAIL:
         return
-    yield ask("counts", lambda: check_counts(backtest, stage, task, manifest))
+    yield ask("counts", lambda: check_counts(backtest, stage, task, cap, manifest))
     yield ask("leaks", lambda: check_leaks(backtest, task))
     yield ask("preflight", lambda: check_preflight(stage, command))
     yield ask("dry training", lambda: check_training(stage, command, folder))
@@ -227,8 +232,19 @@ def stage_of(command: Command) -> str:
     return "dpo" if own & command.recipe.keys() else "sft"
 
 
-def check_hashes(backtest: Backtest, then: dict[str, str]) -> str:
-    now = {os.path.basename(path): digest for path, digest in backtest.hashes.items()}
+def data_hashes(backtest: Backtest, sources: list[Source]) -> dict[str, str]:
+    """Of each file by its name: the CSVs, and those of a mix that are here."""
+    mixed = {source.name: hash_of(source.name) for source in sources if source.is_file and Path(source.name).is_file()}
+    return {os.path.basename(path): digest for path, digest in {**backtest.hashes, **mixed}.items()}
+
+
+def files_then(manifest: dict) -> dict[str, str]:
+    """The same as a run's manifest has them."""
+    files = [source for source in manifest.get("mix") or [] if source["tuned_on"] is None]
+    return {**manifest["data_files"], **{os.path.basename(file["source"]): file["sha256"] for file in files}}
+
+
+def check_hashes(now: dict[str, str], then: dict[str, str]) -> str:
     changed = [f"{name} has changed" for name in then if name in now and now[name] != then[name]]
     changed += [f"{name} is missing" for name in then if name not in now]
     changed += [f"{name} is new" for name in now if name not in then]
@@ -245,8 +261,9 @@ def describe_data(backtest: Backtest) -> str:
     return f"{len(decisions.place):,} decisions of {len(found)} {files}: {', '.join(found[:3])}{more}"
 
 
-def check_counts(backtest: Backtest, stage: str, task: str, manifest: dict | None) -> str:
-    """Records of each split; CandidatesError if training would have none, or they are not those of the manifest."""
+def check_counts(backtest: Backtest, stage: str, task: str, cap: int | None, manifest: dict | None) -> str:
+    """Records of each split, of train at most ``cap`` a market; CandidatesError if training would have none, or they
+    are not those of the manifest."""
     for split in ("train", "validation"):
         if not len(backtest.numbers.get(split, ())):
             raise CandidatesError(f"The {split} split is empty: give more data, or set splits, or validation_from.")
@@ -257,10 +274,18 @@ def check_counts(backtest: Backtest, stage: str, task: str, manifest: dict | Non
         what = "sold every candidate" if trades else "never sold"
         raise CandidatesError(f"In train the teacher {what}: there is no choice to learn.")
     found = {split: len(its) if task == RANKING else len(its.instrument) for split, its in splits.items()}
+    found["train"] = count_capped(train, task, cap)
     if manifest and stage == "sft" and not manifest.get("mix"):  # these count pairs, or several tasks
         check_records(found, {split: its["records"] for split, its in manifest["splits"].items()})
     never = "; NO_TRADE never occurs in train" if task == RANKING and trades == len(train) else ""
     return f"{task}: {', '.join(f'{name} {count:,}' for name, count in found.items())} records{never}"
+
+
+def count_capped(train: Columns, task: str, cap: int | None) -> int:
+    """Records as cap_markets leaves them."""
+    of = slice(None) if task == RANKING else train.decision_of
+    _, counts = np.unique(np.stack([train.underlying[of], train.exit_style[of]]), axis=1, return_counts=True)
+    return int(np.minimum(counts, cap or counts).sum())
 
 
 def check_records(found: dict[str, int], then: dict[str, int]) -> None:

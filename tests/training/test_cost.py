@@ -21,7 +21,8 @@ def run(**changes) -> SimpleNamespace:
 
 # 100 steps of 36 records of 100 tokens; two evaluations of 9 of 18 records of 50; 18 * 50 + 36 * 25 judged twice.
 LENGTHS = {"train": np.full(400, 100), "validation": np.full(18, 50), "test": np.full(36, 25)}
-ASKED = (100, 36, LENGTHS, 9)
+LENGTHS["evaluated"] = np.full(9, 50)
+ASKED = (100, 36, LENGTHS)
 
 
 def test_tokens_are_counted_by_phase_and_without_a_measured_speed_hours_are_unknown():
@@ -37,7 +38,7 @@ def test_hours_and_money_have_half_as_much_to_spare():
     assert said.endswith("in hours: training 100.00, evaluations 0.25, final table 1.00")
     on_two = describe_cost(run(tokens_per_second=1.0, world_size=2), *ASKED)
     assert on_two.startswith(f"{0.75 * hours:.2f} hours") and "money unknown: price_per_hour" in on_two
-    pairs = describe_cost(run(tokens_per_second=1.0), 100, 36, LENGTHS | {"reference": np.full(10, 360)}, 9)
+    pairs = describe_cost(run(tokens_per_second=1.0), 100, 36, LENGTHS | {"reference": np.full(10, 360)})
     assert "in hours: reference 1.00, training 100.00" in pairs
 
 

@@ -205,15 +205,18 @@ def test_while_it_trains_each_task_is_measured_and_one_is_chosen_by(words, sums,
     assert state["best_metric"] == best["eval_ranking_balanced_accuracy"]
 
 
-def test_weighed_by_record_each_has_the_same_share_of_the_loss(words, sums, monkeypatch):
-    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums), "--weight_by", "record")
-    rows = [trainer.train_dataset[place]["labels"] for place in list(trainer.sampler)]
-    lengths = [sum(label >= 0 for label in row) for row in rows]
-    assert len(set(lengths)) > 1
-    batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
-    weights = trainer.weights_of(batch).tolist()
-    totals = [weight * length for weight, length in zip(weights, lengths, strict=True)]
-    assert max(totals) == pytest.approx(min(totals)) == pytest.approx(sum(lengths) / len(lengths))
+def test_weighed_by_record_each_has_the_same_share_of_the_loss_of_whatever_step(words, sums, monkeypatch):
+    more = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--weight_by", "record"]
+    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums), *more)
+    loader, tokens = iter(trainer.get_train_dataloader()), set()
+    for _ in range(6):
+        batches, items = trainer.get_batch_samples(loader, 2, "cpu")
+        lengths = [(batch["labels"] >= 0).sum(1) for batch in batches]
+        weights = [trainer.weights_of(batch["labels"]) for batch in batches]
+        shares = torch.cat([one * length / items for one, length in zip(weights, lengths, strict=True)])
+        assert shares.tolist() == pytest.approx([1 / 16] * 16)
+        tokens.add(int(torch.cat(lengths).sum()))
+    assert len(tokens) > 1
 
 
 def test_an_epoch_of_a_training_has_the_shares_of_the_recipe(words, sums, monkeypatch):
@@ -223,6 +226,15 @@ def test_an_epoch_of_a_training_has_the_shares_of_the_recipe(words, sums, monkey
     assert [
         abs(tasks[name] - share * total) < 1 for name, share in ((RANKING, 0.5), (CANDIDATE, 0.3), (sums, 0.2))
     ] == [True] * 3
+
+
+def test_its_cost_is_of_the_records_that_it_draws_and_of_both_tasks_evaluated(words, sums, monkeypatch, capsys):
+    more = ["--max_eval_records", "4", *OFTEN, "--tokens_per_second", "1", "--per_device_train_batch_size", "16"]
+    trainer = trainer_of(monkeypatch, "sft", *words, *mix(sums, 0.1, 0.1, 0.8), *more)
+    drawn = [len(trainer.train_dataset[place]["input_ids"]) for place in list(trainer.sampler)]
+    training, evaluation = 3 * 16 * sum(drawn) / len(drawn), 3 * sum(map(len, trainer.eval_dataset["input_ids"]))
+    assert set(trainer.eval_dataset["task"]) == {RANKING, CANDIDATE}
+    assert f"training {training / 3600:.2f}, evaluations {evaluation / 3600:.2f}, " in capsys.readouterr().out
 
 
 RESUMED = ["--max_steps", "10", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2"]

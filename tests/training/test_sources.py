@@ -80,6 +80,14 @@ def test_a_mix_that_cannot_be_is_refused_with_the_reason(mix, message):
         read_mix(mix, CONFIGS)
 
 
+@pytest.mark.parametrize("shares", [[0.5, 0.2500005, 0.2500005], [0.5, 0.4999992]])
+def test_shares_that_add_up_to_1_but_for_a_rounding_divide_all_records(shares):
+    found = apportion(2_000_000, shares)
+    assert sum(found) == 2_000_000 and all(
+        abs(n - share * 2_000_000) < 3 for n, share in zip(found, shares, strict=True)
+    )
+
+
 @given(st.integers(0, 100_000), st.lists(st.integers(1, 1000), min_size=1, max_size=6))
 def test_shares_are_exact_to_less_than_a_record_and_add_up(total, weights):
     shares = [weight / sum(weights) for weight in weights]
@@ -110,6 +118,8 @@ def test_a_jsonl_and_a_parquet_of_it_hold_the_same_records(tmp_path):
         json.dumps({"messages": [said("assistant", "!")]}),
         json.dumps({"messages": [said("user", "?"), said("assistant", " ")]}),
         json.dumps({"messages": [said("tool", "?"), said("user", "?"), said("assistant", "!")]}),
+        json.dumps({"messages": [said("user", "\ud83d"), said("assistant", "!")]}),
+        pytest.param("[" * 100_000, id="brackets without end"),
     ],
 )
 def test_a_line_that_is_no_chat_is_named_with_its_file_and_what_it_holds(line, tmp_path):
@@ -156,11 +166,17 @@ def test_a_line_that_is_no_pair_is_named(record, message, tmp_path):
 # --- Apart from what is judged
 
 
-@pytest.mark.parametrize("record", [chat("Spot:  1\nWhich?", "2"), pair("Spot: 1 Which? ", "2", "3")])
+REPEATED = {"messages": [said("user", "Spot: 1\nWhich?"), *chat("Why?", "2")["messages"]]}
+
+
+@pytest.mark.parametrize("record", [chat("Spot:  1\nWhich?", "2"), pair("Spot: 1 Which? ", "2", "3"), REPEATED])
 def test_a_record_that_asks_what_the_model_is_judged_by_is_refused(record):
     foreign = Foreign("a.jsonl", "", [7], [record])
     judged = {"validation": [], "test": [[said("system", "Another."), said("user", "Spot: 1\nWhich?")]]}
     with pytest.raises(RecipeError, match=r"a\.jsonl, line 7: 'Spot: 1 Which\?' repeats a prompt of the test split"):
         check_apart([foreign], judged)
+    folded = Foreign("a.jsonl", "", [7], [{"messages": chat("Another.\n\nSpot: 1\nWhich?", "2")["messages"][1:]}])
+    with pytest.raises(RecipeError, match=r"line 7: 'Another\. Spot: 1 Which\?' repeats a prompt of the test split"):
+        check_apart([folded], judged)
     judged["test"][0][1] = said("user", "Spot: 2\nWhich?")
     check_apart([foreign], judged)

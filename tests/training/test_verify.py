@@ -4,10 +4,16 @@ import json
 import shutil
 
 import pytest
+import yaml
 from conftest import decision, on_the_default_stack, write_csv
 
 from covered_call.__main__ import main as command
+from covered_call.language_model.manifest import hash_of
 from covered_call.training import rehearsal, verify
+from covered_call.training.examples import load_splits
+from covered_call.training.keys import DataArguments
+
+from .test_sources import chat, written
 
 QUICK = ["--max_eval_records", "8"]
 
@@ -60,6 +66,13 @@ def test_csvs_pass_all_gates_with_the_recipe_of_a_base_that_is_here(gates, data,
     assert found["counts"][1].startswith("per_candidate: train 144, validation ")
     assert found["preflight"][1].startswith("prompt at most ")
     assert found["dry training"][1].startswith("2 steps in int4 of a random Phi-3, ")
+
+
+@on_the_default_stack
+def test_the_steps_read_the_tokens_of_a_base_however_it_is_typed(gates, data, corpus_base, monkeypatch):
+    monkeypatch.setattr(rehearsal, "preflight_of", lambda *_: "tokens    few")
+    found, status = gates(data, "--config", "tiny", f"--model-name-or-path={corpus_base}", *QUICK)
+    assert status == 0 and "its tokens learnt here" not in found["dry training"][1]
 
 
 @on_the_default_stack
@@ -179,6 +192,52 @@ def test_data_that_are_not_here_are_unknown_and_changed_ones_fail(gates, own_fin
     recipe.write_text(recipe.read_text() + "max_iv: 2.0\n")
     found, status = gates(own_finished, "--data_dir", data.parent / "nowhere")
     assert status == 1 and found["recipe"][0] == "FAIL" and "not what was run, in max_iv" in found["recipe"][1]
+
+
+@on_the_default_stack
+def test_a_file_of_the_mix_is_looked_at_as_the_csvs_are(gates, own_finished, data, no_steps, tmp_path):
+    path = written(tmp_path / "sums.jsonl", chat("How much is 1 plus 1?", "2"))
+    mix = [{"config": "per_candidate", "share": 0.5}, {"data": path, "share": 0.5}]
+    sources = [("per_candidate", "sha256:0", {}), (path, hash_of(path), None)]
+    change(
+        own_finished, "mix", mix, [dict(zip(("source", "sha256", "tuned_on"), its, strict=True)) for its in sources]
+    )
+    found, status = gates(own_finished, "--data_dir", data)
+    assert status == 0 and found["data files"] == ("ok", "2 as the manifest has them")
+    written(tmp_path / "sums.jsonl", chat("How much is 1 plus 1?", "3"))
+    found, status = gates(own_finished, "--data_dir", data)
+    assert status == 1 and "sums.jsonl has changed: copy the files again" in found["data files"][1]
+    (tmp_path / "sums.jsonl").unlink()
+    found, status = gates(own_finished, "--data_dir", data)
+    assert status == 1 and "sums.jsonl is missing" in found["data files"][1]
+
+
+@on_the_default_stack
+@pytest.mark.parametrize("task, cap", [("per_candidate", 20), ("per_decision_ranking", 20)])
+def test_records_are_counted_as_the_cap_left_them(gates, own_finished, data, no_steps, task, cap):
+    keys = DataArguments(dataset_config=task, data_files=[str(data / "candidates.csv")])
+    counts = {name: len(split) for name, split in load_splits(keys.backtest(), task, 0, cap).items()}
+    assert counts["train"] == cap
+    change(own_finished, "dataset_config", task)
+    change(own_finished, "max_records_per_market", cap)
+    path = own_finished / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest |= {"splits": {name: {**manifest["splits"][name], "records": count} for name, count in counts.items()}}
+    path.write_text(json.dumps(manifest))
+    found, status = gates(own_finished, "--data_dir", data)
+    assert status == 0 and found["counts"][1].startswith(f"{task}: train {cap}, ")
+    found, status = gates(own_finished, "--data_dir", data, "--max_records_per_market", cap - 1)
+    assert status == 1 and f"train {cap - 1}, then {cap}" in found["counts"][1]
+
+
+def change(folder, key: str, value, described=None) -> None:
+    """A run as if its recipe had had this key; ``described`` is what its manifest says of it beside."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"][key] = value
+    path.write_text(json.dumps(manifest | ({key: described} if described else {})))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {key: value}))
 
 
 @on_the_default_stack
