@@ -69,7 +69,11 @@ on_the_default_stack = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest first, so that in the end no process waits for another's."""
+    """The slowest first, so that in the end no process waits for another's. Coverage does not trace a property's hundred
+    examples, of lines that other tests run, too."""
+    for item in items:
+        if getattr(item.obj, "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: -sum(mark.kwargs.get("minutes", 1) for mark in item.iter_markers("slow")))
 
 
