@@ -69,7 +69,7 @@ on_the_default_stack = pytest.mark.skipif(
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest first, so that in the end no process waits for another's. Coverage does not trace a property's hundred
+    """The slowest first, so that in the end no process waits for another's. Coverage does not trace a property's many
     examples, of lines that other tests run, too."""
     for item in items:
         if getattr(item.obj, "is_hypothesis_test", False):
