@@ -363,7 +363,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     run.add_argument(
         *flags("output_dir"), metavar="DIR", default="report", help="where the report goes; default: %(default)s"
     )
-    return typed(parser, parser.parse_args(arguments))
+    args = typed(parser, parser.parse_args(arguments))
+    if args.explanations < 0:
+        parser.error(f"--explanations {args.explanations}: give 0 or more decisions.")
+    return args
 
 
 def parse_cutoff(text: str) -> datetime.datetime:

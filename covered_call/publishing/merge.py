@@ -53,12 +53,13 @@ def merge(args: argparse.Namespace) -> None:
         raise PublishError(f"{folder} is no adapter but a whole model: there is nothing to merge, serve it as it is.")
     target = Path(args.to or f"{folder.resolve()}_merged")
     check_free(target)
-    decisions = asked_of(backtest_of(args, manifest["recipe"]), manifest["task"])
+    backtest, tasks = backtest_of(args, manifest["recipe"]), manifest.get("tasks") or [manifest["task"]]
+    asked = {task: asked_of(backtest, task, PROMPTS // len(tasks)) for task in tasks}
     with workplace(target) as scratch:
         made = scratch / "new"
         print(f"Merging {folder} into {manifest['base_model']} in full precision ...", flush=True)
         write_model(folder, manifest, made)
-        agreement = compare(folder, made, decisions)
+        agreement = compare(folder, made, asked)
         said = f"{agreement.sentence()} {quantized(manifest)}".strip()
         print(said)
         if agreement.same < args.min_same * agreement.prompts:
@@ -149,15 +150,15 @@ class Agreement(NamedTuple):
         )
 
 
-def asked_of(backtest: Backtest, task: str) -> list[Decision]:
-    """Decisions that take about PROMPTS prompts, evenly spaced over all splits; CandidatesError if there is none."""
-    numbers = evenly(np.concatenate([*backtest.numbers.values()]), 4 * PROMPTS)
+def asked_of(backtest: Backtest, task: str, most: int) -> list[Decision]:
+    """Decisions that take about so many prompts, evenly spaced over all splits; CandidatesError if there is none."""
+    numbers = evenly(np.concatenate([*backtest.numbers.values()]), 4 * most)
     entries = logged_of(backtest.decisions.columns(numbers))
     decisions = [entry.decision for entry in entries if entry.decision.candidates]
     if not decisions:
         raise CandidatesError("No decision of these files has a candidate to ask both models about: give others.")
     prompts = sum(len(one.candidates) if task == "per_candidate" else 1 for one in decisions)
-    return evenly(decisions, 1 + 1.1 * len(decisions) * PROMPTS // prompts)  # some have fewer candidates than others
+    return evenly(decisions, 1 + 1.1 * len(decisions) * most // prompts)  # some have fewer candidates than others
 
 
 def evenly(found: Sequence | np.ndarray, most: float):
@@ -168,18 +169,22 @@ def evenly(found: Sequence | np.ndarray, most: float):
     return found[places] if isinstance(found, np.ndarray) else [found[place] for place in places]
 
 
-def compare(folder: Path, made: Path, decisions: list[Decision]) -> Agreement:
-    """Both models as Policy loads them, one after the other."""
-    ours, its = (probabilities(path, decisions) for path in (folder, made))
+def compare(folder: Path, made: Path, asked: dict[str, list[Decision]]) -> Agreement:
+    """Both models as Policy loads them, one after the other.
+
+    Args:
+        asked: by task.
+    """
+    ours, its = ([one for task in asked for one in probabilities(path, task, asked)] for path in (folder, made))
     same = sum(int(one.argmax() == other.argmax()) for one, other in zip(ours, its, strict=True))
     moved = max((one - other).abs().max().item() for one, other in zip(ours, its, strict=True))
     return Agreement(len(ours), same, moved)
 
 
-def probabilities(folder: Path, decisions: list[Decision]) -> list[torch.Tensor]:
-    """For each of PROMPTS prompts those of its admissible answers."""
-    policy = Policy.load(folder)
-    scored = [row.softmax(-1) for rows in policy.score(decisions) for row in rows][:PROMPTS]
+def probabilities(folder: Path, task: str, asked: dict[str, list[Decision]]) -> list[torch.Tensor]:
+    """For each of a task's share of PROMPTS prompts those of its admissible answers."""
+    policy = Policy.load(folder, task=task)
+    scored = [row.softmax(-1) for rows in policy.score(asked[task]) for row in rows][: PROMPTS // len(asked)]
     del policy
     gc.collect()  # before the next one is loaded: two would not fit where one does
     return scored

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,24 @@ def test_a_model_that_answers_otherwise_is_not_written(taught, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
     command_in_process("merge", taught, "--to", tmp_path / "merged", "--min_same", 0)
     assert json.loads((tmp_path / "merged" / "manifest.json").read_text())["merged"]["same"] < SPLIT
+
+
+def test_of_a_model_of_two_tasks_the_prompts_are_of_both(monkeypatch):
+    loaded = []
+
+    class Stub:
+        def __init__(self, folder, task):
+            self.task = task
+            loaded.append((str(folder), task))
+
+        def score(self, decisions):
+            return [[torch.zeros(2)] * (3 if self.task == "per_candidate" else 1)] * len(decisions)
+
+    monkeypatch.setattr(merge, "Policy", SimpleNamespace(load=Stub))
+    asked = {"per_decision_ranking": [None] * 140, "per_candidate": [None] * 50}
+    found = merge.compare(Path("ours"), Path("its"), asked)
+    assert (found.prompts, found.same, found.probability_moved) == (256, 256, 0.0)
+    assert loaded == [(folder, task) for folder in ("ours", "its") for task in asked]
 
 
 def test_what_fails_on_its_way_leaves_nothing(taught, tmp_path, monkeypatch):
