@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
+
+pytestmark = on_the_default_stack
 
 SCRIPT = Path(__file__).parents[1] / "data" / "simulate_backtest.py"
 spec = importlib.util.spec_from_file_location("simulate_backtest", SCRIPT)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import yaml
-from conftest import ROOT, decision, python, write_csv
+from conftest import ROOT, decision, on_the_default_stack, python, write_csv
 from language_model.test_policy import save_run
 from market.quotes import NOW, as_history, chain, quote, write_harvest
 from markets import CONFIG, rich_if_volatile, walk
@@ -24,6 +24,8 @@ from covered_call.runtime.policies import Querying
 from covered_call.runtime.risk import CODES
 from covered_call.value_model.learning import fit
 from covered_call.value_model.scorer import save
+
+pytestmark = on_the_default_stack
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import REAL_DATA, decision, needs_real_data, read_candidates, write_csv
+from conftest import REAL_DATA, decision, needs_real_data, on_the_default_stack, read_candidates, write_csv
 from market.quotes import chain, quote, write_harvest
 from markets import walk
 
@@ -29,6 +29,8 @@ from covered_call.runtime.replay import Recorded, states_from
 from covered_call.runtime.sizing import Sizing
 from covered_call.runtime.state import CLOSE, HOLD, NO_TRADE, ROLL, SELL_CALL, Intention, Proposal, Quote, Veto
 from runtime.markets import BEGUN, DAY, FREELY, ONE, START, at_most, fixed, hold, quoted_state, quoted_states
+
+pytestmark = on_the_default_stack
 
 NOTHING = begin(BEGUN)
 HOLD_FILES = sorted(REAL_DATA.glob("*hold_to_expiry*.csv"))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import on_the_default_stack
 
 from covered_call.atomic import FolderBusy
 from covered_call.runtime import journal as module
@@ -18,6 +19,8 @@ from covered_call.runtime.journal import ABANDONED, SCHEMA_VERSION, JournalError
 from covered_call.runtime.paper import Paper, rebuilt
 from covered_call.runtime.policies import Rule
 from runtime.markets import BEGUN, FREELY, quoted_states
+
+pytestmark = on_the_default_stack
 
 KILLS = int(os.environ.get("JOURNAL_KILLS", "10"))
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import on_the_default_stack
 
 from covered_call.candidates.columns import microseconds
 from covered_call.candidates.series import Series
@@ -28,6 +29,8 @@ from covered_call.runtime.paper import (
 )
 from covered_call.runtime.state import SELL_CALL, Intention, Quote, Trade
 from runtime.markets import BEGUN, DAY, START, call, expiry_after, quoted_state
+
+pytestmark = on_the_default_stack
 
 CALL = call(expiry_after(START, 7), 100_000.0)
 QUOTED = {CALL: Quote(CALL, 900.0, 1_000.0, 950.0, 100.0)}

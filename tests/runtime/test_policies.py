@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+from conftest import on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, decide, rich_if_volatile
@@ -31,6 +32,8 @@ from covered_call.value_model.learning import Gates, fit
 from covered_call.value_model.scorer import QScorer
 from runtime.markets import BEGUN, DAY, FREELY, START, quoted_state, quoted_states
 from runtime.stubs import Stub, no_policy
+
+pytestmark = on_the_default_stack
 
 NOTHING = begin(BEGUN)
 SURE = Proposal("rule", None, 1.0)  # a second policy that gives no reason to ask

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import on_the_default_stack
 
 from covered_call import atomic
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.language_model.manifest import PolicyError, hash_of, read_manifest, read_temperature
 from covered_call.training import runs
 from covered_call.training.runs import RecipeError, begun_run, held, of_the_run, open_run
+
+pytestmark = on_the_default_stack
 
 MANIFEST = {
     "task": "per_candidate", "base_model": "a/b", "base_revision": "0", "quantization": "int4", "adapter": True,

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SCRIPT
+from conftest import SCRIPT, on_the_default_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from markets import CONFIG, SPOT, decide, entry, rich_if_volatile
@@ -20,6 +20,8 @@ from covered_call.candidates.schema import CandidatesError, LoggedDecision
 from covered_call.value_model.learning import Gates, Predicted, QScorerError, features, fit, learn
 from covered_call.value_model.scorer import QScorer, best_of, save
 from covered_call.value_model.walk_forward import candidate_pairs
+
+pytestmark = on_the_default_stack
 
 # Learning
 
