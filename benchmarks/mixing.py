@@ -1,6 +1,6 @@
 """What a mixture does: one model for both tasks against two models, a share of formula questions, and its speed.
 
-    python benchmarks/mixing.py                       # three seeds, about an hour on 2 cores
+    python benchmarks/mixing.py                       # three seeds, half an hour on 2 cores
     python benchmarks/mixing.py --part speed --rounds 5
     python benchmarks/mixing.py --part models --seeds 0 --steps 20 --base_steps 20
 
@@ -180,7 +180,7 @@ def main() -> None:
     parts = {"models": compare_models, "speed": compare_speed}
     parser.add_argument("--part", choices=parts, nargs="+", default=list(parts), help="default: both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=160, help="of a model of both tasks; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=480, help="of a model of both tasks; default: %(default)s")
     parser.add_argument("--base_steps", type=int, default=600, help="of the base; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed; default: %(default)s")
     parser.add_argument(
