@@ -21,6 +21,7 @@ from covered_call.candidates.context import MARKET_STALE, MEAN_DAYS, PRICE_STALE
 from covered_call.candidates.data_options import Help
 from covered_call.candidates.prompts import PROMPT_VERSION
 from covered_call.candidates.schema import UTC, CandidatesError
+from covered_call.candidates.series import Series
 from covered_call.command_line import plain_errors, start_logging
 from covered_call.language_model.manifest import PolicyError, read_manifest
 from covered_call.market.deribit import Deribit, DeribitError
@@ -236,24 +237,21 @@ def of_spots(config: AgentConfig) -> Iterator[Found]:
         text = f"{name}: {len(series.time):,} closes from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
         if len(series.time) < MEAN_DAYS:
             yield Found(WARN, "spots", f"{text}: the market's past takes {MEAN_DAYS}. Give earlier ones, too")
-        elif microseconds(datetime.datetime.now(UTC)) - series.time[-1] > PRICE_STALE:
-            yield Found(
-                WARN, "spots", f"{text}: too old for decisions of today. Add what came since, or replay that time"
-            )
         else:
-            yield Found(OK, "spots", text)
+            yield of_age("spots", text, series, PRICE_STALE)
 
 
 def of_vols(config: AgentConfig) -> Iterator[Found]:
     for name, series in vols_of(config).items():
         last = datetime.datetime.fromtimestamp(int(series.time[-1]) / 1e6, UTC)
         text = f"{name}: {len(series.time):,} vols, the last known from {last:%Y-%m-%d %H:%M} on"
-        if microseconds(datetime.datetime.now(UTC)) - series.time[-1] > MARKET_STALE:
-            yield Found(
-                WARN, "vols", f"{text}: too old for decisions of today. Add what came since, or replay that time"
-            )
-        else:
-            yield Found(OK, "vols", text)
+        yield of_age("vols", text, series, MARKET_STALE)
+
+
+def of_age(what: str, text: str, series: Series, stale: int) -> Found:
+    if microseconds(datetime.datetime.now(UTC)) - series.time[-1] <= stale:
+        return Found(OK, what, text)
+    return Found(WARN, what, f"{text}: too old for decisions of today. Add what came since, or replay that time")
 
 
 def of_state_dir(config: AgentConfig) -> Iterator[Found]:

@@ -134,6 +134,17 @@ def test_spots_that_do_not_reach_are_said(here, capsys):
     assert "none are named" in found_spots(capsys, RULE)
 
 
+@pytest.mark.parametrize(
+    "days, said", [(1, "ok   vols: BTC: 10 vols, the last known from"), (9, "warn vols: BTC: 10 vols")]
+)
+def test_vols_that_have_ended_are_said(here, capsys, days, said):
+    until = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=days)
+    rows = [f"{until - datetime.timedelta(days=number)},50\n" for number in range(10)]
+    (here / "dvol.csv").write_text("date,dvol\n" + "".join(rows))
+    found, _ = diagnosed(capsys, RULE, "context_vols: dvol.csv")
+    assert found["vols"].startswith(said) and ("too old for decisions of today" in found["vols"]) == (days == 9)
+
+
 def found_spots(capsys, line: str) -> str:
     found, status = diagnosed(capsys, line)
     assert status == 0
