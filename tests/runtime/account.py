@@ -7,6 +7,7 @@ with AccountExchange() as exchange:
 import datetime
 import hashlib
 import hmac
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from market.quotes import quote
 from market.standin import INVALID_PARAMS, Exchange, summary
 
-from covered_call.candidates.schema import named_call
+from covered_call.candidates.schema import expiry_of, named_call
 
 KEY, SECRET = "AbCdEfGh", "a secret that no message may have"
 UNAUTHORISED, TOO_LITTLE, NOT_OPEN, POST_ONLY, WRONG_TICK, WRONG_AMOUNT = 13009, 10009, 11044, 11054, 10043, 10021
@@ -29,12 +30,18 @@ def expiry_in(days: int) -> str:
 
 
 def calls(currency: str = "BTC", days: int = 9, strikes=(96_000, 97_000, 98_000, 110_000)) -> list[dict]:
-    """Rows of a book summary whose quotes are those of tests of chains, of which the backtest's rules take three."""
-    rows = []
+    """Rows of a book summary whose quotes are those of tests of chains, of which the backtest's rules take three.
+
+    Expiries are at 08:00, and less time is left in the evening: the vol is higher then, so that deltas are the same.
+    """
+    rows, now = [], datetime.datetime.now(datetime.UTC)
+    expiry = expiry_of(expiry_in(days))
+    assert expiry is not None
+    iv = 45.0 * math.sqrt(days / ((expiry - now) / datetime.timedelta(days=1)))
     for strike in strikes:
         name = f"{currency}-{expiry_in(days)}-{strike}-C"
-        cells = quote(name, time=datetime.datetime.now(datetime.UTC))
-        rows.append(summary(name, underlying_price=93_000.0, mark_price=cells["mark_price"], mark_iv=45.0,
+        cells = quote(name, iv, time=now)
+        rows.append(summary(name, underlying_price=93_000.0, mark_price=cells["mark_price"], mark_iv=iv,
             bid_price=cells["best_bid_price"], ask_price=cells["best_ask_price"], open_interest=100.0,
             estimated_delivery_price=INDEX))  # fmt: skip
     return rows
