@@ -283,11 +283,12 @@ class StopOnTrouble(TrainerCallback):
         for key in sorted({key for entry in state.log_history for key in entry if key.endswith("answers_used")}):
             used = [entry[key] for entry in state.log_history if key in entry]
             if args.collapse_patience and used[-args.collapse_patience :] == [1] * args.collapse_patience:
-                self.collapsed(args, state)
+                task = key.removeprefix("eval_").removesuffix("answers_used")  # "" where there is one alone
+                self.collapsed(args, state, f"every {task.replace('_', ' ')}answer")
 
-    def collapsed(self, args, state) -> NoReturn:
+    def collapsed(self, args, state, which: str) -> NoReturn:
         raise TrainingStopped(
-            f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, every answer was "
+            f"In the last {args.collapse_patience} evaluations, up to step {state.global_step}, {which} was "
             "the same: the model has collapsed onto one class. Try balance: downsample or weight, another "
             "learning_rate, or more steps between evaluations; collapse_patience 0 lets it go on."
         )

@@ -142,6 +142,12 @@ def test_a_collapse_must_last_as_long_as_the_patience(patience, used):
     StopOnTrouble().on_evaluate(arguments, state, TrainerControl())
 
 
+def test_of_several_tasks_the_one_that_collapsed_is_named():
+    state = TrainerState(log_history=[{"eval_ranking_answers_used": 3, "eval_candidate_answers_used": 1}] * 3)
+    with pytest.raises(TrainingStopped, match="every candidate answer was the same"):
+        StopOnTrouble().on_evaluate(type("Arguments", (), {"collapse_patience": 3}), state, TrainerControl())
+
+
 # --- Evaluation
 
 
